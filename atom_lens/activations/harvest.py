@@ -1,0 +1,162 @@
+"""Harvest: activations of many prompts at many hooks, in one forward pass each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from atom_lens.activations.backends import Backend, BackendName, open_backend, wrap_backend
+from atom_lens.activations.hooks import expand_hooks
+from atom_lens.activations.models import DTYPES, cache_folder, find_model
+from atom_lens.activations.positions import Positions, select_tokens
+from atom_lens.activations.prompts import Prompt, as_prompts
+from atom_lens.activations.store import read_store, store_key, write_store
+from atom_lens.geometry import massive_rows
+
+
+class Harvest(dict[str, Tensor]):
+    """hook -> activations, shape (n, d), float32 unless the model ran in float16.
+
+    Attributes:
+        rows: hook -> (n, 2), the prompt and the token that each row was read at.
+        dropped: hook -> number of rows left out for their massive norm.
+        seconds: time the harvest took.
+        from_store: True when nothing was run because the activations were on disk.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, Tensor] = {}
+        self.dropped: dict[str, int] = {}
+        self.seconds = 0.0
+        self.from_store = False
+
+
+def harvest(
+    model: Any,
+    prompts: Iterable[Prompt | str],
+    hooks: Sequence[str] | str,
+    positions: Positions = "subject_last",
+    backend: BackendName = "auto",
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    massive_ratio: float | None = 10.0,
+    max_tokens: int = 1024,
+    batch_tokens: int = 4096,
+    store: str | Path | None = None,
+) -> Harvest:
+    """Activations of `prompts` at `hooks`.
+
+    Args:
+        model: a name (Hub id, folder, ``.gguf``, ``demo:gemma-3-270m``), a TransformerBridge, a HookedTransformer
+            or an nnsight model. Only named models are stored: what was done to a loaded one is not known.
+        prompts: texts, or `Prompt`s where the position depends on a subject.
+        hooks: hook names of TransformerLens, or globs such as ``blocks.*.hook_resid_post``.
+        positions: "subject_last", "span", "last" or "all" (see `select_tokens`).
+        backend: "transformer_lens", "nnsight", or "auto"; ignored for a loaded model.
+        revision, dtype, device: how a named model is loaded.
+        massive_ratio: rows whose norm exceeds this many times the median norm at their hook are left out and
+            counted (first tokens and BOS distort the metric, theory.md section 1); None keeps all.
+        max_tokens: longer prompts are cut.
+        batch_tokens: tokens of a batch, padding included.
+        store: folder of the activation store; None is the cache folder.
+
+    Raises:
+        ValueError: no prompts, unknown hook, layer out of range, subject not found, NaN activations, unknown model.
+    """
+    start = time.monotonic()
+    prompts = as_prompts(prompts)
+    patterns = [hooks] if isinstance(hooks, str) else list(hooks)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
+    found = Harvest()
+    if isinstance(model, str):
+        source = find_model(model, revision)
+        key = store_key(source, prompts, patterns, positions, DTYPES[dtype], max_tokens)
+        folder = (Path(store) if store is not None else cache_folder() / "activations") / key
+        if folder.is_dir():
+            rows, values = read_store(folder)
+            found.from_store = True
+        else:
+            runner = open_backend(source, backend, DTYPES[dtype], device)
+            rows, values = _run(runner, prompts, patterns, positions, max_tokens, batch_tokens)
+            about = {"model": source.name, "revision": source.revision, "hooks": list(values), "positions": positions}
+            write_store(folder, rows, values, about)
+    else:
+        rows, values = _run(wrap_backend(model), prompts, patterns, positions, max_tokens, batch_tokens)
+    for hook, x in values.items():
+        massive = massive_rows(x, massive_ratio) if massive_ratio else torch.zeros(len(x), dtype=torch.bool)
+        found[hook], found.rows[hook] = x[~massive], rows[~massive]
+        found.dropped[hook] = int(massive.sum())
+    found.seconds = time.monotonic() - start
+    return found
+
+
+def _run(
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    patterns: Sequence[str],
+    positions: Positions,
+    max_tokens: int,
+    batch_tokens: int,
+) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]]]:
+    hooks = expand_hooks(patterns, backend.hooks, backend.n_layers)
+    if not getattr(backend.tokenizer, "is_fast", False):
+        raise ValueError(f"the tokenizer {type(backend.tokenizer).__name__} gives no character offsets, a fast one is needed")
+    encoded = backend.tokenizer(
+        [prompt.text for prompt in prompts], return_offsets_mapping=True, truncation=True, max_length=max_tokens
+    )
+    tokens, reads = [], []
+    for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        read = select_tokens(prompt, offsets, positions)
+        reads.append(read)
+        # The model is causal: what follows the last position read cannot change it.
+        tokens.append(ids[: read[-1] + 1])
+    rows = torch.tensor([(i, token) for i, read in enumerate(reads) for token in read])
+    first_row = torch.tensor([0, *map(len, reads)]).cumsum(0).tolist()
+
+    values: dict[str, Tensor] = {}
+    with tqdm(total=len(prompts), desc="Harvest", unit="prompt") as bar:
+        for batch in _batches(tokens, batch_tokens):
+            longest = len(tokens[batch[-1]])
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            # Padding on the right: under a causal mask no real token sees it, and positions count from 0.
+            for row, i in enumerate(batch):
+                ids[row, : len(tokens[i])] = torch.tensor(tokens[i])
+                mask[row, : len(tokens[i])] = 1
+            kept = backend.run(ids.to(backend.device), mask.to(backend.device), hooks)
+            at = torch.tensor([(row, token) for row, i in enumerate(batch) for token in reads[i]])
+            to = torch.tensor([first_row[i] + k for i in batch for k in range(len(reads[i]))])
+            for hook in hooks:
+                if kept[hook].ndim != 3:
+                    raise ValueError(f"hook {hook!r} has shape {tuple(kept[hook].shape)}, expected (batch, pos, width)")
+                x = kept[hook][at[:, 0], at[:, 1]].cpu()
+                if not torch.isfinite(x).all():
+                    raise ValueError(f"hook {hook!r} gave NaN or infinite activations (dtype {x.dtype}): try float32")
+                if hook not in values:
+                    values[hook] = torch.empty(len(rows), x.shape[1], dtype=x.dtype)
+                values[hook][to] = x
+            bar.update(len(batch))
+    return rows, values
+
+
+def _batches(tokens: Sequence[Sequence[int]], budget: int) -> Iterable[list[int]]:
+    """Indices of prompts sorted by length, grouped so that a padded batch stays within `budget` tokens."""
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * len(tokens[i]) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch

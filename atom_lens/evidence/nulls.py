@@ -1,0 +1,84 @@
+"""Dictionaries that know nothing: what any figure of ours has to be held against (theory.md section 4)."""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
+
+
+class Pursuit:
+    """A dictionary with orthogonal matching pursuit as its encoder: the k best atoms under the metric, greedily.
+
+    Looks like an sae-lens SAE to `measure`: `W_dec`, `encode`, `decode`. This gives a null the same number of
+    atoms and the same K as the atoms it stands beside, and an encoder at least as good as a threshold.
+
+    Args:
+        atoms: rows, shape (F, d), any non-zero length.
+        mean: subtracted before and added after, shape (d,).
+        metric: the norm in which residuals are pursued.
+        k: atoms per activation, at least 1.
+    """
+
+    def __init__(
+        self, atoms: Float[Tensor, "F d"], mean: Float[Tensor, " d"], metric: AtomicInnerProduct, k: int
+    ) -> None:
+        check_rows(atoms, "atoms", metric.width)
+        if not 1 <= k <= min(atoms.shape):
+            raise ValueError(f"k is {k}, allowed is 1 to {min(atoms.shape)}")
+        units = unit_rows(metric.whiten(atoms))
+        self.units: Float[Tensor, "F d"] = units.float()
+        self.W_dec: Float[Tensor, "F d"] = (units @ metric.inverse_sqrt).float()
+        self.mean, self.metric, self.k = mean, metric, k
+
+    def encode(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n F"]:
+        y = ((x - self.mean).double() @ self.metric.sqrt).float()
+        support, values = orthogonal_matching_pursuit(y, self.units, self.k)
+        return torch.zeros(len(x), len(self.units), device=x.device).scatter_(1, support, values)
+
+    def decode(self, codes: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
+        return codes @ self.W_dec + self.mean
+
+
+def orthogonal_matching_pursuit(
+    y: Float[Tensor, "n d"], units: Float[Tensor, "F d"], k: int
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Greedy k-sparse codes of the rows of `y` over unit atoms: their supports and least-squares values.
+
+    Batched orthogonal matching pursuit (Pati et al. 1993); scikit-learn has one too, on the CPU and row by row.
+    """
+    residual = y
+    support = torch.empty(len(y), 0, dtype=torch.long, device=y.device)
+    values = torch.empty(len(y), 0, device=y.device)
+    for _ in range(k):
+        scores = (residual @ units.T).abs_().scatter_(1, support, -1.0)
+        support = torch.cat([support, scores.argmax(dim=1, keepdim=True)], dim=1)
+        chosen = units[support]
+        gram = einsum(chosen, chosen, "n i d, n j d -> n i j").double()
+        # Copies of one atom make the Gram singular; the ridge is far below what float32 codes can show.
+        gram += 1e-10 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        target = rearrange(einsum(chosen, y, "n k d, n d -> n k"), "n k -> n k 1").double()
+        values = rearrange(torch.linalg.solve(gram, target), "n k 1 -> n k").to(y.dtype)
+        residual = y - einsum(values, chosen, "n k, n k d -> n d")
+    return support, values
+
+
+def random_atoms(
+    n_atoms: int, metric: AtomicInnerProduct, generator: torch.Generator
+) -> Float[Tensor, "F d"]:
+    """iid directions, uniform under the metric: Gaussian in the whitened space. Shape (n_atoms, d)."""
+    gaussian = torch.randn(n_atoms, metric.width, generator=generator, dtype=torch.float64)
+    return metric.unwhiten(gaussian.to(metric.eigenvalues.device)).float()
+
+
+def data_atoms(
+    x: Float[Tensor, "n d"], n_atoms: int, mean: Float[Tensor, " d"], generator: torch.Generator
+) -> Float[Tensor, "F d"]:
+    """Centred activations drawn without replacement as atoms (all of them, when there are fewer than asked for)."""
+    chosen = torch.randperm(len(x), generator=generator)[:n_atoms].to(x.device)
+    rows = x[chosen] - mean
+    # A row equal to the mean has no direction.
+    return rows[rows.norm(dim=1) > 0]

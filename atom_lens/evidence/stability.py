@@ -1,0 +1,146 @@
+"""Stability q*: for which share of atoms and activations the uniqueness condition holds (theory.md section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from atom_lens.geometry import AtomicInnerProduct, check_rows, pair_tiles, unit_rows
+
+# The smallest gap from a threshold 1/(2k-1) that a cosine must keep, per dtype: rounding may not turn a tie
+# (two copies of one atom, say) into a pair that passes.
+_TIE = {torch.float32: 2e-6, torch.float64: 1e-12}
+_BINS = 10_000
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What `stability` found.
+
+    Attributes:
+        q_star: sup { q : mu_q < 1/(2 K_q - 1) }; 0 when no atom is alive.
+        empty_codes: share of activations with K_i = 0. They satisfy the condition trivially.
+        n_atoms: atoms whose pairs were counted.
+        dead_atoms: atoms left out because they never fired.
+        pairs: number of pairs counted, n_atoms (n_atoms - 1) / 2.
+        max_coherence: mu, the largest coherence of a pair (0 when there is no pair).
+        l0: sorted K_i, shape (n,).
+    """
+
+    q_star: float
+    empty_codes: float
+    n_atoms: int
+    dead_atoms: int
+    pairs: int
+    max_coherence: float
+    l0: Int[Tensor, " n"] = field(repr=False)
+    coherence_counts: Int[Tensor, " bins"] = field(repr=False)
+
+    def coherence_quantile(self, q: float) -> float:
+        """mu_q, the q-quantile of the pairwise coherences, to the width of a histogram bin (1e-4)."""
+        if not 0 <= q <= 1:
+            raise ValueError(f"q is {q}, allowed is 0 to 1")
+        if self.pairs == 0:
+            return 0.0
+        k = int((self.coherence_counts.cumsum(0) >= max(1, q * self.pairs)).nonzero()[0])
+        return min((k + 0.5) / _BINS, self.max_coherence)
+
+    def l0_quantile(self, q: float) -> int:
+        """K_q, the smallest k with at least a share q of activations at K_i <= k."""
+        if not 0 <= q <= 1:
+            raise ValueError(f"q is {q}, allowed is 0 to 1")
+        # ceil(q n) - 1, guarded against q * n landing a rounding error above a whole number.
+        return int(self.l0[max(0, -int(-(q * len(self.l0) - 1e-9) // 1) - 1)])
+
+
+def stability(
+    atoms: Float[Tensor, "F d"],
+    l0: Int[Tensor, " n"],
+    metric: AtomicInnerProduct | None = None,
+    alive: Bool[Tensor, " F"] | None = None,
+    tile: int = 4096,
+) -> Stability:
+    """Exact q* of a dictionary and the L0 of its codes, in one tiled pass over the pairs of atoms.
+
+    With G(t) the share of pairs of coherence < t and Phi(k) the share of activations with K_i <= k,
+    ``q* = max over k with G(1/(2k-1)) > Phi(k-1) of min(Phi(k), G(1/(2k-1)))`` (theory.md section 2). Only the
+    counts of pairs below 1, 1/3, 1/5, ... are kept, so the memory beside the unit atoms is one tile.
+
+    Args:
+        atoms: rows of the dictionary, shape (F, d), in the dtype the certificate is to be computed in.
+        l0: number of active atoms per activation, shape (n,).
+        metric: the AIP, or None for Euclidean coherence.
+        alive: which atoms fired on the data, shape (F,); None counts all as alive.
+        tile: rows of a tile of pairs.
+
+    Raises:
+        ValueError: empty or non-finite input, negative L0, wrong widths, or an alive atom that is zero.
+    """
+    check_rows(atoms, "atoms", None if metric is None else metric.width)
+    if l0.numel() == 0:
+        raise ValueError("l0 is empty: q* needs the codes of at least one activation")
+    if int(l0.min()) < 0:
+        raise ValueError(f"l0 holds {int(l0.min())}, allowed are counts >= 0")
+    if alive is not None and alive.shape != atoms.shape[:1]:
+        raise ValueError(f"alive has shape {tuple(alive.shape)}, expected ({len(atoms)},)")
+    living = atoms if alive is None else atoms[alive]
+    n_atoms = len(living)
+    ordered = l0.cpu().long().sort().values
+    k_max = int(ordered[-1])
+
+    # below[k] = pairs with coherence < 1/(2k-1); every pair passes at k = 0.
+    below = torch.zeros(k_max + 1, dtype=torch.int64)
+    histogram = torch.zeros(_BINS, dtype=torch.int64)
+    top = 0.0
+    pairs = n_atoms * (n_atoms - 1) // 2
+    if pairs:
+        dtype = living.dtype if living.dtype in _TIE else torch.float32
+        units = unit_rows(_whitened(living, metric)).to(dtype)
+        ks = torch.arange(1, k_max + 1, dtype=torch.float64)
+        # Ascending limits; a cosine in [limits[i-1], limits[i]) passes exactly the thresholds from i on.
+        limits = (1 / (2 * ks - 1) - _TIE[dtype]).flip(0).to(units.device, dtype)
+        passed = torch.zeros(k_max + 1, dtype=torch.int64)
+        for cosines in pair_tiles(units, tile):
+            coherence = cosines.abs_()
+            top = max(top, float(coherence.max()))
+            histogram += coherence.float().histc(_BINS, 0, 1.00001).long().cpu()
+            if k_max:
+                near = coherence[coherence >= limits[0]]
+                passed += torch.bincount(torch.bucketize(near, limits, right=True), minlength=k_max + 1).cpu()
+        passed[0] = pairs - int(passed[1:].sum())
+        below = torch.cat([torch.tensor([pairs]), passed.cumsum(0)[:k_max].flip(0)])
+
+    q_star = _q_star(below, pairs, ordered) if n_atoms else 0.0
+    return Stability(
+        q_star=q_star,
+        empty_codes=float((ordered == 0).double().mean()),
+        n_atoms=n_atoms,
+        dead_atoms=len(atoms) - n_atoms,
+        pairs=pairs,
+        max_coherence=min(top, 1.0),
+        l0=ordered,
+        coherence_counts=histogram,
+    )
+
+
+def _whitened(atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None) -> Float[Tensor, "F d"]:
+    """Atoms in the space where the AIP is Euclidean, in chunks so that float64 is never held for all of them."""
+    if metric is None:
+        return atoms
+    return torch.cat([metric.whiten(chunk).to(atoms.dtype) for chunk in atoms.split(8192)])
+
+
+def _q_star(below: Int[Tensor, " k"], pairs: int, ordered: Int[Tensor, " n"]) -> float:
+    n = len(ordered)
+    cumulative = torch.bincount(ordered, minlength=len(below)).cumsum(0)  # n * Phi(k)
+    best = 0.0
+    for k, passing in enumerate(below.tolist()):
+        # Integer cross-multiplication keeps G > Phi exact; without pairs the condition holds for every k.
+        g, whole = (passing, pairs) if pairs else (1, 1)
+        previous = int(cumulative[k - 1]) if k else 0
+        if g * n > previous * whole:
+            best = max(best, min(int(cumulative[k]) / n, g / whole))
+    return best

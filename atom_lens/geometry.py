@@ -1,0 +1,310 @@
+"""The atomic inner product: the metric under which atoms are to be told apart.
+
+``C = E[x xᵀ]`` is accumulated from activations, ``S = C⁻¹`` is the metric, and ``<u, v>_S = uᵀSv``. Whitening
+with ``S^{1/2}`` turns it into the ordinary inner product (theory.md section 1; arXiv 2509.20784).
+
+Needs torch only, runs on any device, and takes plain tensors, so it can be used on anybody's dictionary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from atom_lens._files import replacing
+
+Ridge = float | Literal["oas"]
+DEFAULT_RIDGE = 1e-6
+
+
+def check_rows(x: Tensor, name: str, width: int | None = None) -> None:
+    """Raise a ValueError that says what is wrong with `x` as a matrix of rows, and where."""
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape (rows, width), got shape {tuple(x.shape)}")
+    if x.shape[0] == 0:
+        raise ValueError(f"{name} is empty: it has 0 rows of width {x.shape[1]}")
+    if width is not None and x.shape[1] != width:
+        raise ValueError(f"{name} has width {x.shape[1]}, expected {width}")
+    bad = ~torch.isfinite(x).all(dim=1)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"{name} has {int(bad.sum())} rows with NaN or infinite values, the first is row {first}")
+
+
+class SecondMoment:
+    """Streamed, mergeable ``sum x xᵀ`` in float64 (uncentred: the shift towards one direction is part of it)."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.n = 0
+        self.total: Float[Tensor, "d d"] = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    @property
+    def width(self) -> int:
+        return self.total.shape[0]
+
+    @property
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """C, shape (d, d), float64."""
+        if self.n == 0:
+            raise ValueError("the second moment is empty: no rows were added")
+        return self.total / self.n
+
+    def update(self, x: Float[Tensor, "n d"]) -> SecondMoment:
+        """Add the rows of `x`, in chunks so that no float64 copy of all of `x` is made."""
+        check_rows(x, "x", self.width)
+        for chunk in x.split(8192):
+            rows = chunk.to(self.total.device, torch.float64)
+            self.total.addmm_(rows.T, rows)
+        self.n += len(x)
+        return self
+
+    def merge(self, other: SecondMoment) -> SecondMoment:
+        """Add what `other` has seen, as if its rows had been given to this one."""
+        if other.width != self.width:
+            raise ValueError(f"cannot merge second moments of width {other.width} and {self.width}")
+        self.total += other.total.to(self.total.device)
+        self.n += other.n
+        return self
+
+
+def oas_ridge(c: Float[Tensor, "d d"], n: int) -> float:
+    """Oracle approximating shrinkage (Chen et al. 2010, assumed centred) as a relative ridge.
+
+    Shrinking to ``(1-s) C + s tr(C)/d I`` equals, up to a factor that no cosine sees, the ridge ``s / (1-s)``.
+    """
+    d = len(c)
+    mu = c.trace() / d
+    mean_square = c.square().mean()
+    spread = (n + 1) * (mean_square - mu**2 / d)
+    s = 1.0 if spread <= 0 else min(1.0, float((mean_square + mu**2) / spread))
+    if s >= 1.0:
+        raise ValueError(f"OAS shrinkage is total at n={n} rows of width {d}: the rows say nothing about the metric")
+    return s / (1 - s)
+
+
+class AtomicInnerProduct:
+    """The metric ``S = (C + ridge * tr(C)/d * I)⁻¹`` of activations of width d.
+
+    Args:
+        c: second moment of the activations, shape (d, d), float64, before regularisation.
+        n: number of rows it comes from.
+        ridge: regularisation relative to the mean eigenvalue, or ``"oas"`` for a shrinkage chosen from the data.
+        source: what the rows were, kept with the metric because a metric from other text is another metric.
+
+    Raises:
+        ValueError: one row, non-finite or non-square C, a negative ridge, or a rank-deficient C (unless "oas").
+    """
+
+    def __init__(
+        self, c: Float[Tensor, "d d"], n: int, ridge: Ridge = DEFAULT_RIDGE, source: str = "unknown"
+    ) -> None:
+        check_rows(c, "the second moment", width=len(c))
+        if n < 2:
+            raise ValueError(f"a metric needs at least 2 rows, got {n}")
+        d = len(c)
+        c = c.double()
+        if isinstance(ridge, str):
+            if ridge != "oas":
+                raise ValueError(f"ridge is {ridge!r}, allowed are a number >= 0 and 'oas'")
+            rho = oas_ridge(c, n)
+        elif not (math.isfinite(ridge) and ridge >= 0):
+            raise ValueError(f"ridge is {ridge}, allowed are a finite number >= 0 and 'oas'")
+        else:
+            rho = float(ridge)
+            rank = int(torch.linalg.matrix_rank(c, hermitian=True))
+            if rank < d:
+                raise ValueError(
+                    f"the activations have rank {rank} of width {d} (n={n} rows): "
+                    "give more rows, or ridge='oas' to shrink what they leave open"
+                )
+        values, vectors = torch.linalg.eigh(c)
+        self.n, self.ridge, self.source = n, rho, source
+        self.eigenvalues: Float[Tensor, " d"] = values.clamp(min=0) + rho * c.trace() / d
+        self.eigenvectors: Float[Tensor, "d d"] = vectors
+
+    @classmethod
+    def estimate(
+        cls, x: Float[Tensor, "n d"], ridge: Ridge = DEFAULT_RIDGE, source: str = "unknown"
+    ) -> AtomicInnerProduct:
+        """Estimate the metric from activations `x`, shape (n, d). Use `SecondMoment` for streams."""
+        moment = SecondMoment(x.shape[-1], x.device).update(x)
+        return cls(moment.matrix, moment.n, ridge, source)
+
+    @classmethod
+    def from_eigen(
+        cls, values: Float[Tensor, " d"], vectors: Float[Tensor, "d d"], n: int, ridge: float, source: str
+    ) -> AtomicInnerProduct:
+        """Rebuild a metric from the eigen-decomposition of the (already regularised) second moment.
+
+        Raises:
+            ValueError: shapes do not fit, or the values are not finite and positive.
+        """
+        d = values.numel()
+        if values.shape != (d,) or vectors.shape != (d, d):
+            raise ValueError(f"eigenvalues {tuple(values.shape)} and eigenvectors {tuple(vectors.shape)} do not fit")
+        if not (torch.isfinite(values).all() and torch.isfinite(vectors).all() and (values > 0).all()):
+            raise ValueError("the metric is not finite and positive")
+        made = object.__new__(cls)
+        made.n, made.ridge, made.source = n, ridge, source
+        made.eigenvalues, made.eigenvectors = values.double(), vectors.double()
+        return made
+
+    @property
+    def width(self) -> int:
+        return len(self.eigenvalues)
+
+    @property
+    def condition(self) -> float:
+        """Condition number of the regularised second moment."""
+        return float(self.eigenvalues[-1] / self.eigenvalues[0])
+
+    def _power(self, p: float) -> Float[Tensor, "d d"]:
+        return (self.eigenvectors * self.eigenvalues**p) @ self.eigenvectors.T
+
+    @cached_property
+    def metric(self) -> Float[Tensor, "d d"]:
+        """S, shape (d, d), float64."""
+        return self._power(-1.0)
+
+    @cached_property
+    def sqrt(self) -> Float[Tensor, "d d"]:
+        """Symmetric ``S^{1/2}``: the whitening."""
+        return self._power(-0.5)
+
+    @cached_property
+    def inverse_sqrt(self) -> Float[Tensor, "d d"]:
+        """Symmetric ``S^{-1/2}``: undoes the whitening."""
+        return self._power(0.5)
+
+    def to(self, device: torch.device | str) -> AtomicInnerProduct:
+        """A copy on another device; the dtype is float64 and stays so."""
+        return AtomicInnerProduct.from_eigen(
+            self.eigenvalues.to(device), self.eigenvectors.to(device), self.n, self.ridge, self.source
+        )
+
+    def whiten(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Rows ``S^{1/2} x``, in which the AIP is the Euclidean inner product. float64."""
+        check_rows(x, "x", self.width)
+        return x.double() @ self.sqrt
+
+    def unwhiten(self, y: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """The inverse of `whiten`. float64."""
+        check_rows(y, "y", self.width)
+        return y.double() @ self.inverse_sqrt
+
+    def cosine(self, u: Float[Tensor, "n d"], v: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+        """``<u_i, v_j>_S`` for all pairs, normalised: shape (n, m), float64."""
+        return unit_rows(self.whiten(u)) @ unit_rows(self.whiten(v)).T
+
+    def save(self, path: str | Path) -> Path:
+        """Write the metric to a safetensors file (exact: float64), replacing it whole or not at all."""
+        path = Path(path)
+        tensors = {"eigenvalues": self.eigenvalues, "eigenvectors": self.eigenvectors}
+        metadata = {"format": "atom_lens.aip.1", "n": str(self.n), "ridge": repr(self.ridge), "source": self.source}
+        with replacing(path) as temporary:
+            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> AtomicInnerProduct:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds no metric, or one that is not finite and positive.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no metric at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                values, vectors = file.get_tensor("eigenvalues"), file.get_tensor("eigenvectors")
+            return cls.from_eigen(
+                values, vectors, int(metadata["n"]), float(metadata["ridge"]), metadata["source"]
+            )
+        except Exception as error:
+            raise ValueError(f"{path} is not a metric saved by atom_lens: {error}") from error
+
+    def __repr__(self) -> str:
+        return (
+            f"AtomicInnerProduct(width={self.width}, n={self.n}, ridge={self.ridge:.3g}, "
+            f"condition={self.condition:.2e}, source={self.source!r})"
+        )
+
+
+def unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Rows scaled to unit Euclidean norm; a zero row has no direction and is refused."""
+    norms = x.norm(dim=1, keepdim=True)
+    if (norms == 0).any():
+        raise ValueError(f"row {int((norms[:, 0] == 0).nonzero()[0])} is zero and has no direction")
+    return x / norms
+
+
+def pair_tiles(u: Float[Tensor, "n d"], tile: int = 4096) -> Iterator[Float[Tensor, " pairs"]]:
+    """Cosines of all pairs i < j of the unit rows `u`, a flat tile at a time: the n x n matrix never exists."""
+    for i in range(0, len(u), tile):
+        rows = u[i : i + tile]
+        for j in range(i, len(u), tile):
+            cosines = rows @ u[j : j + tile].T
+            if i == j:
+                upper = torch.ones_like(cosines, dtype=torch.bool).triu_(1)
+                yield cosines[upper]
+            else:
+                yield cosines.flatten()
+
+
+@dataclass(frozen=True)
+class AngleHistogram:
+    """Exact histogram of the angles of all pairs, in degrees. `counts[k]` pairs lie in [edges[k], edges[k+1])."""
+
+    counts: Int[Tensor, " bins"]
+    edges: Float[Tensor, " edges"]
+    mean: float
+
+    @property
+    def pairs(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def median(self) -> float:
+        """Middle of the bin that holds the median."""
+        k = int((self.counts.cumsum(0) * 2 >= self.pairs).nonzero()[0])
+        return float(self.edges[k] + self.edges[k + 1]) / 2
+
+
+def angle_histogram(
+    x: Float[Tensor, "n d"], metric: AtomicInnerProduct | None = None, bins: int = 3600
+) -> AngleHistogram:
+    """Angles of all n(n-1)/2 pairs of rows of `x`, shape (n, d); Euclidean, or under `metric`.
+
+    Raises:
+        ValueError: fewer than two rows, non-finite values, or a zero row.
+    """
+    check_rows(x, "x", None if metric is None else metric.width)
+    if len(x) < 2:
+        raise ValueError(f"angles need at least 2 rows, got {len(x)}")
+    u = unit_rows(x.double() if metric is None else metric.whiten(x))
+    counts = torch.zeros(bins, dtype=torch.int64, device=x.device)
+    total = 0.0
+    for cosines in pair_tiles(u):
+        angles = cosines.clamp_(-1, 1).acos_().rad2deg_()
+        total += float(angles.sum())
+        counts += torch.bincount((angles * (bins / 180)).long().clamp_(max=bins - 1), minlength=bins)
+    return AngleHistogram(counts.cpu(), torch.linspace(0, 180, bins + 1), total / (len(x) * (len(x) - 1) / 2))
+
+
+def massive_rows(x: Float[Tensor, "n d"], ratio: float) -> Bool[Tensor, " n"]:
+    """True where a row's norm exceeds `ratio` times the median norm (theory.md section 1: first tokens, BOS)."""
+    norms = x.float().norm(dim=1)
+    return norms > ratio * norms.median()

