@@ -24,7 +24,8 @@ from torch import Tensor
 from atom_lens._files import replacing
 
 Ridge = float | Literal["oas"]
-DEFAULT_RIDGE = 1e-6
+# Held-out Gaussian likelihood of the demo model's activations is best near this (docs/training.md).
+DEFAULT_RIDGE = 1e-4
 
 
 def check_rows(x: Tensor, name: str, width: int | None = None) -> None:
@@ -105,9 +106,7 @@ class AtomicInnerProduct:
         ValueError: one row, non-finite or non-square C, a negative ridge, or a rank-deficient C (unless "oas").
     """
 
-    def __init__(
-        self, c: Float[Tensor, "d d"], n: int, ridge: Ridge = DEFAULT_RIDGE, source: str = "unknown"
-    ) -> None:
+    def __init__(self, c: Float[Tensor, "d d"], n: int, ridge: Ridge = DEFAULT_RIDGE, source: str = "unknown") -> None:
         check_rows(c, "the second moment", width=len(c))
         if n < 2:
             raise ValueError(f"a metric needs at least 2 rows, got {n}")
@@ -210,7 +209,12 @@ class AtomicInnerProduct:
         """Write the metric to a safetensors file (exact: float64), replacing it whole or not at all."""
         path = Path(path)
         tensors = {"eigenvalues": self.eigenvalues, "eigenvectors": self.eigenvectors}
-        metadata = {"format": "atom_lens.aip.1", "n": str(self.n), "ridge": repr(self.ridge), "source": self.source}
+        metadata = {
+            "format": "atom_lens.aip.1",
+            "n": str(self.n),
+            "ridge": repr(self.ridge),
+            "source": self.source,
+        }
         with replacing(path) as temporary:
             save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
         return path
@@ -230,9 +234,7 @@ class AtomicInnerProduct:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 values, vectors = file.get_tensor("eigenvalues"), file.get_tensor("eigenvectors")
-            return cls.from_eigen(
-                values, vectors, int(metadata["n"]), float(metadata["ridge"]), metadata["source"]
-            )
+            return cls.from_eigen(values, vectors, int(metadata["n"]), float(metadata["ridge"]), metadata["source"])
         except Exception as error:
             raise ValueError(f"{path} is not a metric saved by atom_lens: {error}") from error
 

@@ -89,8 +89,7 @@ class TSAE(JumpReLUSAE):
         super()._apply(fn, recurse)
         for name, value in exact.items():
             assert value is not None
-            moved = torch.empty_like(value, device=fn(value).device) if value.is_meta else value.to(fn(value).device)
-            self.register_buffer(name, moved)
+            self.register_buffer(name, value.to(fn(value).device))
         return self
 
     @override
@@ -129,13 +128,11 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
         jumprelu_bandwidth: width of the straight-through window, in units of the norm of a whitened activation.
     """
 
-    encoder: Literal["tied", "free"] = "free"
+    encoder: Literal["tied", "free"] = "tied"
     loss_norm: float = 0.5
     tail: float = 1.0
     revival: float = 1 / 32
-    normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"] = (
-        _WHITENED
-    )
+    normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"] = _WHITENED
     decoder_init_norm: float | None = 1.0
 
     @override

@@ -89,7 +89,12 @@ def harvest(
         else:
             runner = open_backend(source, backend, DTYPES[dtype], device)
             rows, values = _run(runner, prompts, patterns, positions, max_tokens, batch_tokens)
-            about = {"model": source.name, "revision": source.revision, "hooks": list(values), "positions": positions}
+            about = {
+                "model": source.name,
+                "revision": source.revision,
+                "hooks": list(values),
+                "positions": positions,
+            }
             write_store(folder, rows, values, about)
     else:
         rows, values = _run(wrap_backend(model), prompts, patterns, positions, max_tokens, batch_tokens)
@@ -111,9 +116,14 @@ def _run(
 ) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]]]:
     hooks = expand_hooks(patterns, backend.hooks, backend.n_layers)
     if not getattr(backend.tokenizer, "is_fast", False):
-        raise ValueError(f"the tokenizer {type(backend.tokenizer).__name__} gives no character offsets, a fast one is needed")
+        raise ValueError(
+            f"the tokenizer {type(backend.tokenizer).__name__} gives no character offsets, a fast one is needed"
+        )
     encoded = backend.tokenizer(
-        [prompt.text for prompt in prompts], return_offsets_mapping=True, truncation=True, max_length=max_tokens
+        [prompt.text for prompt in prompts],
+        return_offsets_mapping=True,
+        truncation=True,
+        max_length=max_tokens,
     )
     tokens, reads = [], []
     for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):

@@ -43,7 +43,9 @@ def expand_hooks(patterns: Sequence[str], available: Iterable[str], n_layers: in
         if not matches:
             layer = re.match(r"blocks\.(-?\d+)\.", pattern)
             if layer and not 0 <= int(layer[1]) < n_layers:
-                raise ValueError(f"hook {pattern!r} asks for layer {layer[1]}, the model has layers 0 to {n_layers - 1}")
+                raise ValueError(
+                    f"hook {pattern!r} asks for layer {layer[1]}, the model has layers 0 to {n_layers - 1}"
+                )
             near = difflib.get_close_matches(pattern, names, n=3) or [f"blocks.0.{name}" for name in COMMON]
             raise ValueError(f"hook {pattern!r} is not in this model, near are {', '.join(near)}")
         for match in matches:

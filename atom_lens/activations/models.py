@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from atom_lens._files import replacing_folder
 
@@ -69,7 +75,7 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
 def load_model(source: ModelSource, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in eval mode with eager attention (both backends then compute the same), and its tokenizer."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, revision=source.revision, dtype=dtype, attn_implementation="eager"
         )
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)

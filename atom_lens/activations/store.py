@@ -45,10 +45,13 @@ def store_key(
 
 
 def write_store(
-    folder: Path, rows: Int[Tensor, "n 2"], activations: dict[str, Float[Tensor, "n _"]], about: dict[str, Any]
+    folder: Path,
+    rows: Int[Tensor, "n 2"],
+    activations: dict[str, Float[Tensor, "n _"]],
+    about: dict[str, Any],
 ) -> None:
     """Save activations, hook -> (n, d), and the (prompt, token) that each row was read at."""
-    features = {"prompt": Value("int32"), "token": Value("int32")}
+    features: dict[str, Any] = {"prompt": Value("int32"), "token": Value("int32")}
     columns: dict[str, Any] = {"prompt": rows[:, 0].int().numpy(), "token": rows[:, 1].int().numpy()}
     for hook, x in activations.items():
         # Arrow has no bfloat16; float32 holds it exactly.
@@ -61,10 +64,11 @@ def write_store(
         (temporary / "about.json").write_text(json.dumps(about, indent=2))
 
 
-def read_store(folder: Path) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]]]:
-    """What `write_store` saved."""
+def read_store(folder: Path) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]], dict[str, Any]]:
+    """What `write_store` saved: rows, activations, about."""
     dataset = load_from_disk(folder).with_format("numpy")
     assert isinstance(dataset, Dataset)
     rows = torch.from_numpy(np.stack([dataset["prompt"][:], dataset["token"][:]], axis=1)).long()
     hooks = [name for name in dataset.column_names if name not in ("prompt", "token")]
-    return rows, {hook: torch.from_numpy(np.array(dataset[hook][:])) for hook in hooks}
+    about = json.loads((folder / "about.json").read_text())
+    return rows, {hook: torch.from_numpy(np.array(dataset[hook][:])) for hook in hooks}, about

@@ -57,7 +57,7 @@ class TransformerLensBackend:
 
             return hook_fn
 
-        fwd_hooks = [(name, keep(name)) for name in hooks]
+        fwd_hooks: list[Any] = [(name, keep(name)) for name in hooks]
         if isinstance(self.model, TransformerBridge) and _AFTER_LAYERS in self.model.hook_dict:
             # Asked to stop after its last layer the bridge runs the unembedding all the same, which can cost more
             # than all layers together.

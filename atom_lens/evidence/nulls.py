@@ -11,7 +11,7 @@ from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
 
 
 class Pursuit:
-    """A dictionary with orthogonal matching pursuit as its encoder: the k best atoms under the metric, greedily.
+    """A dictionary with orthogonal matching pursuit as its encoder: the k best atoms in a norm, greedily.
 
     Looks like an sae-lens SAE to `measure`: `W_dec`, `encode`, `decode`. This gives a null the same number of
     atoms and the same K as the atoms it stands beside, and an encoder at least as good as a threshold.
@@ -19,28 +19,30 @@ class Pursuit:
     Args:
         atoms: rows, shape (F, d), any non-zero length.
         mean: subtracted before and added after, shape (d,).
-        metric: the norm in which residuals are pursued.
+        norm: in which residuals are pursued: the AIP, or None for Euclidean.
         k: atoms per activation, at least 1.
     """
 
     def __init__(
-        self, atoms: Float[Tensor, "F d"], mean: Float[Tensor, " d"], metric: AtomicInnerProduct, k: int
+        self, atoms: Float[Tensor, "F d"], mean: Float[Tensor, " d"], norm: AtomicInnerProduct | None, k: int
     ) -> None:
-        check_rows(atoms, "atoms", metric.width)
+        check_rows(atoms, "atoms", len(mean))
         if not 1 <= k <= min(atoms.shape):
             raise ValueError(f"k is {k}, allowed is 1 to {min(atoms.shape)}")
-        units = unit_rows(metric.whiten(atoms))
+        self.norm, self.mean, self.k = norm, mean, k
+        units = unit_rows(self._mapped(atoms))
         self.units: Float[Tensor, "F d"] = units.float()
-        self.W_dec: Float[Tensor, "F d"] = (units @ metric.inverse_sqrt).float()
-        self.mean, self.metric, self.k = mean, metric, k
+        self.W_dec: Float[Tensor, "F d"] = (units if norm is None else units @ norm.inverse_sqrt).float()
+
+    def _mapped(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        return x.double() if self.norm is None else x.double() @ self.norm.sqrt
 
     def encode(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n F"]:
-        y = ((x - self.mean).double() @ self.metric.sqrt).float()
-        support, values = orthogonal_matching_pursuit(y, self.units, self.k)
+        support, values = orthogonal_matching_pursuit(self._mapped(x - self.mean).float(), self.units, self.k)
         return torch.zeros(len(x), len(self.units), device=x.device).scatter_(1, support, values)
 
-    def decode(self, codes: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
-        return codes @ self.W_dec + self.mean
+    def decode(self, feature_acts: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
+        return feature_acts @ self.W_dec + self.mean
 
 
 def orthogonal_matching_pursuit(
@@ -66,9 +68,7 @@ def orthogonal_matching_pursuit(
     return support, values
 
 
-def random_atoms(
-    n_atoms: int, metric: AtomicInnerProduct, generator: torch.Generator
-) -> Float[Tensor, "F d"]:
+def random_atoms(n_atoms: int, metric: AtomicInnerProduct, generator: torch.Generator) -> Float[Tensor, "F d"]:
     """iid directions, uniform under the metric: Gaussian in the whitened space. Shape (n_atoms, d)."""
     gaussian = torch.randn(n_atoms, metric.width, generator=generator, dtype=torch.float64)
     return metric.unwhiten(gaussian.to(metric.eigenvalues.device)).float()

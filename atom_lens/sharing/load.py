@@ -24,12 +24,20 @@ def aip_converter(
     cfg, state = sae_lens_disk_loader(path, device, cfg_overrides)
     aip = AtomicInnerProduct.load(Path(path) / AIP_FILENAME)
     if cfg["architecture"] not in ("jumprelu", ARCHITECTURE):
-        raise ValueError(f"architecture of {str(path)!r} is {cfg['architecture']!r}, allowed are jumprelu, {ARCHITECTURE}")
+        raise ValueError(
+            f"architecture of {str(path)!r} is {cfg['architecture']!r}, allowed are jumprelu, {ARCHITECTURE}"
+        )
     if aip.width != cfg["d_in"]:
         raise ValueError(f"{path}: the metric has width {aip.width}, the weights have d_in {cfg['d_in']}")
     cfg["architecture"] = ARCHITECTURE
-    cfg["metadata"] = {**cfg.get("metadata", {}), "aip": {"n": aip.n, "ridge": aip.ridge, "source": aip.source}}
-    state["aip_eigenvalues"], state["aip_eigenvectors"] = aip.eigenvalues.to(device), aip.eigenvectors.to(device)
+    cfg["metadata"] = {
+        **cfg.get("metadata", {}),
+        "aip": {"n": aip.n, "ridge": aip.ridge, "source": aip.source},
+    }
+    state["aip_eigenvalues"], state["aip_eigenvectors"] = (
+        aip.eigenvalues.to(device),
+        aip.eigenvectors.to(device),
+    )
     return cfg, state
 
 
@@ -46,6 +54,14 @@ def load_atoms(path: str | Path, device: str = "cpu", dtype: str | None = None, 
         FileNotFoundError: no atoms there.
         ValueError: several hooks and none chosen, or files that do not fit together.
     """
+    folder = atoms_folder(path, hook)
+    atoms = SAE.load_from_disk(folder, device=device, dtype=dtype, converter=aip_converter)
+    assert isinstance(atoms, TSAE)
+    return atoms
+
+
+def atoms_folder(path: str | Path, hook: str | None = None) -> Path:
+    """The sae-lens folder at `path`: itself, or the one of `hook` in a run folder."""
     folder = Path(path)
     if not (folder / SAE_CFG_FILENAME).is_file():
         hooks = sorted(cfg.parent.name for cfg in folder.glob(f"*/{SAE_CFG_FILENAME}"))
@@ -55,7 +71,5 @@ def load_atoms(path: str | Path, device: str = "cpu", dtype: str | None = None, 
             raise ValueError(f"{str(path)!r} holds atoms of {len(hooks)} hooks, choose hook= of {', '.join(hooks)}")
         if hook is not None and hook not in hooks:
             raise ValueError(f"hook {hook!r} is not in {str(path)!r}, allowed are {', '.join(hooks)}")
-        folder = folder / (hook or hooks[0])
-    atoms = SAE.load_from_disk(folder, device=device, dtype=dtype, converter=aip_converter)
-    assert isinstance(atoms, TSAE)
-    return atoms
+        return folder / (hook or hooks[0])
+    return folder

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from atom_lens.activations import prompts as sources
 from atom_lens.activations.positions import Positions
 from atom_lens.activations.prompts import Prompt
+from atom_lens.geometry import DEFAULT_RIDGE
 
 
 class _Section(BaseModel):
@@ -99,7 +100,7 @@ class Split(_Section):
 class Metric(_Section):
     """The atomic inner product. `ridge` is relative to the mean eigenvalue, or "oas"."""
 
-    ridge: float | Literal["oas"] = 1e-6
+    ridge: float | Literal["oas"] = DEFAULT_RIDGE
 
 
 class Atoms(_Section):
@@ -135,7 +136,10 @@ class Wandb(_Section):
 
 
 class Recipe(_Section):
-    """One study: model, prompts, hooks and positions, split, metric, atoms, training."""
+    """One study: model, prompts, hooks and positions, split, metric; atoms and training where some are trained.
+
+    `other_text` is what a metric from another distribution is estimated on (`atom-lens shift`).
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: Model
@@ -144,12 +148,12 @@ class Recipe(_Section):
     positions: Positions = "subject_last"
     massive_ratio: float | None = Field(10.0, gt=1)
     max_tokens: int = Field(1024, ge=1)
-    split: Split = Split()
+    split: Split = Split.model_validate({})
     metric: Metric = Metric()
-    atoms: Atoms
-    training: Training
+    atoms: Atoms | None = None
+    training: Training | None = None
     wandb: Wandb = Wandb()
-    other_text: Prompts | None = None
+    other_text: Prompts = PythonDocs(source="python_docs", limit=300)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -224,7 +228,7 @@ def _sentence(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"key {key} is missing"
     if problem["type"].startswith("union_tag"):
-        return f"key {key}.source is {_shown(problem['input'])}, allowed are {problem['ctx'].get('expected_tags', tags[:5])}"
+        return f"key {key}.source is {_shown(problem['input'])}, allowed are {', '.join(tags[:5])}"
     allowed = problem["msg"].removeprefix("Input should be ")
     return f"key {key} is {_shown(problem['input'])}, allowed is {allowed}"
 
@@ -237,7 +241,13 @@ def _shown(value: Any) -> str:
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     section: Any = Recipe
     for part in location:
-        members = {"cities": Cities, "python_docs": PythonDocs, "text": TextFile, "jsonl": JsonLines, "dataset": HubDataset}
+        members = {
+            "cities": Cities,
+            "python_docs": PythonDocs,
+            "text": TextFile,
+            "jsonl": JsonLines,
+            "dataset": HubDataset,
+        }
         if part in members:
             section = members[str(part)]
         elif isinstance(section, type) and str(part) in section.model_fields:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from safetensors.torch import save_file
 from sae_lens.constants import SPARSITY_FILENAME
+from safetensors.torch import save_file
 from torch import Tensor
 
 from atom_lens._files import replacing_folder, write_json
@@ -42,6 +42,9 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
     folder = Path(out) / recipe.name
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output folder {str(folder)!r} is not empty: choose another name= or remove it")
+    for section in ("atoms", "training"):
+        if getattr(recipe, section) is None:
+            raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, train needs it")
     prompts = unique_subjects(recipe.prompts.read())
     found = harvest_for(recipe, prompts)
     logger.info("harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store)
@@ -87,6 +90,7 @@ def split_activations(
 
 
 def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, folder: Path) -> dict[str, Any]:
+    assert recipe.atoms is not None and recipe.training is not None
     x, heldout = split_activations(recipe, prompts, found, hook)
     start = time.monotonic()
     aip = AtomicInnerProduct.estimate(x, recipe.metric.ridge, source=f"{recipe.name}: {len(x)} training activations")
@@ -113,7 +117,9 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
             "seconds": {"harvest": found.seconds, "metric": estimated - start, "train": trained - estimated},
         },
     )
-    report["seconds"]["train_rows_per_second"] = recipe.training.steps * recipe.training.batch_size / (trained - estimated)
+    report["seconds"]["train_rows_per_second"] = (
+        recipe.training.steps * recipe.training.batch_size / (trained - estimated)
+    )
     save_atoms(atoms, folder, report, sparsity)
     return report
 
@@ -123,5 +129,3 @@ def save_atoms(atoms: TSAE, folder: Path, report: dict[str, Any], sparsity: Floa
     atoms.save_model(folder)
     save_file({"sparsity": sparsity.float().cpu().contiguous()}, folder / SPARSITY_FILENAME)
     write_json(folder / "report.json", report)
-
-

@@ -1,0 +1,120 @@
+"""The command line: ``atom-lens train | evaluate | shift``."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from functools import partialmethod
+from pathlib import Path
+
+from atom_lens._version import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of ``atom-lens``."""
+    main_parser = argparse.ArgumentParser(
+        prog="atom-lens",
+        description="Atoms of language models, and the evidence that says what they are worth.",
+    )
+    main_parser.add_argument("--version", action="version", version=__version__)
+    commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.add_argument("--quiet", action="store_true", help="no progress bars, no table")
+        made.add_argument("--debug", action="store_true", help="show where an error comes from")
+        return made
+
+    overriding = "change a key of the recipe, e.g. atoms.target_l0=4 model.device=cuda"
+    train = command("train", "Harvest, train atoms, measure them against nulls; writes OUT/<name>/.")
+    train.add_argument("recipe", help="YAML file, see recipes/")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
+    train.add_argument("--out", default="runs", help="folder of run folders (default: runs)")
+
+    evaluate = command("evaluate", "Measure atoms, or any sae-lens SAE, on the activations of a recipe.")
+    evaluate.add_argument("atoms", help="run folder, atoms folder, or any sae-lens SAE folder")
+    evaluate.add_argument("--recipe", help="whose activations (default: the run's own recipe.yaml)")
+    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
+    evaluate.add_argument("--json", type=Path, help="also write the report to this file")
+
+    shift = command("shift", "Angles between activations: Euclidean, and under metrics from the same and other text.")
+    shift.add_argument("recipe", help="YAML file, see recipes/")
+    shift.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
+    shift.add_argument("--json", type=Path, help="also write the figures to this file")
+    return main_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 with one sentence on anything a user can mend."""
+    arguments = parser().parse_args(argv)
+    _quiet_bars(disable=True if arguments.quiet else None)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("atom_lens").setLevel(logging.WARNING if arguments.quiet else logging.INFO)
+    try:
+        {"train": _train, "evaluate": _evaluate, "shift": _shift}[arguments.command](arguments)
+    except (ValueError, OSError) as error:
+        if arguments.debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            text = (
+                f"no disk space is left to write {error.filename or 'the output'}: free some, or choose another --out"
+            )
+        print(f"atom-lens {arguments.command}: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"atom-lens {arguments.command}: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet_bars(disable: bool | None) -> None:
+    """Progress bars of every library here; None silences them where there is no terminal."""
+    from tqdm.std import tqdm
+
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=disable)  # type: ignore[method-assign]
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from atom_lens.evidence import reading, table
+    from atom_lens.training import train
+
+    folder = train(arguments.recipe, arguments.overrides, arguments.out)
+    if arguments.quiet:
+        return
+    report = json.loads((folder / "report.json").read_text())
+    for hook, one in report.get("hooks", {report.get("hook"): report}).items():
+        print(f"\n{hook} of {one['model']}\n\n{table(one)}\n\n{reading(one)}")
+    print(f"\nwritten to {folder}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from atom_lens._files import write_json
+    from atom_lens.evidence import reading, table
+    from atom_lens.experiments.evaluate import evaluate_folder, recipe_beside
+
+    report = evaluate_folder(arguments.atoms, arguments.recipe or recipe_beside(arguments.atoms), arguments.overrides)
+    if arguments.json:
+        write_json(arguments.json, report)
+    if not arguments.quiet:
+        print(f"{report['hook']} of {report['model']}\n\n{table(report)}\n\n{reading(report)}")
+
+
+def _shift(arguments: argparse.Namespace) -> None:
+    from atom_lens._files import write_json
+    from atom_lens.experiments.shift import shift, shift_table
+    from atom_lens.training import load_recipe
+
+    found = shift(load_recipe(arguments.recipe, arguments.overrides))
+    if arguments.json:
+        write_json(arguments.json, found)
+    if not arguments.quiet:
+        print(shift_table(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

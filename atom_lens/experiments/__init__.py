@@ -1,0 +1,1 @@
+"""The paper's studies and ours, each a recipe away."""
