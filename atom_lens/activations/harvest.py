@@ -29,6 +29,7 @@ class Harvest(dict[str, Tensor]):
         dropped: hook -> number of rows left out for their massive norm.
         seconds: time the harvest took.
         from_store: True when nothing was run because the activations were on disk.
+        prepend_bos: whether the tokenizer put a beginning-of-sequence token before the prompts.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,7 @@ class Harvest(dict[str, Tensor]):
         self.dropped: dict[str, int] = {}
         self.seconds = 0.0
         self.from_store = False
+        self.prepend_bos = False
 
 
 def harvest(
@@ -84,20 +86,23 @@ def harvest(
         key = store_key(source, prompts, patterns, positions, DTYPES[dtype], max_tokens)
         folder = (Path(store) if store is not None else cache_folder() / "activations") / key
         if folder.is_dir():
-            rows, values = read_store(folder)
+            rows, values, about = read_store(folder)
+            found.prepend_bos = about["prepend_bos"]
             found.from_store = True
         else:
             runner = open_backend(source, backend, DTYPES[dtype], device)
-            rows, values = _run(runner, prompts, patterns, positions, max_tokens, batch_tokens)
+            rows, values, found.prepend_bos = _run(runner, prompts, patterns, positions, max_tokens, batch_tokens)
             about = {
                 "model": source.name,
                 "revision": source.revision,
-                "hooks": list(values),
                 "positions": positions,
+                "prepend_bos": found.prepend_bos,
             }
             write_store(folder, rows, values, about)
     else:
-        rows, values = _run(wrap_backend(model), prompts, patterns, positions, max_tokens, batch_tokens)
+        rows, values, found.prepend_bos = _run(
+            wrap_backend(model), prompts, patterns, positions, max_tokens, batch_tokens
+        )
     for hook, x in values.items():
         massive = massive_rows(x, massive_ratio) if massive_ratio else torch.zeros(len(x), dtype=torch.bool)
         found[hook], found.rows[hook] = x[~massive], rows[~massive]
@@ -113,7 +118,7 @@ def _run(
     positions: Positions,
     max_tokens: int,
     batch_tokens: int,
-) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]]]:
+) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]], bool]:
     hooks = expand_hooks(patterns, backend.hooks, backend.n_layers)
     if not getattr(backend.tokenizer, "is_fast", False):
         raise ValueError(
@@ -157,7 +162,7 @@ def _run(
                     values[hook] = torch.empty(len(rows), x.shape[1], dtype=x.dtype)
                 values[hook][to] = x
             bar.update(len(batch))
-    return rows, values
+    return rows, values, encoded["input_ids"][0][0] == backend.tokenizer.bos_token_id
 
 
 def _batches(tokens: Sequence[Sequence[int]], budget: int) -> Iterable[list[int]]:

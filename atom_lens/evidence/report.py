@@ -1,4 +1,4 @@
-"""The report: what a dictionary is worth, train and held-out, beside nulls of the same F and K (theory.md section 4)."""
+"""The report: what a dictionary is worth, train and held-out, beside nulls of the same F and K (theory section 4)."""
 
 from __future__ import annotations
 

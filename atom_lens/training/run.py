@@ -98,7 +98,7 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
     metadata = {
         "model_name": recipe.model.name,
         "hook_name": hook,
-        "prepend_bos": True,
+        "prepend_bos": found.prepend_bos,
         "model_class_name": "TransformerBridge",
     }
     atoms, sparsity = fit(x, aip, recipe.atoms, recipe.training, metadata, recipe.wandb, recipe.name)
