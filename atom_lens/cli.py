@@ -50,7 +50,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one sentence on anything a user can mend."""
-    arguments = parser().parse_args(argv)
+    command_line = parser()
+    arguments, others = command_line.parse_known_args(argv)
+    # argparse takes positionals in one run only; overrides may also stand behind options.
+    misplaced = [text for text in others if text.startswith("-") or "=" not in text]
+    if misplaced:
+        command_line.error(f"unrecognized arguments: {' '.join(misplaced)}")
+    arguments.overrides += others
     _quiet_bars(disable=True if arguments.quiet else None)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("atom_lens").setLevel(logging.WARNING if arguments.quiet else logging.INFO)

@@ -129,7 +129,8 @@ class AtomicInnerProduct:
         values, vectors = torch.linalg.eigh(c)
         self.n, self.ridge, self.source = n, rho, source
         self.eigenvalues: Float[Tensor, " d"] = values.clamp(min=0) + rho * c.trace() / d
-        self.eigenvectors: Float[Tensor, "d d"] = vectors
+        # Contiguous, as they are read back from a file: products then round alike.
+        self.eigenvectors: Float[Tensor, "d d"] = vectors.contiguous()
 
     @classmethod
     def estimate(
@@ -261,7 +262,8 @@ def pair_tiles(u: Float[Tensor, "n d"], tile: int = 4096) -> Iterator[Float[Tens
             cosines = rows @ u[j : j + tile].T
             if i == j:
                 upper = torch.ones_like(cosines, dtype=torch.bool).triu_(1)
-                yield cosines[upper]
+                if len(cosines) > 1:
+                    yield cosines[upper]
             else:
                 yield cosines.flatten()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from atom_lens.activations.models import ModelSource, load_model
 BackendName = Literal["auto", "transformer_lens", "nnsight"]
 
 
+@runtime_checkable
 class Backend(Protocol):
     """A model with hooks. Hook names are TransformerLens' on every backend."""
 

@@ -41,7 +41,7 @@ class Residuals:
 
 
 def faithfulness(
-    x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"], metric: AtomicInnerProduct | None = None
+    x: Float[Tensor, "n d"], x_hat: Float[Tensor, "m e"], metric: AtomicInnerProduct | None = None
 ) -> float:
     """R² = 1 - sum ||x - x_hat||² / sum ||x - mean(x)||², pooled over rows (theory.md section 2).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from atom_lens.evidence.stability import stability
 from atom_lens.geometry import AtomicInnerProduct, check_rows
 
 
+@runtime_checkable
 class Dictionary(Protocol):
     """What evidence needs of a dictionary: any sae-lens SAE has it."""
 
