@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class, register_sae_training_class
+from sae_lens.registry import (
+    SAE_CLASS_REGISTRY,
+    SAE_TRAINING_CLASS_REGISTRY,
+    register_sae_class,
+    register_sae_training_class,
+)
 from sae_lens.saes.jumprelu_sae import JumpReLU, Step
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationWhitening
 from torch import Tensor
 from typing_extensions import override
@@ -33,6 +38,9 @@ _WHITENED = "covariance_whitening"  # sae-lens' mark of weights that live in whi
 @dataclass
 class TSAEConfig(JumpReLUSAEConfig):
     """Configuration of a trained TSAE. It saves itself as ``jumprelu``: any sae-lens tool can run it."""
+
+    # sae-lens' from_dict hands a plain dict to __init__ and puts the SAEMetadata in its place afterwards.
+    metadata: Any = field(default_factory=SAEMetadata)
 
     @override
     @classmethod
@@ -283,7 +291,8 @@ class TSAETraining(JumpReLUTrainingSAE):
 
 _TRAINING_BUFFERS = ("loss_weight", "l0_multiplier")
 
-# A second registration is an error in sae-lens, and this module can be executed twice (reload, notebooks).
-if ARCHITECTURE not in SAE_CLASS_REGISTRY:
-    register_sae_class(ARCHITECTURE, TSAE, TSAEConfig)
-    register_sae_training_class(ARCHITECTURE, TSAETraining, TSAETrainingConfig)
+# A second registration is an error in sae-lens, and a notebook may reload this module: the newest classes count.
+SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)
+SAE_TRAINING_CLASS_REGISTRY.pop(ARCHITECTURE, None)
+register_sae_class(ARCHITECTURE, TSAE, TSAEConfig)
+register_sae_training_class(ARCHITECTURE, TSAETraining, TSAETrainingConfig)

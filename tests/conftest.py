@@ -12,11 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atom_lens.activations.models import DEMO, find_model
 
-WORDS = [
-    *("Paris Lyon New York San Francisco Rome Oslo is a city in the of capital France Italy".split()),
-    *(chr(c) for c in range(33, 127)),
-    *("##" + chr(c) for c in range(33, 127)),
-]
+NAMES = "Paris Lyon New York San Francisco Rome Oslo is a city in the of capital France Italy"
+LETTERS = [chr(c) for c in range(33, 127)]
+WORDS = [*NAMES.split(), *LETTERS, *("##" + letter for letter in LETTERS)]
 
 
 @pytest.fixture(autouse=True)

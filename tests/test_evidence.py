@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def brute_force_q_star(atoms: list[list[int]], l0: list[int], alive: list[bool])
     steps |= {Fraction(i, len(squared)) for i in range(len(squared) + 1)} if squared else set()
     ordered = sorted(steps)
     best = Fraction(0)
-    for low, high in zip(ordered, ordered[1:], strict=False):
+    for low, high in pairwise(ordered):
         q = (low + high) / 2
         k = counts[-(-q * len(counts) // 1) - 1]
         mu_squared = squared[-(-q * len(squared) // 1) - 1] if squared else Fraction(0)
@@ -69,9 +69,7 @@ def test_stability_equals_brute_force(
 ) -> None:
     atoms, l0, alive = case
     dtype = torch.float64 if double else torch.float32
-    found = stability(
-        torch.tensor(atoms, dtype=dtype), torch.tensor(l0), alive=torch.tensor(alive), tile=tile
-    )
+    found = stability(torch.tensor(atoms, dtype=dtype), torch.tensor(l0), alive=torch.tensor(alive), tile=tile)
     assert found.q_star == pytest.approx(brute_force_q_star(atoms, l0, alive), abs=1e-12)
     assert found.dead_atoms == alive.count(False)
     assert found.empty_codes == pytest.approx(l0.count(0) / len(l0))
@@ -98,9 +96,7 @@ def test_quantiles_against_numpy(generator: torch.Generator) -> None:
     u = (atoms / atoms.norm(dim=1, keepdim=True)).numpy()
     coherence = np.abs(u @ u.T)[np.triu_indices(90, 1)]
     for q in (0.0, 0.1, 0.5, 0.998, 1.0):
-        assert found.coherence_quantile(q) == pytest.approx(
-            np.quantile(coherence, q, method="inverted_cdf"), abs=1e-4
-        )
+        assert found.coherence_quantile(q) == pytest.approx(np.quantile(coherence, q, method="inverted_cdf"), abs=1e-4)
         assert found.l0_quantile(q) == np.quantile(l0.numpy(), q, method="inverted_cdf")
     assert found.max_coherence == pytest.approx(coherence.max(), abs=1e-6)
 

@@ -1,0 +1,259 @@
+"""The architecture: registered with sae-lens, exact through export and loading, refused where it would be wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import shifted
+from sae_lens import SAE, JumpReLUSAE, TrainingSAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_class, get_sae_training_class
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file
+
+from atom_lens import (
+    TSAE,
+    AtomicInnerProduct,
+    TSAEConfig,
+    TSAETraining,
+    TSAETrainingConfig,
+    aip_converter,
+    fit,
+    load_atoms,
+)
+from atom_lens.training.fit import shuffled_batches
+from atom_lens.training.recipe import Atoms, Training
+
+
+@pytest.fixture
+def x(generator: torch.Generator) -> torch.Tensor:
+    return shifted(400, 12, generator)
+
+
+@pytest.fixture(params=["tied", "free"])
+def atoms(request: pytest.FixtureRequest, x: torch.Tensor) -> TSAE:
+    return train(x, request.param)
+
+
+def train(x: torch.Tensor, encoder: str = "tied", seed: int = 0, steps: int = 60) -> TSAE:
+    aip = AtomicInnerProduct.estimate(x, source="test")
+    recipe = Atoms(capacity=40, target_l0=3.0, encoder=encoder)  # pyright: ignore[reportArgumentType]
+    settings = Training(steps=steps, batch_size=64, seed=seed, device="cpu")
+    return fit(x, aip, recipe, settings, {"model_name": "none", "hook_name": "blocks.0.hook_resid_post"})[0]
+
+
+def test_is_registered() -> None:
+    assert get_sae_class("aip_tsae") == (TSAE, TSAEConfig)
+    assert get_sae_training_class("aip_tsae") == (TSAETraining, TSAETrainingConfig)
+
+
+def test_reloading_registers_the_newest_classes() -> None:
+    script = (
+        "import importlib, atom_lens.tsae; from sae_lens.registry import get_sae_class\n"
+        "module = importlib.reload(atom_lens.tsae)\n"
+        "assert get_sae_class('aip_tsae') == (module.TSAE, module.TSAEConfig)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_tied_encoder_is_the_theorems(x: torch.Tensor) -> None:
+    """W_enc = S D up to the length of the atoms: the encoder reads the AIP of an activation with each atom."""
+    atoms = train(x, "tied")
+    expected = (atoms.W_dec.double() @ atoms.aip.metric).T
+    cosine = torch.nn.functional.cosine_similarity(expected, atoms.W_enc.double(), dim=0)
+    torch.testing.assert_close(cosine, torch.ones(40, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_training_space_is_the_metrics(x: torch.Tensor) -> None:
+    aip = AtomicInnerProduct.estimate(x)
+    whitening = TSAETraining.whitening(aip)
+    y = x.double() @ whitening.matrix
+    torch.testing.assert_close(y @ whitening.inverse_matrix, x.double())
+    torch.testing.assert_close(y @ y.T, aip.whiten(x) @ aip.whiten(x).T / 12)
+
+
+def test_folding_keeps_codes_and_reconstructions(x: torch.Tensor) -> None:
+    """The same atoms in whitened space (before the fold) and on raw activations (after)."""
+    aip = AtomicInnerProduct.estimate(x)
+    sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0, encoder="free"))
+    whitening = sae.whitening(aip)
+    y = (x.double() @ whitening.matrix).float()
+    sae.prepare(y, aip, torch.Generator().manual_seed(0))
+    before = sae.encode(y)
+    reconstruction = sae.decode(before).double() @ whitening.inverse_matrix
+    sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+    atoms = sae.finish(aip)
+    after = atoms.encode(x)
+    norms = (atoms.W_dec.norm(dim=1) - 1).abs()
+    assert norms.max() < 1e-6
+    assert torch.equal(before > 0, after > 0)
+    torch.testing.assert_close(atoms.decode(after).double(), reconstruction, rtol=1e-4, atol=1e-4)
+
+
+def test_finish_needs_the_fold(x: torch.Tensor) -> None:
+    sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0))
+    with pytest.raises(ValueError, match="whitening is not folded in yet"):
+        sae.finish(AtomicInnerProduct.estimate(x))
+
+
+def test_same_seed_same_atoms(x: torch.Tensor) -> None:
+    first, second, other = train(x, seed=1), train(x, seed=1), train(x, seed=2)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    assert not torch.equal(first.W_dec, other.W_dec)
+
+
+def test_training_is_independent_of_the_global_generator(x: torch.Tensor) -> None:
+    torch.manual_seed(123)
+    first = train(x)
+    drawn = torch.rand(1)
+    torch.manual_seed(123)
+    assert torch.equal(torch.rand(1), drawn), "training must not move the user's generator"
+    assert torch.equal(first.W_dec, train(x).W_dec)
+
+
+def test_plain_sae_lens_loads_the_folder(atoms: TSAE, x: torch.Tensor, tmp_path: Path) -> None:
+    """In a process that never imports atom_lens: the same reconstructions."""
+    atoms.save_model(tmp_path / "atoms")
+    torch.save(x, tmp_path / "x.pt")
+    script = (
+        "import sys, torch; from sae_lens import SAE\n"
+        f"sae = SAE.load_from_disk({str(tmp_path / 'atoms')!r}); x = torch.load({str(tmp_path / 'x.pt')!r})\n"
+        "assert 'atom_lens' not in sys.modules and type(sae).__name__ == 'JumpReLUSAE', type(sae)\n"
+        "assert sae.cfg.metadata.hook_name == 'blocks.0.hook_resid_post'\n"
+        f"torch.save(sae(x).detach(), {str(tmp_path / 'out.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), atoms(x).detach(), rtol=1e-5, atol=1e-5)
+    assert set(load_file(tmp_path / "atoms" / "sae_weights.safetensors")) == {
+        *("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+    }
+
+
+def test_round_trip_with_the_metric(atoms: TSAE, x: torch.Tensor, tmp_path: Path) -> None:
+    atoms.save_model(tmp_path)
+    loaded = load_atoms(tmp_path)
+    assert torch.equal(loaded.aip.metric, atoms.aip.metric)
+    assert (loaded.aip.n, loaded.aip.source) == (400, "test")
+    assert torch.equal(loaded(x), atoms(x))
+    upgraded = SAE.load_from_disk(tmp_path, converter=aip_converter)
+    assert isinstance(upgraded, TSAE) and torch.equal(upgraded.aip.metric, atoms.aip.metric)
+    again = tmp_path / "again"
+    loaded.save_model(again)
+    for file in ("sae_weights.safetensors", "aip.safetensors"):
+        assert (again / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_metric_is_never_rounded(atoms: TSAE, tmp_path: Path) -> None:
+    atoms.save_model(tmp_path)
+    exact = atoms.aip.metric
+    for loaded in (load_atoms(tmp_path, dtype="bfloat16"), load_atoms(tmp_path).to(torch.bfloat16)):
+        assert loaded.W_dec.dtype == torch.bfloat16
+        assert torch.equal(loaded.aip.metric, exact)
+    assert torch.equal(load_atoms(tmp_path).half().double().aip.metric, exact)
+
+
+def test_a_metric_of_another_width_is_refused(atoms: TSAE, generator: torch.Generator, tmp_path: Path) -> None:
+    narrow = AtomicInnerProduct.estimate(shifted(50, 7, generator))
+    with pytest.raises(ValueError, match="metric has width 7, these atoms have d_in 12"):
+        atoms.aip = narrow
+    atoms.save_model(tmp_path)
+    narrow.save(tmp_path / "aip.safetensors")
+    with pytest.raises(ValueError, match="metric has width 7, the weights have d_in 12"):
+        load_atoms(tmp_path)
+    (tmp_path / "aip.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no metric at"):
+        load_atoms(tmp_path)
+
+
+def test_checkpoint_from_the_middle_is_refused(x: torch.Tensor, tmp_path: Path) -> None:
+    aip = AtomicInnerProduct.estimate(x)
+    sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0))
+    whitening = sae.whitening(aip)
+    sae.prepare((x.double() @ whitening.matrix).float(), aip, torch.Generator().manual_seed(0))
+    config = SAETrainerConfig(
+        total_training_samples=640,
+        train_batch_size_samples=64,
+        lr_end=1e-4,
+        n_checkpoints=1,
+        checkpoint_path=str(tmp_path),
+    )
+    trainer = SAETrainer(config, sae, shuffled_batches(x, 64, torch.Generator().manual_seed(0)))
+    trainer.activation_scaler.whitening = whitening
+    trainer.fit()
+    (checkpoint,) = tmp_path.iterdir()
+    assert json.loads((checkpoint / "cfg.json").read_text())["normalize_activations"] == "covariance_whitening"
+    with pytest.raises(ValueError, match="checkpoint from the middle of training"):
+        SAE.load_from_disk(checkpoint)
+    resumed = TrainingSAE.load_from_disk(checkpoint)
+    assert isinstance(resumed, TSAETraining)
+
+
+def test_dead_atoms_get_a_gradient(x: torch.Tensor) -> None:
+    aip = AtomicInnerProduct.estimate(x)
+    sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0, encoder="free"))
+    y = (x.double() @ sae.whitening(aip).matrix).float()
+    sae.prepare(y, aip, torch.Generator().manual_seed(0))
+    sae.threshold.data[5] = 1e6
+    dead = torch.zeros(40, dtype=torch.bool)
+    dead[5] = True
+    output = sae.training_forward_pass(TrainStepInput(y, {}, dead, 0, False))
+    output.loss.backward()
+    assert sae.W_dec.grad is not None and sae.W_enc.grad is not None
+    assert sae.W_dec.grad[5].norm() > 0 and sae.W_enc.grad[:, 5].norm() > 0
+    without = sae.training_forward_pass(TrainStepInput(y, {}, None, 0, False))
+    assert "revival_loss" in output.losses and "revival_loss" not in without.losses
+
+
+def test_loss_weights_interpolate_between_the_norms(x: torch.Tensor) -> None:
+    """alpha = 1 weights the whitened residual to the Euclidean one, alpha = 0 leaves the AIP's."""
+    aip = AtomicInnerProduct.estimate(x)
+    for alpha in (0.0, 1.0):
+        sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0, loss_norm=alpha))
+        whitening = sae.whitening(aip)
+        y = (x.double() @ whitening.matrix).float()
+        sae.prepare(y, aip, torch.Generator().manual_seed(0))
+        weighted = (y - y.mean(0)).square() * sae.loss_weight
+        assert float(weighted.sum(1).mean()) == pytest.approx(1.0, rel=1e-4)
+        norm = x - x.mean(0) if alpha else aip.whiten(x) - aip.whiten(x).mean(0)
+        ratio = weighted.sum(1).double() / norm.double().square().sum(1)
+        assert float(ratio.max() / ratio.min()) == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_l0": 0.0}, "target_l0 is 0.0, allowed is a number above 0 and up to d_sae=40"),
+        ({"target_l0": 41.0}, "target_l0 is 41.0"),
+        ({"loss_norm": 2.0}, "loss_norm is 2.0, allowed is 0"),
+    ],
+)
+def test_config_refuses(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TSAETrainingConfig(**{"d_in": 12, "d_sae": 40, "target_l0": 3.0, **change})
+
+
+def test_target_l0_is_met(generator: torch.Generator) -> None:
+    """The L0 asked for is the L0 that comes out, on data that a few directions explain and without a coefficient."""
+    truth = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
+    active = torch.rand(4000, 64, generator=generator) < 4 / 64
+    x = (active * (1 + torch.rand(4000, 64, generator=generator))) @ truth
+    aip = AtomicInnerProduct.estimate(x)
+    for target in (2.0, 4.0):
+        recipe = Atoms(capacity=64, target_l0=target)
+        atoms, _ = fit(x, aip, recipe, Training(steps=1500, batch_size=128, device="cpu"))
+        assert float((atoms.encode(x) > 0).sum(1).float().mean()) == pytest.approx(target, rel=0.25)
+
+
+def test_plain_jumprelu_has_the_same_weights(atoms: TSAE, x: torch.Tensor, tmp_path: Path) -> None:
+    atoms.save_model(tmp_path)
+    plain = SAE.load_from_disk(tmp_path)
+    assert type(plain) is JumpReLUSAE
+    assert torch.equal(plain(x), atoms(x))
+    assert SAEMetadata.from_dict(plain.cfg.metadata.to_dict()).aip["n"] == 400
