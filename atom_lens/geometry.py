@@ -8,6 +8,7 @@ Needs torch only, runs on any device, and takes plain tensors, so it can be used
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from atom_lens._files import replacing
 Ridge = float | Literal["oas"]
 # Held-out Gaussian likelihood of the demo model's activations is best near this (docs/training.md).
 DEFAULT_RIDGE = 1e-4
+_FORMAT = "atom_lens.aip.1"
 
 
 def check_rows(x: Tensor, name: str, width: int | None = None) -> None:
@@ -210,14 +212,12 @@ class AtomicInnerProduct:
         """Write the metric to a safetensors file (exact: float64), replacing it whole or not at all."""
         path = Path(path)
         tensors = {"eigenvalues": self.eigenvalues, "eigenvectors": self.eigenvectors}
-        metadata = {
-            "format": "atom_lens.aip.1",
-            "n": str(self.n),
-            "ridge": repr(self.ridge),
-            "source": self.source,
-        }
+        # One key: safetensors keeps no order among several, and equal metrics should be equal files.
+        about = {"format": _FORMAT, "n": self.n, "ridge": self.ridge, "source": self.source}
         with replacing(path) as temporary:
-            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
+            save_file(
+                {k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, {"atom_lens": json.dumps(about)}
+            )
         return path
 
     @classmethod
@@ -233,9 +233,11 @@ class AtomicInnerProduct:
             raise FileNotFoundError(f"no metric at {path}")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                about = json.loads((file.metadata() or {})["atom_lens"])
                 values, vectors = file.get_tensor("eigenvalues"), file.get_tensor("eigenvectors")
-            return cls.from_eigen(values, vectors, int(metadata["n"]), float(metadata["ridge"]), metadata["source"])
+            if about["format"] != _FORMAT:
+                raise ValueError(f"its format is {about['format']!r}, known is {_FORMAT!r}")
+            return cls.from_eigen(values, vectors, int(about["n"]), float(about["ridge"]), str(about["source"]))
         except Exception as error:
             raise ValueError(f"{path} is not a metric saved by atom_lens: {error}") from error
 

@@ -56,23 +56,21 @@ def fit(
     if atoms.target_l0 > atoms.capacity:
         raise ValueError(f"atoms.target_l0 is {atoms.target_l0}, allowed is up to atoms.capacity={atoms.capacity}")
     device = pick_device(training.device)
-    # sae-lens draws initial weights from the global generator before `prepare` overwrites them.
+    config = TSAETrainingConfig(
+        d_in=aip.width,
+        d_sae=atoms.capacity,
+        device=device,
+        target_l0=atoms.target_l0,
+        encoder=atoms.encoder,
+        loss_norm=atoms.loss_norm,
+        tail=atoms.tail,
+        revival=atoms.revival,
+        jumprelu_bandwidth=atoms.bandwidth,
+        metadata=SAEMetadata(**(metadata or {})),
+    )
+    # sae-lens draws initial weights from the global generator, to be overwritten: leave the user's as it was.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        sae = TSAETraining(
-            TSAETrainingConfig(
-                d_in=aip.width,
-                d_sae=atoms.capacity,
-                device=device,
-                target_l0=atoms.target_l0,
-                encoder=atoms.encoder,
-                loss_norm=atoms.loss_norm,
-                tail=atoms.tail,
-                revival=atoms.revival,
-                jumprelu_bandwidth=atoms.bandwidth,
-                metadata=SAEMetadata(**(metadata or {})),
-            )
-        )
+        sae = TSAETraining(config)
     generator = torch.Generator().manual_seed(training.seed)
     whitening = sae.whitening(aip)
     sae.prepare((x.double() @ whitening.matrix).float(), aip, generator)
@@ -104,4 +102,5 @@ def fit(
     trainer.fit()
     if logging.log_to_wandb:
         wandb_client.finish()  # pyright: ignore[reportPossiblyUnboundVariable]
-    return sae.finish(aip), trainer.log_feature_sparsity
+    with torch.random.fork_rng(devices=[]):
+        return sae.finish(aip), trainer.log_feature_sparsity
