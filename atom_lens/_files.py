@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,17 @@ from typing import Any
 
 
 @contextmanager
+def _disk_full_is_an_oserror(path: Path) -> Iterator[None]:
+    """safetensors and Arrow each have an error of their own for a full disk; make them the same."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, "no disk space is left to write", str(path)) from error
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file beside `path`; it becomes `path` on success and vanishes on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -20,7 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _disk_full_is_an_oserror(path):
+            yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         # mkstemp makes files for the owner alone; give the file the mode any other new file would have.
@@ -38,7 +51,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield temporary
+        with _disk_full_is_an_oserror(path):
+            yield temporary
         if path.exists():
             shutil.rmtree(path)
         temporary.chmod(0o755)

@@ -67,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            text = (
-                f"no disk space is left to write {error.filename or 'the output'}: free some, or choose another --out"
-            )
+            text = f"no disk space is left to write {error.filename or 'the output'}, free some or write elsewhere"
         print(f"atom-lens {arguments.command}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -215,7 +215,8 @@ def _numbers(value: Any) -> Any:
 
 
 def _sentence(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    # A misspelt key is also a missing one: name the misspelling.
+    problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # A union's location holds the tag of the member: prompts.cities.limit is written prompts.limit in the file.
     tags = ("cities", "python_docs", "text", "jsonl", "dataset", "float", "literal['oas']")
     location = [str(part) for part in problem["loc"] if str(part) not in tags]
@@ -250,9 +251,11 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         }
         if part in members:
             section = members[str(part)]
-        elif isinstance(section, type) and str(part) in section.model_fields:
-            section = section.model_fields[str(part)].annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+        elif str(part) in section.model_fields:
+            annotation = section.model_fields[str(part)].annotation
+            options = [annotation, *get_args(annotation)]  # Training | None stands for Training
+            section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), section)
+    return list(section.model_fields)
 
 
 def _existing(path: str | Path) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from atom_lens._files import replacing_folder, write_json
 from atom_lens.activations import Harvest, Prompt, harvest
 from atom_lens.activations.prompts import unique_subjects
-from atom_lens.evidence import evaluate
+from atom_lens.evidence import evaluate, table
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.fit import fit
 from atom_lens.training.recipe import Recipe, dump_recipe, load_recipe
@@ -47,9 +48,8 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
             raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, train needs it")
     prompts = unique_subjects(recipe.prompts.read())
     found = harvest_for(recipe, prompts)
-    logger.info("harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store)
-
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder) as temporary, _logging_to(temporary / "log.txt"):
+        logger.info("harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store)
         reports = {hook: _one_hook(recipe, prompts, found, hook, temporary / hook) for hook in found}
         (temporary / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         single = len(reports) == 1
@@ -92,6 +92,10 @@ def split_activations(
 def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, folder: Path) -> dict[str, Any]:
     assert recipe.atoms is not None and recipe.training is not None
     x, heldout = split_activations(recipe, prompts, found, hook)
+    dropped = found.dropped[hook]
+    logger.info(
+        "%s: %d training and %d held-out activations, %d massive rows dropped", hook, len(x), len(heldout), dropped
+    )
     start = time.monotonic()
     aip = AtomicInnerProduct.estimate(x, recipe.metric.ridge, source=f"{recipe.name}: {len(x)} training activations")
     estimated = time.monotonic()
@@ -113,7 +117,7 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
             "model": recipe.model.name,
             "hook": hook,
             "positions": recipe.positions,
-            "massive_rows_dropped": found.dropped[hook],
+            "massive_rows_dropped": dropped,
             "seconds": {"harvest": found.seconds, "metric": estimated - start, "train": trained - estimated},
         },
     )
@@ -121,7 +125,25 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
         recipe.training.steps * recipe.training.batch_size / (trained - estimated)
     )
     save_atoms(atoms, folder, report, sparsity)
+    logger.info("%s:\n%s", hook, table(report))
     return report
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """What this package logs, with times, in a file of the run folder."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    package = logging.getLogger("atom_lens")
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(min(logging.INFO, level or logging.INFO))
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        handler.close()
 
 
 def save_atoms(atoms: TSAE, folder: Path, report: dict[str, Any], sparsity: Float[Tensor, " F"]) -> None:
