@@ -1,0 +1,122 @@
+"""The real demo model, a real TransformerBridge, a real nnsight model: harvests agree, exported atoms splice exactly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms
+from atom_lens.activations.backends import open_backend
+from atom_lens.activations.models import DEMO, find_model, load_model
+from atom_lens.activations.prompts import Prompt, cities
+from atom_lens.training.recipe import Atoms, Training
+
+pytestmark = pytest.mark.demo
+HOOK = "blocks.9.hook_resid_post"
+TEXTS = ["The Eiffel Tower is located in the city of", "Paris is", "Kyoto is a city in the country of Japan"]
+
+
+def test_harvests_agree(demo: str, tmp_path: Path) -> None:
+    """TransformerLens and nnsight, padded batches of different lengths, three kinds of hooks, the last layer too."""
+    prompts = [*cities(limit=40), Prompt.fill("The mayor of {} said that", "Rio de Janeiro")]
+    hooks = [HOOK, "blocks.5.hook_mlp_out", "blocks.9.mlp.hook_post", "blocks.17.hook_resid_post"]
+    lens, nnsight = (
+        harvest(demo, prompts, hooks, backend=backend, store=tmp_path / backend)
+        for backend in ("transformer_lens", "nnsight")
+    )
+    assert lens["blocks.9.mlp.hook_post"].shape == (41, 2048)
+    for hook in hooks:
+        assert float((lens[hook] - nnsight[hook]).norm() / lens[hook].norm()) < 1e-5
+    alone = harvest(demo, prompts[-1:], hooks, store=tmp_path / "alone")
+    for hook in hooks:
+        assert float((alone[hook] - lens[hook][-1:]).norm() / alone[hook].norm()) < 1e-5
+
+
+def test_the_model_is_the_real_one(demo: str) -> None:
+    model, tokenizer = load_model(find_model(DEMO), torch.float32, "cpu")
+    ids = tokenizer(TEXTS[0], return_tensors="pt")
+    with torch.no_grad():
+        after = model(**ids).logits[0, -1].argmax()
+    assert tokenizer.decode(after).strip() == "Paris"
+    assert find_model(DEMO).path == demo, "the model is converted once"
+
+
+@pytest.fixture(scope="module")
+def atoms_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("atoms")
+
+
+@pytest.fixture
+def exported(demo: str, atoms_folder: Path) -> Path:
+    """Atoms of layer 9 on 900 cities, briefly trained: what matters here is that they are exact, not good."""
+    if not (atoms_folder / "cfg.json").exists():
+        x = harvest(demo, cities(limit=900), HOOK)[HOOK]
+        aip = AtomicInnerProduct.estimate(x, source="900 cities")
+        atoms, _ = fit(
+            x,
+            aip,
+            Atoms(capacity=1280, target_l0=8.0),
+            Training(steps=20, device="cpu"),
+            {"model_name": DEMO, "hook_name": HOOK, "prepend_bos": True},
+        )
+        atoms.save_model(atoms_folder)
+    return atoms_folder
+
+
+def test_plain_sae_lens_reconstructs_the_same(demo: str, exported: Path, tmp_path: Path) -> None:
+    x = harvest(demo, cities(limit=900), HOOK)[HOOK][:200]
+    torch.save(x, tmp_path / "x.pt")
+    script = (
+        "import sys, torch; from sae_lens import SAE\n"
+        f"sae = SAE.load_from_disk({str(exported)!r}); x = torch.load({str(tmp_path / 'x.pt')!r})\n"
+        "assert 'atom_lens' not in sys.modules\n"
+        f"torch.save(sae(x).detach(), {str(tmp_path / 'out.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    ours = load_atoms(exported)(x).detach()
+    theirs = torch.load(tmp_path / "out.pt")
+    assert float((ours - theirs).norm() / ours.norm()) < 1e-5
+    assert float((ours - x).norm() / (x - x.mean(0)).norm()) < 1.0, "the atoms explain something"
+
+
+def test_spliced_logits_agree(demo: str, exported: Path) -> None:
+    """Attached to a SAETransformerBridge, and spliced by hand into an nnsight trace: the same logits."""
+    atoms = load_atoms(exported)
+    source = find_model(DEMO)
+    model, tokenizer = load_model(source, torch.float32, "cpu")
+    bridge = SAETransformerBridge.boot_transformers(source.path, hf_model=model, tokenizer=tokenizer)
+    nnsight: Any = open_backend(source, "nnsight", torch.float32, "cpu").model
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            clean = bridge(ids)
+            with bridge.saes(atoms):
+                spliced = bridge(ids)
+            with bridge.saes(SAE.load_from_disk(exported)):
+                plain = bridge(ids)
+            with bridge.saes(atoms, use_error_term=True):
+                with_error = bridge(ids)
+            with nnsight.trace({"input_ids": ids}):
+                residual = nnsight.model.layers[9].output
+                nnsight.model.layers[9].output[:] = atoms.decode(atoms.encode(residual))
+                by_nnsight = nnsight.output.logits.save()
+        assert torch.equal(spliced, plain)
+        torch.testing.assert_close(by_nnsight, spliced, rtol=0, atol=1e-4)
+        torch.testing.assert_close(with_error, clean, rtol=0, atol=1e-3)
+        assert float((spliced - clean).abs().max()) > 0.1, "the splice did something"
+
+
+def test_shift_on_the_demo_model(demo: str) -> None:
+    """Euclidean angles do not centre on 90 degrees; under the metric of the same distribution they do."""
+    from atom_lens import angle_histogram
+
+    x = harvest(demo, cities(limit=900), HOOK)[HOOK]
+    assert angle_histogram(x).mean < 75
+    assert angle_histogram(x, AtomicInnerProduct.estimate(x)).mean == pytest.approx(90, abs=0.5)
