@@ -58,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command_line.error(f"unrecognized arguments: {' '.join(misplaced)}")
     arguments.overrides += others
     _quiet_bars(disable=True if arguments.quiet else None)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("atom_lens").setLevel(logging.WARNING if arguments.quiet else logging.INFO)
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING if arguments.quiet else logging.INFO)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[console])
+    logging.getLogger("atom_lens").setLevel(logging.INFO)
     try:
         {"train": _train, "evaluate": _evaluate, "shift": _shift}[arguments.command](arguments)
     except (ValueError, OSError) as error:

@@ -125,7 +125,7 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
         recipe.training.steps * recipe.training.batch_size / (trained - estimated)
     )
     save_atoms(atoms, folder, report, sparsity)
-    logger.info("%s:\n%s", hook, table(report))
+    logger.debug("%s:\n%s", hook, table(report))
     return report
 
 
@@ -137,7 +137,7 @@ def _logging_to(path: Path) -> Iterator[None]:
     package = logging.getLogger("atom_lens")
     level = package.level
     package.addHandler(handler)
-    package.setLevel(min(logging.INFO, level or logging.INFO))
+    package.setLevel(logging.DEBUG)
     try:
         yield
     finally:
