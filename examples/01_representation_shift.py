@@ -31,9 +31,13 @@ figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
 for layer, hook in zip(LAYERS, hooks, strict=True):
     histogram = angle_histogram(activations[hook], bins=360)
     print(f"layer {layer:2d}: mean angle {histogram.mean:5.1f} degrees over {histogram.pairs:,} pairs")
-    axes.stairs(histogram.counts / histogram.pairs / 0.5, histogram.edges, fill=True, alpha=0.55, label=f"layer {layer}")
+    axes.stairs(
+        histogram.counts / histogram.pairs / 0.5, histogram.edges, fill=True, alpha=0.55, label=f"layer {layer}"
+    )
 axes.axvline(90, color="black", linewidth=1, linestyle="--")
-axes.annotate("evenly spread directions", (90, 0.97), (87, 0.97), xycoords=("data", "axes fraction"), ha="right", va="top")
+axes.annotate(
+    "evenly spread directions", (90, 0.97), (87, 0.97), xycoords=("data", "axes fraction"), ha="right", va="top"
+)
 axes.set(
     xlim=(0, 120),
     xlabel="Euclidean angle between two cities (degrees)",

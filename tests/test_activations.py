@@ -20,7 +20,7 @@ from atom_lens.activations.backends import open_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import find_model
 from atom_lens.activations.positions import select_tokens
-from atom_lens.activations.prompts import cities, jsonl_file, python_docs, unique_subjects
+from atom_lens.activations.prompts import cities, jsonl_file, python_docs, unique_reads
 
 PROMPTS = [
     Prompt.fill("{} is a city in", "San Francisco", "the"),
@@ -223,7 +223,13 @@ def test_built_in_sources() -> None:
     assert len({p.subject for p in prompts}) == len(prompts) == 50
     paragraphs = python_docs(limit=20)
     assert len(paragraphs) == 20 and all(len(p.text.split()) >= 12 for p in paragraphs)
-    assert len(unique_subjects([*prompts, *prompts])) == 50
+    assert len(unique_reads([*prompts, *prompts], "last")) == 50
+
+
+def test_repeated_reads_are_dropped() -> None:
+    prompts = [Prompt.fill(t, "Rome") for t in ("{} is", "{} was", "In {} one", "In {} two")]
+    assert unique_reads(prompts, "subject_last") == [prompts[0], prompts[2]]
+    assert unique_reads(prompts, "last") == prompts
 
 
 def test_hook_patterns() -> None:

@@ -258,6 +258,28 @@ def test_shipped_recipes_are_valid() -> None:
         assert load_recipe(path).name == path.stem
 
 
+def test_counterfact_recipe_on_a_local_stand_in(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The paper's recipe, word for word, with the data file and the model replaced by small local ones."""
+    monkeypatch.chdir(tmp_path)
+    draw = random.Random(1)
+    rows = []
+    for _ in range(60):
+        subject = "".join(draw.choices("abcdefghijkl", k=4))
+        rows.append({"prompt": f"The capital of {subject} is", "subject": f" {subject}", "target_true": " Rome"})
+        rows.append({"prompt": f"{subject} is a city in", "subject": subject, "target_true": " Italy"})
+    (tmp_path / "counterfact").mkdir()
+    (tmp_path / "counterfact" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = Path(__file__).parent.parent / "recipes" / "gemma-2-2b-counterfact.yaml"
+    local = ["prompts.path=counterfact", f"model.name={tiny}", "model.dtype=float32", "model.device=cpu"]
+    small = ["hooks=[blocks.1.hook_resid_post]", "atoms.capacity=64", "training.steps=10", "training.device=cpu"]
+    assert main(["train", str(recipe), *local, *small]) == 0, capsys.readouterr().err
+    report = json.loads((tmp_path / "runs" / "gemma-2-2b-counterfact" / "report.json").read_text())
+    # 60 subjects, two reads each; a fifth of the subjects, with both of their reads, is held out.
+    assert report["n"] + report["heldout"]["n"] == 120 and report["heldout"]["n"] == 24
+
+
 def test_train_from_python(recipe: dict[str, Any], tmp_path: Path) -> None:
     folder = train(check_recipe(recipe), out=tmp_path / "out")
     assert folder == tmp_path / "out" / "tiny"

@@ -1,4 +1,4 @@
-"""The real demo model, a real TransformerBridge, a real nnsight model: harvests agree, exported atoms splice exactly."""
+"""The real demo model, bridge and nnsight: harvests agree, exported atoms splice exactly."""
 
 from __future__ import annotations
 

@@ -137,6 +137,8 @@ def _from_rows(rows: Iterable[Any], columns: dict[str, str], source: str) -> Ite
         raise ValueError(f"columns has {sorted(unknown)}, allowed are text, template, subject, answer")
     for number, row in enumerate(rows, 1):
         field = {name: _reach(row, columns.get(name, name)) for name in ("text", "template", "subject", "answer")}
+        # Some data sets keep the blank before a subject with it; the same entity must be the same subject.
+        field = {name: value.strip() if isinstance(value, str) else value for name, value in field.items()}
         if field["template"] and field["subject"]:
             yield Prompt.fill(field["template"], field["subject"], field["answer"])
         elif field["text"]:
@@ -153,9 +155,14 @@ def _reach(row: Any, path: str) -> Any:
     return row
 
 
-def unique_subjects(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first prompt of every subject: an entity read twice at the same prefix is the same activation twice."""
+def unique_reads(prompts: Sequence[Prompt], positions: str) -> list[Prompt]:
+    """The prompts without repeats of what is read.
+
+    At the subject a causal model has seen the text up to the subject's end and nothing else, so prompts that share
+    it give the same activation again; elsewhere only equal texts do.
+    """
+    upto_subject = positions in ("subject_last", "span")
     first: dict[str, Prompt] = {}
     for prompt in prompts:
-        first.setdefault(prompt.group, prompt)
+        first.setdefault(prompt.text[: prompt.span[1]] if upto_subject and prompt.span else prompt.text, prompt)
     return list(first.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 from sae_lens import SAE
 
-from atom_lens.activations.prompts import unique_subjects
+from atom_lens.activations.prompts import unique_reads
 from atom_lens.evidence import evaluate
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.sharing.load import atoms_folder, load_atoms
@@ -38,7 +38,7 @@ def evaluate_folder(path: str | Path, recipe: Recipe | str | Path, overrides: Se
     has_metric = (folder / AIP_FILENAME).is_file()
     atoms = load_atoms(folder) if has_metric else SAE.load_from_disk(folder)
     named = atoms.cfg.metadata.hook_name
-    prompts = unique_subjects(recipe.prompts.read())
+    prompts = unique_reads(recipe.prompts.read(), recipe.positions)
     found = harvest_for(recipe, prompts)
     hook = str(named) if named in found else next(iter(found))
     if named is not None and named not in found and len(found) > 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atom_lens._files import replacing_folder, write_json
 from atom_lens.activations import Harvest, Prompt, harvest
-from atom_lens.activations.prompts import unique_subjects
+from atom_lens.activations.prompts import unique_reads
 from atom_lens.evidence import evaluate, table
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.fit import fit
@@ -46,7 +46,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
     for section in ("atoms", "training"):
         if getattr(recipe, section) is None:
             raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, train needs it")
-    prompts = unique_subjects(recipe.prompts.read())
+    prompts = unique_reads(recipe.prompts.read(), recipe.positions)
     found = harvest_for(recipe, prompts)
     with replacing_folder(folder) as temporary, _logging_to(temporary / "log.txt"):
         logger.info("harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store)
