@@ -16,7 +16,7 @@ from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atom_lens import Prompt, harvest
-from atom_lens.activations.backends import open_backend
+from atom_lens.activations.connect import open_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import find_model
 from atom_lens.activations.positions import select_tokens

@@ -13,7 +13,7 @@ from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
 from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms
-from atom_lens.activations.backends import open_backend
+from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import DEMO, find_model, load_model
 from atom_lens.activations.prompts import Prompt, cities
 from atom_lens.training.recipe import Atoms, Training

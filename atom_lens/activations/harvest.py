@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from atom_lens.activations.backends import Backend, BackendName, open_backend, wrap_backend
+from atom_lens.activations.backends import Backend, BackendName
+from atom_lens.activations.connect import open_backend, wrap_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import DTYPES, cache_folder, find_model
 from atom_lens.activations.positions import Positions, select_tokens

@@ -28,6 +28,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ATOM_LENS_CACHE", "~/.cache/atom_lens")).expanduser()
 
 
+def pick_device(device: str) -> str:
+    """Resolve "auto" to the accelerator, if there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A model that can be loaded again: `path` is what transformers takes, `fingerprint` changes with the weights."""

@@ -12,7 +12,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from atom_lens.activations.backends import pick_device
+from atom_lens.activations.models import pick_device
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.recipe import Atoms, Training, Wandb
 from atom_lens.tsae import TSAE, TSAETraining, TSAETrainingConfig

@@ -1,0 +1,35 @@
+"""From a model's name, or a model that is already loaded, to the backend that reads it."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+
+from atom_lens.activations import nnsight_backend, transformer_lens_backend
+from atom_lens.activations.backends import Backend, BackendName
+from atom_lens.activations.models import ModelSource, load_model, pick_device
+
+
+def open_backend(source: ModelSource, backend: BackendName, dtype: torch.dtype, device: str) -> Backend:
+    """Load a model under a backend; "auto" is TransformerLens where it knows the architecture, else nnsight."""
+    if backend not in get_args(BackendName):
+        raise ValueError(f"backend is {backend!r}, allowed are {', '.join(get_args(BackendName))}")
+    model, tokenizer = load_model(source, dtype, pick_device(device))
+    if backend == "auto":
+        known = transformer_lens_backend.knows(model)
+        backend = "transformer_lens" if known else "nnsight"
+    module = transformer_lens_backend if backend == "transformer_lens" else nnsight_backend
+    return module.from_transformers(model, tokenizer, source.name)
+
+
+def wrap_backend(model: Any) -> Backend:
+    """The backend of a model that is already loaded: a bridge, a HookedTransformer, or an nnsight model."""
+    for module in (transformer_lens_backend, nnsight_backend):
+        wrapped = module.wrap(model)
+        if wrapped is not None:
+            return wrapped
+    raise ValueError(
+        f"a {type(model).__name__} is not a model with hooks, allowed are a name, a TransformerBridge, "
+        "a HookedTransformer and an nnsight model"
+    )
