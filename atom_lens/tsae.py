@@ -200,6 +200,7 @@ class TSAETraining(JumpReLUTrainingSAE):
             aip: the metric, whose eigenvalues weight the loss.
             generator: draws the activations that become atoms.
         """
+        y = y.to(self.W_dec.device)
         mean = y.mean(dim=0)
         variance = (y - mean).square().mean(dim=0)
         weight = (aip.eigenvalues / aip.eigenvalues[-1]).to(y) ** self.cfg.loss_norm

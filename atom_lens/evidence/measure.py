@@ -39,9 +39,11 @@ def measure(
         The fields of a split in report.json: r2, r2_aip, q_star, l0, empty_codes, dead_atoms, coherence.
     """
     check_rows(x, "x", metric.width)
+    device = dictionary.W_dec.device
+    metric = metric.to(device)
     plain, whitened = Residuals(metric.width), Residuals(metric.width, metric)
-    counts, alive = [], torch.zeros(len(dictionary.W_dec), dtype=torch.bool, device=x.device)
-    for rows in x.split(batch):
+    counts, alive = [], torch.zeros(len(dictionary.W_dec), dtype=torch.bool, device=device)
+    for rows in (chunk.to(device) for chunk in x.split(batch)):
         codes = dictionary.encode(rows)
         reconstruction = dictionary.decode(codes)
         check_rows(reconstruction, "the reconstruction", metric.width)

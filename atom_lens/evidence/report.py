@@ -49,6 +49,7 @@ def evaluate(
     metric = metric if metric is not None else getattr(atoms, "aip", None)
     if metric is None:
         raise ValueError("these atoms carry no metric: give one, AtomicInnerProduct.estimate(x)")
+    metric = metric.to(x.device)
     splits = {"train": x} if heldout is None else {"train": x, "heldout": heldout}
     for name, rows in splits.items():
         check_rows(rows, f"the {name} split", metric.width)

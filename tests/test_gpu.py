@@ -1,0 +1,46 @@
+"""The same on an accelerator, where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import shifted
+
+from atom_lens import AtomicInnerProduct, evaluate, fit, harvest, stability
+from atom_lens.training.recipe import Atoms, Training
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_training_and_evidence(generator: torch.Generator, tmp_path) -> None:
+    x, heldout = shifted(500, 12, generator).split([400, 100])
+    aip = AtomicInnerProduct.estimate(x)
+    trained = {}
+    for device in ("cpu", "cuda"):
+        settings = Training(steps=60, batch_size=64, device=device)
+        atoms, _ = fit(x, aip, Atoms(capacity=40, target_l0=3.0), settings)
+        assert atoms.W_dec.device.type == device
+        trained[device] = atoms
+        trained[f"{device} report"] = evaluate(atoms, x, heldout)
+    torch.testing.assert_close(trained["cuda"].W_dec.cpu(), trained["cpu"].W_dec, rtol=1e-2, atol=1e-2)
+    for split in ("train", "heldout"):
+        on_cpu, on_gpu = (trained[f"{device} report"][split] for device in ("cpu", "cuda"))
+        assert on_gpu["r2"] == pytest.approx(on_cpu["r2"], abs=0.02)
+    trained["cuda"].save_model(tmp_path)
+
+
+def test_stability(generator: torch.Generator) -> None:
+    atoms, l0 = torch.randn(500, 20, generator=generator), torch.randint(0, 6, (300,), generator=generator)
+    assert stability(atoms.cuda(), l0.cuda()).q_star == stability(atoms, l0).q_star
+
+
+def test_harvest(tiny: str, tmp_path) -> None:
+    texts = ["Rome is a city in Italy", "Oslo is"]
+    for backend in ("transformer_lens", "nnsight"):
+        on_cpu, on_gpu = (
+            harvest(tiny, texts, "blocks.1.hook_resid_post", "last", backend, device=d, store=tmp_path / backend / d)
+            for d in ("cpu", "cuda")
+        )
+        torch.testing.assert_close(
+            on_gpu["blocks.1.hook_resid_post"], on_cpu["blocks.1.hook_resid_post"], rtol=1e-3, atol=1e-3
+        )
