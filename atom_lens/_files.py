@@ -46,17 +46,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it becomes `path` on success and vanishes on failure."""
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it becomes `path` on success and vanishes on failure.
+
+    What stands at `path` by then is never removed: anything but an empty folder is a FileExistsError.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         with _disk_full_is_an_oserror(path):
             yield temporary
-        if path.exists():
-            shutil.rmtree(path)
         temporary.chmod(0o755)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            raise FileExistsError(f"folder {str(path)!r} came into being meanwhile, it is left as it is") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

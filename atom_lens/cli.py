@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("atoms", help="run folder, atoms folder, or any sae-lens SAE folder")
     evaluate.add_argument("--recipe", help="whose activations (default: the run's own recipe.yaml)")
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
+    evaluate.add_argument("--hook", help="which atoms, where the run has several hooks")
     evaluate.add_argument("--json", type=Path, help="also write the report to this file")
 
     shift = command("shift", "Angles between activations: Euclidean, and under metrics from the same and other text.")
@@ -103,7 +104,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from atom_lens.evidence import reading, table
     from atom_lens.experiments.evaluate import evaluate_folder, recipe_beside
 
-    report = evaluate_folder(arguments.atoms, arguments.recipe or recipe_beside(arguments.atoms), arguments.overrides)
+    recipe = arguments.recipe or recipe_beside(arguments.atoms)
+    report = evaluate_folder(arguments.atoms, recipe, arguments.overrides, arguments.hook)
     if arguments.json:
         write_json(arguments.json, report)
     if not arguments.quiet:

@@ -20,7 +20,7 @@ from atom_lens.activations.connect import open_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import find_model
 from atom_lens.activations.positions import select_tokens
-from atom_lens.activations.prompts import cities, jsonl_file, python_docs, unique_reads
+from atom_lens.activations.prompts import cities, jsonl_file, python_docs
 
 PROMPTS = [
     Prompt.fill("{} is a city in", "San Francisco", "the"),
@@ -133,6 +133,7 @@ def test_dtypes_and_stores(tiny: str, tmp_path, reference: dict[str, torch.Tenso
         first = harvest(tiny, PROMPTS, "blocks.0.hook_resid_post", dtype=dtype, store=tmp_path)
         again = harvest(tiny, PROMPTS, "blocks.0.hook_resid_post", dtype=dtype, store=tmp_path)
         x = again["blocks.0.hook_resid_post"].float()
+        assert first["blocks.0.hook_resid_post"].dtype == again["blocks.0.hook_resid_post"].dtype
         assert again.from_store and torch.equal(first["blocks.0.hook_resid_post"].float(), x)
         torch.testing.assert_close(x, reference["blocks.0.hook_resid_post"], rtol=0.05, atol=0.01)
 
@@ -211,6 +212,11 @@ def test_jsonl(tmp_path) -> None:
     path.write_text('{"text": "a"}\n{broken\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         jsonl_file(path)
+    path.write_text('{"text": "line\u2028separator"}\n', encoding="utf-8")
+    assert jsonl_file(path)[0].text == "line\u2028separator"
+    path.write_text('{"text": "In 1984", "subject": 1984}\n')
+    with pytest.raises(ValueError, match="row 1 has 1984 as its subject, allowed is text"):
+        jsonl_file(path)
     path.write_text('{"words": "a"}\n')
     with pytest.raises(ValueError, match=r"row 1 has neither a text nor a template with a subject: \['words'\]"):
         jsonl_file(path)
@@ -223,13 +229,48 @@ def test_built_in_sources() -> None:
     assert len({p.subject for p in prompts}) == len(prompts) == 50
     paragraphs = python_docs(limit=20)
     assert len(paragraphs) == 20 and all(len(p.text.split()) >= 12 for p in paragraphs)
-    assert len(unique_reads([*prompts, *prompts], "last")) == 50
 
 
-def test_repeated_reads_are_dropped() -> None:
-    prompts = [Prompt.fill(t, "Rome") for t in ("{} is", "{} was", "In {} one", "In {} two")]
-    assert unique_reads(prompts, "subject_last") == [prompts[0], prompts[2]]
-    assert unique_reads(prompts, "last") == prompts
+def test_repeated_prefixes_are_read_once(tiny: str, tmp_path) -> None:
+    """A causal model gives the same activation for the same prefix: kept, it would lie on both sides of a split."""
+    prompts = [Prompt.fill(t, s) for s in ("Rome", "Oslo") for t in ("{} is", "{} in", "the city of {}")]
+    hook = "blocks.0.hook_resid_post"
+    for positions, n_all, n_unique in (("subject_last", 6, 4), ("span", 6, 4), ("last", 6, 6), ("all", 16, 11)):
+        found = harvest(tiny, prompts, hook, positions, store=tmp_path)
+        once = harvest(tiny, prompts, hook, positions, store=tmp_path, unique=True)
+        assert len(found[hook]) == len(found.rows[hook]) == n_all
+        assert len(once[hook]) == len(once.rows[hook]) == n_unique
+
+
+def test_bos_is_ours_to_add(tiny: str, tmp_path) -> None:
+    """With a tokenizer that adds no BOS by itself both backends read the same, and as asked."""
+    folder = save_tiny_model(tmp_path / "no_bos")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert AutoTokenizer.from_pretrained(folder)("Rome").input_ids[0] != 1
+    hook = "blocks.2.hook_resid_post"
+    expected = harvest(tiny, PROMPTS, hook, store=tmp_path / "store")
+    for backend in ("transformer_lens", "nnsight"):
+        found = harvest(str(folder), PROMPTS, hook, backend=backend, store=tmp_path / "store")
+        assert found.prepend_bos and torch.equal(found.rows[hook], expected.rows[hook])
+        torch.testing.assert_close(found[hook], expected[hook], rtol=1e-5, atol=1e-6)
+        bare = harvest(str(folder), PROMPTS, hook, backend=backend, store=tmp_path / "store", prepend_bos=False)
+        assert not bare.prepend_bos and torch.equal(bare.rows[hook][:, 1], expected.rows[hook][:, 1] - 1)
+
+
+def test_long_prompts_are_cut_at_the_context(tiny: str, tmp_path) -> None:
+    found = harvest(tiny, ["Rome " * 200], "blocks.0.hook_resid_post", "all", store=tmp_path)
+    assert len(found["blocks.0.hook_resid_post"]) == 63  # n_ctx 64, one of them BOS
+
+
+def test_an_nnsight_model_is_loaded_when_needed(tiny: str) -> None:
+    from nnsight import TransformersModel
+
+    model = TransformersModel(tiny, task="text-generation", tokenizer=AutoTokenizer.from_pretrained(tiny))
+    assert not model.dispatched
+    found = harvest(model, ["Rome is"], "blocks.0.hook_resid_post", "last")
+    assert torch.isfinite(found["blocks.0.hook_resid_post"]).all()
 
 
 def test_hook_patterns() -> None:
@@ -252,6 +293,21 @@ def test_nan_activations(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"hook 'blocks.1.hook_resid_post' gave NaN or infinite activations"):
         harvest(str(folder), PROMPTS, "blocks.1.hook_resid_post", store=tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_refuses_devices_and_hooks_that_are_not_there(tiny: str, tmp_path) -> None:
+    with pytest.raises(ValueError, match="device 'gpu' is not to be had here"):
+        harvest(tiny, ["Rome"], "blocks.0.hook_resid_post", "last", device="gpu", store=tmp_path)
+    with pytest.raises(ValueError, match="blocks.0.hook_mlp_in"):
+        harvest(tiny, ["Rome"], "blocks.0.hook_mlp_in", "last", store=tmp_path)
+
+
+def test_truncated_weights(tmp_path) -> None:
+    folder = save_tiny_model(tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="could not be loaded"):
+        harvest(str(folder), ["Rome"], "blocks.0.hook_resid_post", "last", store=tmp_path / "store")
 
 
 def test_refuses_what_is_no_model(tiny: str, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import DEMO, find_model, load_model
 from atom_lens.activations.prompts import Prompt, cities
+from atom_lens.cli import main
 from atom_lens.training.recipe import Atoms, Training
 
 pytestmark = pytest.mark.demo
@@ -113,10 +115,29 @@ def test_spliced_logits_agree(demo: str, exported: Path) -> None:
         assert float((spliced - clean).abs().max()) > 0.1, "the splice did something"
 
 
-def test_shift_on_the_demo_model(demo: str) -> None:
-    """Euclidean angles do not centre on 90 degrees; under the metric of the same distribution they do."""
-    from atom_lens import angle_histogram
+RECIPES = Path(__file__).parent.parent / "recipes"
 
-    x = harvest(demo, cities(limit=900), HOOK)[HOOK]
-    assert angle_histogram(x).mean < 75
-    assert angle_histogram(x, AtomicInnerProduct.estimate(x)).mean == pytest.approx(90, abs=0.5)
+
+def test_quickstart_reaches_the_headline_and_says_what_it_is_worth(demo: str, tmp_path: Path, capsys: Any) -> None:
+    """The README's first command: in-sample R² and q* of the paper, the nulls beside them, one sentence on n / F."""
+    assert main(["train", str(RECIPES / "quickstart.yaml"), "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "quickstart" / "report.json").read_text())
+    assert report["train"]["r2"] >= 0.999 and report["train"]["q_star"] >= 0.998
+    assert report["heldout"]["r2"] < 0.5 < 0.999 < report["nulls"]["data"]["train"]["r2"]
+    assert report["nulls"]["random"]["train"]["q_star"] >= 0.998 and report["nulls"]["random"]["train"]["r2_aip"] < 0.1
+    printed = capsys.readouterr().out
+    assert "held-out" in printed and "n / F = 1.00: 2560 activations for 2560 atoms" in printed
+
+
+def test_shift_on_three_layers(demo: str, tmp_path: Path, capsys: Any) -> None:
+    """Euclidean angles do not centre on 90 degrees; under the metric of the same distribution they do."""
+    fewer = ["prompts.limit=1200", "other_text.limit=40"]
+    assert main(["shift", str(RECIPES / "shift.yaml"), *fewer, "--json", str(tmp_path / "shift.json")]) == 0
+    found = json.loads((tmp_path / "shift.json").read_text())
+    assert len(found) == 3
+    for angles in found.values():
+        assert angles["euclidean"]["mean"] < 75
+        assert angles["aip_same"]["mean"] == pytest.approx(90, abs=0.5)
+        assert angles["aip_heldout"]["mean"] == pytest.approx(90, abs=0.5)
+        assert angles["aip_other_text"]["mean"] < 85
+    assert "AIP, other metric" in capsys.readouterr().out

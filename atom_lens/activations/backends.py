@@ -17,6 +17,7 @@ class Backend(Protocol):
     """A model with hooks. Hook names are TransformerLens' on every backend."""
 
     n_layers: int
+    n_ctx: int
     tokenizer: Any
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import torch
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
 from atom_lens.activations import nnsight_backend, transformer_lens_backend
 from atom_lens.activations.backends import Backend, BackendName
@@ -12,14 +13,14 @@ from atom_lens.activations.models import ModelSource, load_model, pick_device
 
 
 def open_backend(source: ModelSource, backend: BackendName, dtype: torch.dtype, device: str) -> Backend:
-    """Load a model under a backend; "auto" is TransformerLens where it knows the architecture, else nnsight."""
+    """Load a model under a backend; "auto" is TransformerLens."""
     if backend not in get_args(BackendName):
         raise ValueError(f"backend is {backend!r}, allowed are {', '.join(get_args(BackendName))}")
     model, tokenizer = load_model(source, dtype, pick_device(device))
-    if backend == "auto":
-        known = transformer_lens_backend.knows(model)
-        backend = "transformer_lens" if known else "nnsight"
-    module = transformer_lens_backend if backend == "transformer_lens" else nnsight_backend
+    module = nnsight_backend if backend == "nnsight" else transformer_lens_backend
+    if type(model).__name__ not in SUPPORTED_ARCHITECTURES:
+        # Either backend names hooks by TransformerLens' adapters.
+        raise ValueError(f"TransformerLens has no adapter for {type(model).__name__} of model {source.name!r}")
     return module.from_transformers(model, tokenizer, source.name)
 
 

@@ -16,21 +16,21 @@ from atom_lens.activations.backends import Backend, BackendName
 from atom_lens.activations.connect import open_backend, wrap_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import DTYPES, cache_folder, find_model
-from atom_lens.activations.positions import Positions, select_tokens
+from atom_lens.activations.positions import Positions, tokens_to_read
 from atom_lens.activations.prompts import Prompt, as_prompts
 from atom_lens.activations.store import read_store, store_key, write_store
 from atom_lens.geometry import massive_rows
 
 
 class Harvest(dict[str, Tensor]):
-    """hook -> activations, shape (n, d), float32 unless the model ran in float16.
+    """hook -> activations, shape (n, d), float32 whatever the model ran in.
 
     Attributes:
         rows: hook -> (n, 2), the prompt and the token that each row was read at.
         dropped: hook -> number of rows left out for their massive norm.
         seconds: time the harvest took.
         from_store: True when nothing was run because the activations were on disk.
-        prepend_bos: whether the tokenizer put a beginning-of-sequence token before the prompts.
+        prepend_bos: whether a beginning-of-sequence token stood before the prompts.
     """
 
     def __init__(self) -> None:
@@ -53,6 +53,8 @@ def harvest(
     dtype: str = "float32",
     device: str = "auto",
     massive_ratio: float | None = 10.0,
+    prepend_bos: bool = True,
+    unique: bool = False,
     max_tokens: int = 1024,
     batch_tokens: int = 4096,
     store: str | Path | None = None,
@@ -69,7 +71,10 @@ def harvest(
         revision, dtype, device: how a named model is loaded.
         massive_ratio: rows whose norm exceeds this many times the median norm at their hook are left out and
             counted (first tokens and BOS distort the metric, theory.md section 1); None keeps all.
-        max_tokens: longer prompts are cut.
+        prepend_bos: put the tokenizer's beginning-of-sequence token, if it has one, before every prompt.
+        unique: read each token prefix once. A causal model gives the same activation again for a repeated prefix, which
+            would then lie on both sides of a split. Off, so that rows and prompts correspond.
+        max_tokens: longer prompts are cut, as they are at the model's own context length.
         batch_tokens: tokens of a batch, padding included.
         store: folder of the activation store; None is the cache folder.
 
@@ -82,9 +87,16 @@ def harvest(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
     found = Harvest()
+    reading: dict[str, Any] = {
+        "positions": positions,
+        "max_tokens": max_tokens,
+        "batch_tokens": batch_tokens,
+        "prepend_bos": prepend_bos,
+        "unique": unique,
+    }
     if isinstance(model, str):
         source = find_model(model, revision)
-        key = store_key(source, prompts, patterns, positions, DTYPES[dtype], max_tokens)
+        key = store_key(source, prompts, patterns, positions, DTYPES[dtype], max_tokens, backend, prepend_bos, unique)
         folder = (Path(store) if store is not None else cache_folder() / "activations") / key
         if folder.is_dir():
             rows, values, about = read_store(folder)
@@ -92,7 +104,7 @@ def harvest(
             found.from_store = True
         else:
             runner = open_backend(source, backend, DTYPES[dtype], device)
-            rows, values, found.prepend_bos = _run(runner, prompts, patterns, positions, max_tokens, batch_tokens)
+            rows, values, found.prepend_bos = _run(runner, prompts, patterns, **reading)
             about = {
                 "model": source.name,
                 "revision": source.revision,
@@ -101,9 +113,7 @@ def harvest(
             }
             write_store(folder, rows, values, about)
     else:
-        rows, values, found.prepend_bos = _run(
-            wrap_backend(model), prompts, patterns, positions, max_tokens, batch_tokens
-        )
+        rows, values, found.prepend_bos = _run(wrap_backend(model), prompts, patterns, **reading)
     for hook, x in values.items():
         massive = massive_rows(x, massive_ratio) if massive_ratio else torch.zeros(len(x), dtype=torch.bool)
         found[hook], found.rows[hook] = x[~massive], rows[~massive]
@@ -116,62 +126,53 @@ def _run(
     backend: Backend,
     prompts: Sequence[Prompt],
     patterns: Sequence[str],
-    positions: Positions,
-    max_tokens: int,
     batch_tokens: int,
+    max_tokens: int,
+    **rules: Any,
 ) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]], bool]:
     hooks = expand_hooks(patterns, backend.hooks, backend.n_layers)
-    if not getattr(backend.tokenizer, "is_fast", False):
-        raise ValueError(
-            f"the tokenizer {type(backend.tokenizer).__name__} gives no character offsets, a fast one is needed"
-        )
-    encoded = backend.tokenizer(
-        [prompt.text for prompt in prompts],
-        return_offsets_mapping=True,
-        truncation=True,
-        max_length=max_tokens,
-    )
-    tokens, reads = [], []
-    for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        read = select_tokens(prompt, offsets, positions)
-        reads.append(read)
-        # The model is causal: what follows the last position read cannot change it.
-        tokens.append(ids[: read[-1] + 1])
-    rows = torch.tensor([(i, token) for i, read in enumerate(reads) for token in read])
-    first_row = torch.tensor([0, *map(len, reads)]).cumsum(0).tolist()
+    reads = tokens_to_read(backend.tokenizer, prompts, max_tokens=min(max_tokens, backend.n_ctx), **rules)
+    rows = torch.tensor([(read.prompt, token) for read in reads for token in read.tokens])
+    first_row = torch.tensor([0, *(len(read.tokens) for read in reads)]).cumsum(0).tolist()
 
     values: dict[str, Tensor] = {}
-    with tqdm(total=len(prompts), desc="Harvest", unit="prompt") as bar:
-        for batch in _batches(tokens, batch_tokens):
-            longest = len(tokens[batch[-1]])
+    with tqdm(total=len(reads), desc="Harvest", unit="prompt") as bar:
+        for batch in _batches([len(read.ids) for read in reads], batch_tokens):
+            longest = len(reads[batch[-1]].ids)
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
             # Padding on the right: under a causal mask no real token sees it, and positions count from 0.
             for row, i in enumerate(batch):
-                ids[row, : len(tokens[i])] = torch.tensor(tokens[i])
-                mask[row, : len(tokens[i])] = 1
+                ids[row, : len(reads[i].ids)] = torch.tensor(reads[i].ids)
+                mask[row, : len(reads[i].ids)] = 1
             kept = backend.run(ids.to(backend.device), mask.to(backend.device), hooks)
-            at = torch.tensor([(row, token) for row, i in enumerate(batch) for token in reads[i]])
-            to = torch.tensor([first_row[i] + k for i in batch for k in range(len(reads[i]))])
+            at = torch.tensor([(row, token) for row, i in enumerate(batch) for token in reads[i].tokens])
+            to = torch.tensor([first_row[i] + k for i in batch for k in range(len(reads[i].tokens))])
             for hook in hooks:
-                if kept[hook].ndim != 3:
-                    raise ValueError(f"hook {hook!r} has shape {tuple(kept[hook].shape)}, expected (batch, pos, width)")
-                x = kept[hook][at[:, 0], at[:, 1]].cpu()
-                if not torch.isfinite(x).all():
-                    raise ValueError(f"hook {hook!r} gave NaN or infinite activations (dtype {x.dtype}): try float32")
+                x = _rows_of(hook, kept, at)
                 if hook not in values:
                     values[hook] = torch.empty(len(rows), x.shape[1], dtype=x.dtype)
                 values[hook][to] = x
             bar.update(len(batch))
-    return rows, values, encoded["input_ids"][0][0] == backend.tokenizer.bos_token_id
+    return rows, values, reads[0].ids[0] == backend.tokenizer.bos_token_id
 
 
-def _batches(tokens: Sequence[Sequence[int]], budget: int) -> Iterable[list[int]]:
-    """Indices of prompts sorted by length, grouped so that a padded batch stays within `budget` tokens."""
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+def _rows_of(hook: str, kept: dict[str, Tensor], at: Int[Tensor, "m 2"]) -> Float[Tensor, "m _"]:
+    if hook not in kept:
+        raise ValueError(f"hook {hook!r} is named by the model but never fires in its forward pass")
+    if kept[hook].ndim != 3:
+        raise ValueError(f"hook {hook!r} has shape {tuple(kept[hook].shape)}, expected (batch, pos, width)")
+    x = kept[hook][at[:, 0], at[:, 1]].cpu()
+    if not torch.isfinite(x).all():
+        raise ValueError(f"hook {hook!r} gave NaN or infinite activations (dtype {x.dtype}): try float32")
+    return x.float()  # exact for 16-bit dtypes, and what the store gives back
+
+
+def _batches(lengths: Sequence[int], budget: int) -> Iterable[list[int]]:
+    """Indices sorted by length, grouped so that a padded batch stays within `budget` tokens."""
     batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) + 1) * len(tokens[i]) > budget:
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > budget:
             yield batch
             batch = []
         batch.append(i)

@@ -67,10 +67,13 @@ def component_hooks(block: Any, prefix: str = "") -> dict[str, str]:
     return names
 
 
-def module_sites(config: Any) -> tuple[dict[str, tuple[str, str]], int]:
-    """Where each hook of a transformers model sits: hook name -> (module path, "input" or "output"), and layers.
+def module_sites(config: Any) -> tuple[dict[str, tuple[str, str]], int, int]:
+    """Where each hook of a transformers model sits: hook name -> (module path, "input" or "output"), layers, context.
 
     TransformerLens' architecture adapters know the module behind every hook; nothing of the model is loaded.
+
+    Raises:
+        ValueError: TransformerLens has no adapter for this architecture.
     """
     bridge_config = TransformerBridgeConfig.from_dict(dict(map_default_transformer_lens_config(config).__dict__))
     bridge_config.architecture = determine_architecture_from_hf_config(config)
@@ -85,4 +88,4 @@ def module_sites(config: Any) -> tuple[dict[str, tuple[str, str]], int]:
             except ValueError:  # a component without a module of its own
                 continue
             sites[f"blocks.{layer}.{name}"] = (path, "input" if last == "hook_in" else "output")
-    return sites, bridge_config.n_layers
+    return sites, bridge_config.n_layers, bridge_config.n_ctx

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from atom_lens._files import replacing_folder
+from atom_lens._files import new_folder
 
 DEMO = "demo:gemma-3-270m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,10 +29,18 @@ def cache_folder() -> Path:
 
 
 def pick_device(device: str) -> str:
-    """Resolve "auto" to the accelerator, if there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """A device that is there; "auto" is the GPU where there is one.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise ValueError(f"device {device!r} is not to be had here: {_first_line(error)}") from error
+    return device
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: str) -> tuple[Pr
             source.path, revision=source.revision, dtype=dtype, attn_implementation="eager"
         )
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ValueError(f"model {source.name!r} could not be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
     return model.to(device).eval(), tokenizer
@@ -123,17 +131,20 @@ def _converted(gguf: Path) -> Path:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
-    with replacing_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    """Changes whenever a file of the model does, without reading gigabytes of weights."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin", ".model"):
-            stat = file.stat()
-            digest.update(f"{file.name}:{stat.st_size}:{stat.st_mtime_ns};".encode())
+    """Changes with the model, without reading gigabytes: names, sizes, times, and samples of every file's content."""
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        stat = file.stat()
+        digest.update(f"{file.relative_to(folder)}:{stat.st_size}:{stat.st_mtime_ns};".encode())
+        with file.open("rb") as content:
+            for part in range(64):
+                content.seek(stat.st_size * part // 64)
+                digest.update(content.read(4096))
     return digest.hexdigest()

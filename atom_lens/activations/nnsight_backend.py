@@ -20,7 +20,7 @@ class NNsightBackend:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.tokenizer = model.tokenizer
-        self.sites, self.n_layers = module_sites(model.config)
+        self.sites, self.n_layers, self.n_ctx = module_sites(model.config)
         self.hooks = list(self.sites)
 
     @property
@@ -37,7 +37,10 @@ class NNsightBackend:
     def run(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], hooks: Sequence[str]
     ) -> dict[str, Float[Tensor, "batch pos _"]]:
-        envoys = {name: self.envoy(self.sites[name][0]) for name in hooks}
+        try:
+            envoys = {name: self.envoy(self.sites[name][0]) for name in hooks}
+        except AttributeError as error:
+            raise ValueError(f"a hook of {', '.join(hooks)} has no module of its own in this model: {error}") from error
         last = self.envoy(self.sites[f"blocks.{max(map(layer_of, hooks))}.hook_out"][0])
         with torch.no_grad(), self.model.trace({"input_ids": tokens, "attention_mask": mask}) as tracer:
             # A cache takes modules in any order; reading them one by one would have to follow the forward pass.
@@ -59,4 +62,8 @@ def from_transformers(model: Any, tokenizer: Any, name: str) -> Backend:
 
 def wrap(model: Any) -> Backend | None:
     """The backend of an nnsight model, or None for anything else."""
-    return NNsightBackend(model) if isinstance(model, TransformersModel) else None
+    if not isinstance(model, TransformersModel):
+        return None
+    if not model.dispatched:
+        model.dispatch()  # nnsight loads weights at the first trace; until then they are on no device
+    return NNsightBackend(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from atom_lens.activations.prompts import Prompt
 
@@ -38,3 +38,60 @@ def select_tokens(prompt: Prompt, offsets: Sequence[tuple[int, int]], positions:
     if not inside or offsets[inside[-1]][1] < end:
         raise ValueError(f"the subject of {prompt.text!r} lies beyond its {len(offsets)} tokens: raise max_tokens")
     return inside[-1:] if positions == "subject_last" else inside
+
+
+class Read(NamedTuple):
+    """One prompt as token ids, cut after the last token that is read, and the tokens to read."""
+
+    prompt: int
+    ids: list[int]
+    tokens: list[int]
+
+
+def tokens_to_read(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    positions: Positions,
+    *,
+    max_tokens: int,
+    prepend_bos: bool = True,
+    unique: bool = False,
+) -> list[Read]:
+    """Tokenise `prompts` and find what to read of each; with `unique`, each token prefix once over all prompts.
+
+    Raises:
+        ValueError: a tokenizer without character offsets, or what `select_tokens` refuses.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"the tokenizer {type(tokenizer).__name__} gives no character offsets, a fast one is needed")
+    # Tokenizers and backends differ in whether they add BOS by themselves, so it is added here and nowhere else.
+    bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
+    encoded = tokenizer(
+        [prompt.text for prompt in prompts],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        truncation=True,
+        max_length=max(1, max_tokens - len(bos)),
+    )
+    reads = []
+    seen: set[int] = set()
+    for index, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+        ids = bos + ids
+        tokens = select_tokens(prompts[index], [(0, 0)] * len(bos) + offsets, positions)
+        if unique:
+            tokens = _not_seen(ids, tokens, seen)
+        if tokens:
+            # The models are causal: what follows the last token read cannot change it.
+            reads.append(Read(index, ids[: tokens[-1] + 1], tokens))
+    return reads
+
+
+def _not_seen(ids: list[int], tokens: list[int], seen: set[int]) -> list[int]:
+    """Those of `tokens` whose prefix of `ids` is not in `seen`, which they are added to."""
+    new, prefix, wanted = [], 0, set(tokens)
+    for token in range(tokens[-1] + 1):
+        prefix = hash((prefix, ids[token]))
+        if token in wanted and prefix not in seen:
+            seen.add(prefix)
+            new.append(token)
+    return new

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ class Prompt:
 
     @property
     def group(self) -> str:
-        """What must not lie on both sides of a split: the subject, or the whole text."""
-        return self.subject if self.subject is not None else self.text
+        """What must not lie on both sides of a split: the subject, or the whole text where there is none."""
+        return self.subject or (self.text[slice(*self.span)] if self.span else self.text)
 
     @classmethod
     def fill(cls, template: str, subject: str, answer: str | None = None) -> Prompt:
@@ -101,21 +102,26 @@ def text_file(path: str | Path, limit: int | None = None) -> list[Prompt]:
 def jsonl_file(path: str | Path, limit: int | None = None, columns: dict[str, str] | None = None) -> list[Prompt]:
     """Prompts from JSON lines: fields `text` or `template`, `subject`, `answer`, under the names in `columns`."""
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is a {type(row).__name__}, expected an object")
-        rows.append(row)
-    return list(_from_rows(rows, columns or {}, str(path)))[:limit]
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number} is a {type(row).__name__}, expected an object")
+            rows.append(row)
+    return list(islice(_from_rows(rows, columns or {}, str(path)), limit))
 
 
 def hub_dataset(
-    path: str, split: str = "train", limit: int | None = None, columns: dict[str, str] | None = None
+    path: str,
+    split: str = "train",
+    limit: int | None = None,
+    columns: dict[str, str] | None = None,
+    config: str | None = None,
 ) -> list[Prompt]:
     """Prompts from a data set on the Hub (or a local one): columns as in `jsonl_file`, dots reach into objects.
 
@@ -125,10 +131,10 @@ def hub_dataset(
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(path, split=split)
+        rows = load_dataset(path, config, split=split)
     except Exception as error:
         raise ValueError(f"the data set {path!r} (split {split!r}) could not be loaded: {error}") from error
-    return list(_from_rows(rows, columns or {}, path))[:limit]
+    return list(islice(_from_rows(rows, columns or {}, path), limit))
 
 
 def _from_rows(rows: Iterable[Any], columns: dict[str, str], source: str) -> Iterator[Prompt]:
@@ -138,7 +144,10 @@ def _from_rows(rows: Iterable[Any], columns: dict[str, str], source: str) -> Ite
     for number, row in enumerate(rows, 1):
         field = {name: _reach(row, columns.get(name, name)) for name in ("text", "template", "subject", "answer")}
         # Some data sets keep the blank before a subject with it; the same entity must be the same subject.
-        field = {name: value.strip() if isinstance(value, str) else value for name, value in field.items()}
+        for name, value in field.items():
+            if not isinstance(value, str | None):
+                raise ValueError(f"{source} row {number} has {value!r} as its {name}, allowed is text")
+        field = {name: value.strip() if value else None for name, value in field.items()}
         if field["template"] and field["subject"]:
             yield Prompt.fill(field["template"], field["subject"], field["answer"])
         elif field["text"]:
@@ -153,16 +162,3 @@ def _reach(row: Any, path: str) -> Any:
             return None
         row = row[key]
     return row
-
-
-def unique_reads(prompts: Sequence[Prompt], positions: str) -> list[Prompt]:
-    """The prompts without repeats of what is read.
-
-    At the subject a causal model has seen the text up to the subject's end and nothing else, so prompts that share
-    it give the same activation again; elsewhere only equal texts do.
-    """
-    upto_subject = positions in ("subject_last", "span")
-    first: dict[str, Prompt] = {}
-    for prompt in prompts:
-        first.setdefault(prompt.text[: prompt.span[1]] if upto_subject and prompt.span else prompt.text, prompt)
-    return list(first.values())

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import Dataset, Features, List, Value, load_from_disk
+from datasets import Dataset, load_from_disk
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atom_lens._files import replacing_folder
+from atom_lens._files import new_folder
 from atom_lens.activations.models import ModelSource
 from atom_lens.activations.prompts import Prompt
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def store_key(
@@ -29,6 +30,9 @@ def store_key(
     positions: str,
     dtype: torch.dtype,
     max_tokens: int,
+    backend: str,
+    prepend_bos: bool,
+    unique: bool,
 ) -> str:
     """Changes with anything that the activations depend on."""
     about = {
@@ -40,6 +44,9 @@ def store_key(
         "positions": positions,
         "dtype": str(dtype),
         "max_tokens": max_tokens,
+        "backend": backend,
+        "prepend_bos": prepend_bos,
+        "unique": unique,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -51,17 +58,17 @@ def write_store(
     about: dict[str, Any],
 ) -> None:
     """Save activations, hook -> (n, d), and the (prompt, token) that each row was read at."""
-    features: dict[str, Any] = {"prompt": Value("int32"), "token": Value("int32")}
-    columns: dict[str, Any] = {"prompt": rows[:, 0].int().numpy(), "token": rows[:, 1].int().numpy()}
+    columns = {"prompt": pa.array(rows[:, 0].numpy()), "token": pa.array(rows[:, 1].numpy())}
     for hook, x in activations.items():
-        # Arrow has no bfloat16; float32 holds it exactly.
-        array = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-        features[hook] = List(Value(str(array.dtype)), length=array.shape[1])
-        columns[hook] = array
-    dataset = Dataset.from_dict(columns, features=Features(features))
-    with replacing_folder(folder) as temporary:
-        dataset.save_to_disk(temporary)
-        (temporary / "about.json").write_text(json.dumps(about, indent=2))
+        # Fixed-size lists over the tensor's own memory: no copy, and Arrow keeps the width.
+        columns[hook] = pa.FixedSizeListArray.from_arrays(pa.array(x.contiguous().flatten().numpy()), x.shape[1])
+    dataset = Dataset(pa.table(columns))
+    try:
+        with new_folder(folder) as temporary:
+            dataset.save_to_disk(temporary)
+            (temporary / "about.json").write_text(json.dumps(about, indent=2))
+    except FileExistsError:
+        return  # another process was faster with the same activations
 
 
 def read_store(folder: Path) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]], dict[str, Any]]:

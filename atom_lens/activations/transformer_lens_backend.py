@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
@@ -30,6 +29,7 @@ class TransformerLensBackend:
         self.model = model
         self.tokenizer = model.tokenizer
         self.n_layers: int = model.cfg.n_layers
+        self.n_ctx: int = model.cfg.n_ctx
         names = list(model.hook_dict)
         if isinstance(model, TransformerBridge):
             for layer, block in enumerate(model.blocks):
@@ -67,11 +67,6 @@ class TransformerLensBackend:
                 tokens, attention_mask=mask, fwd_hooks=fwd_hooks, stop_at_layer=max(map(layer_of, hooks)) + 1
             )
         return kept
-
-
-def knows(model: Any) -> bool:
-    """Whether the bridge has an adapter for this transformers model."""
-    return type(model).__name__ in SUPPORTED_ARCHITECTURES
 
 
 def from_transformers(model: Any, tokenizer: Any, name: str) -> Backend:

@@ -39,6 +39,7 @@ def measure(
         The fields of a split in report.json: r2, r2_aip, q_star, l0, empty_codes, dead_atoms, coherence.
     """
     check_rows(x, "x", metric.width)
+    check_rows(dictionary.W_dec.detach(), "the dictionary", metric.width)
     device = dictionary.W_dec.device
     metric = metric.to(device)
     plain, whitened = Residuals(metric.width), Residuals(metric.width, metric)

@@ -8,7 +8,6 @@ from typing import Any
 
 from sae_lens import SAE
 
-from atom_lens.activations.prompts import unique_reads
 from atom_lens.evidence import evaluate
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.sharing.load import atoms_folder, load_atoms
@@ -25,25 +24,55 @@ def recipe_beside(path: str | Path) -> Path:
     raise ValueError(f"no recipe.yaml in {str(path)!r} or above it: say whose activations with --recipe")
 
 
-def evaluate_folder(path: str | Path, recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate_folder(
+    path: str | Path, recipe: Recipe | str | Path, overrides: Sequence[str] = (), hook: str | None = None
+) -> dict[str, Any]:
     """The report of the atoms, or of any sae-lens SAE, at `path`, on the activations of `recipe`.
 
     An SAE without a metric of its own is measured under the metric of the recipe's training split.
 
+    Args:
+        path: run folder, atoms folder, or sae-lens folder.
+        recipe: whose activations and split.
+        overrides: ``section.key=value``, applied to a recipe that is read from a file.
+        hook: which atoms of a run over several hooks.
+
     Raises:
-        ValueError: the hook of the atoms is not among the recipe's, or widths differ.
+        ValueError: the hook of the atoms is not among the recipe's, widths differ, or the recipe's split is not the one
+            these atoms were trained with.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    folder = atoms_folder(path, recipe.hooks[0] if len(recipe.hooks) == 1 else None)
+    folder = atoms_folder(path, hook)
+    _check_split(folder, recipe)
     has_metric = (folder / AIP_FILENAME).is_file()
     atoms = load_atoms(folder) if has_metric else SAE.load_from_disk(folder)
-    named = atoms.cfg.metadata.hook_name
-    prompts = unique_reads(recipe.prompts.read(), recipe.positions)
+    hook = str(atoms.cfg.metadata.hook_name)
+    prompts = recipe.prompts.read()
     found = harvest_for(recipe, prompts)
-    hook = str(named) if named in found else next(iter(found))
-    if named is not None and named not in found and len(found) > 1:
-        raise ValueError(f"the atoms' hook {named!r} is not in the recipe, allowed are {', '.join(found)}")
+    if hook not in found:
+        raise ValueError(f"the atoms' hook {hook!r} is not among the recipe's, allowed are {', '.join(found)}")
     x, heldout = split_activations(recipe, prompts, found, hook)
     metric = None if has_metric else AtomicInnerProduct.estimate(x, recipe.metric.ridge, "the recipe's training split")
-    about = {"name": recipe.name, "model": recipe.model.name, "hook": hook, "positions": recipe.positions}
-    return evaluate(atoms, x, heldout, metric, about={**about, "seconds": {"harvest": found.seconds}})
+    about = {
+        "name": recipe.name,
+        "model": recipe.model.name,
+        "hook": hook,
+        "positions": recipe.positions,
+        "massive_rows_dropped": found.dropped[hook],
+        "seconds": {"harvest": found.seconds},
+    }
+    seed = recipe.training.seed if recipe.training else 0
+    return evaluate(atoms, x, heldout, metric, seed=seed, about=about)
+
+
+def _check_split(folder: Path, recipe: Recipe) -> None:
+    """Atoms that know their recipe are not measured on another split: its held-out subjects may have trained them."""
+    try:
+        own = load_recipe(recipe_beside(folder))
+    except ValueError:
+        return
+    if own.prompts == recipe.prompts and own.split != recipe.split:
+        raise ValueError(
+            f"split is {recipe.split}, these atoms were trained with {own.split}: "
+            "subjects held out now may be subjects they were trained on"
+        )

@@ -7,7 +7,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from atom_lens.activations.prompts import unique_reads
 from atom_lens.evidence.report import angles
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.recipe import Recipe
@@ -22,7 +21,7 @@ def shift(recipe: Recipe) -> dict[str, Any]:
         distribution), "aip_other_text" (metric from `recipe.other_text`), "other_text": {the same the other way}}.
         Angles are {"mean", "median"} in degrees (theory.md section 1).
     """
-    prompts, texts = unique_reads(recipe.prompts.read(), recipe.positions), recipe.other_text.read()
+    prompts, texts = recipe.prompts.read(), recipe.other_text.read()
     here = harvest_for(recipe, prompts)
     there = harvest_for(recipe.model_copy(update={"positions": "all"}), texts)
     found = {}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import wandb as wandb_client
 from jaxtyping import Float
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
@@ -53,8 +54,6 @@ def fit(
     Returns:
         The atoms on raw activations, and the log10 firing frequency of each, shape (F,).
     """
-    if atoms.target_l0 > atoms.capacity:
-        raise ValueError(f"atoms.target_l0 is {atoms.target_l0}, allowed is up to atoms.capacity={atoms.capacity}")
     device = pick_device(training.device)
     config = TSAETrainingConfig(
         d_in=aip.width,
@@ -73,13 +72,14 @@ def fit(
         sae = TSAETraining(config)
     generator = torch.Generator().manual_seed(training.seed)
     whitening = sae.whitening(aip)
-    sae.prepare((x.double() @ whitening.matrix).float(), aip, generator)
+    sae.prepare((x.double() @ whitening.matrix.to(x.device)).float(), aip, generator)
 
     logging = LoggingConfig(log_to_wandb=False)
     if wandb is not None and wandb.mode != "disabled":
-        import wandb as wandb_client
-
-        wandb_client.init(project=wandb.project, mode=wandb.mode, name=run_name)
+        try:
+            wandb_client.init(project=wandb.project, mode=wandb.mode, name=run_name)
+        except wandb_client.Error as error:
+            raise ValueError(f"wandb.mode is {wandb.mode!r} and Weights & Biases did not start: {error}") from error
         logging = LoggingConfig(wandb_project=wandb.project, run_name=run_name)
     trainer = SAETrainer(
         SAETrainerConfig(
@@ -99,8 +99,10 @@ def fit(
         shuffled_batches(x, training.batch_size, generator),
     )
     trainer.activation_scaler.whitening = whitening
-    trainer.fit()
-    if logging.log_to_wandb:
-        wandb_client.finish()  # pyright: ignore[reportPossiblyUnboundVariable]
+    try:
+        trainer.fit()
+    finally:
+        if logging.log_to_wandb:
+            wandb_client.finish()
     with torch.random.fork_rng(devices=[]):
         return sae.finish(aip), trainer.log_feature_sparsity

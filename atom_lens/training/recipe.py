@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from atom_lens.activations import prompts as sources
 from atom_lens.activations.positions import Positions
 from atom_lens.activations.prompts import Prompt
 from atom_lens.geometry import DEFAULT_RIDGE
 
+# YAML 1.1 reads 1e-6 as text (it wants 1.0e-6): numbers may be written as people write them.
+Number = Annotated[float, Field(strict=False)]
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(_Section):
@@ -79,12 +82,13 @@ class HubDataset(_Section):
 
     source: Literal["dataset"]
     path: str
+    config: str | None = None
     split: str = "train"
     columns: dict[str, str] = {}
     limit: int | None = Field(None, ge=1)
 
     def read(self) -> list[Prompt]:
-        return sources.hub_dataset(self.path, self.split, self.limit, self.columns)
+        return sources.hub_dataset(self.path, self.split, self.limit, self.columns, self.config)
 
 
 Prompts = Annotated[Cities | PythonDocs | TextFile | JsonLines | HubDataset, Field(discriminator="source")]
@@ -93,26 +97,32 @@ Prompts = Annotated[Cities | PythonDocs | TextFile | JsonLines | HubDataset, Fie
 class Split(_Section):
     """Held-out data. No subject lies on both sides."""
 
-    heldout: float = Field(0.2, gt=0, lt=1)
+    heldout: Number = Field(0.2, gt=0, lt=1)
     seed: int = 0
 
 
 class Metric(_Section):
     """The atomic inner product. `ridge` is relative to the mean eigenvalue, or "oas"."""
 
-    ridge: float | Literal["oas"] = DEFAULT_RIDGE
+    ridge: Annotated[float, Field(strict=False, ge=0)] | Literal["oas"] = DEFAULT_RIDGE
 
 
 class Atoms(_Section):
     """The dictionary. `capacity` is d_sae; the rest is `TSAETrainingConfig`'s."""
 
     capacity: int = Field(ge=1)
-    target_l0: float = Field(gt=0)
+    target_l0: Number = Field(gt=0)
     encoder: Literal["tied", "free"] = "tied"
-    loss_norm: float = Field(0.5, ge=0, le=1)
-    tail: float = Field(1.0, ge=0)
-    revival: float = Field(1 / 32, ge=0)
-    bandwidth: float = Field(0.05, gt=0)
+    loss_norm: Number = Field(0.5, ge=0, le=1)
+    tail: Number = Field(1.0, ge=0)
+    revival: Number = Field(1 / 32, ge=0)
+    bandwidth: Number = Field(0.05, gt=0)
+
+    @model_validator(mode="after")
+    def _target_fits(self) -> Atoms:
+        if self.target_l0 > self.capacity:
+            raise ValueError(f"atoms.target_l0 is {self.target_l0}, allowed is up to atoms.capacity={self.capacity}")
+        return self
 
 
 class Training(_Section):
@@ -120,9 +130,9 @@ class Training(_Section):
 
     steps: int = Field(ge=1)
     batch_size: int = Field(256, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    warm_up: float = Field(0.05, ge=0, le=1)
-    decay: float = Field(0.3, ge=0, le=1)
+    lr: Number = Field(1e-3, gt=0)
+    warm_up: Number = Field(0.05, ge=0, le=1)
+    decay: Number = Field(0.3, ge=0, le=1)
     dead_after: int = Field(200, ge=1, description="steps without firing after which an atom counts as dead")
     device: str = "auto"
     seed: int = 0
@@ -146,7 +156,8 @@ class Recipe(_Section):
     prompts: Prompts
     hooks: list[str] = Field(min_length=1)
     positions: Positions = "subject_last"
-    massive_ratio: float | None = Field(10.0, gt=1)
+    massive_ratio: Number | None = Field(10.0, gt=1)
+    prepend_bos: bool = True
     max_tokens: int = Field(1024, ge=1)
     split: Split = Split.model_validate({})
     metric: Metric = Metric()
@@ -190,7 +201,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def check_recipe(data: Any, where: str = "the recipe") -> Recipe:
     """A recipe from plain data; raises ValueError with one sentence about the first thing wrong."""
     try:
-        return Recipe.model_validate(_numbers(data))
+        return Recipe.model_validate(data)
     except ValidationError as error:
         raise ValueError(f"{where}: {_sentence(error)}") from None
 
@@ -200,25 +211,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-6 as text (it wants 1.0e-6): mend what can only be meant as a number."""
-    if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _sentence(error: ValidationError) -> str:
     # A misspelt key is also a missing one: name the misspelling.
     problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # A union's location holds the tag of the member: prompts.cities.limit is written prompts.limit in the file.
-    tags = ("cities", "python_docs", "text", "jsonl", "dataset", "float", "literal['oas']")
+    tags = ("cities", "python_docs", "text", "jsonl", "dataset", "constrained-float", "literal['oas']")
     location = [str(part) for part in problem["loc"] if str(part) not in tags]
     key = ".".join(location) or "the recipe"
     if problem["type"] == "extra_forbidden":
@@ -230,6 +227,8 @@ def _sentence(error: ValidationError) -> str:
         return f"key {key} is missing"
     if problem["type"].startswith("union_tag"):
         return f"key {key}.source is {_shown(problem['input'])}, allowed are {', '.join(tags[:5])}"
+    if problem["type"] == "value_error":  # from a validator of ours: a sentence already
+        return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
     allowed = problem["msg"].removeprefix("Input should be ")
     return f"key {key} is {_shown(problem['input'])}, allowed is {allowed}"
 

@@ -14,9 +14,8 @@ from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atom_lens._files import replacing_folder, write_json
+from atom_lens._files import new_folder, write_json
 from atom_lens.activations import Harvest, Prompt, harvest
-from atom_lens.activations.prompts import unique_reads
 from atom_lens.evidence import evaluate, table
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.fit import fit
@@ -46,9 +45,9 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
     for section in ("atoms", "training"):
         if getattr(recipe, section) is None:
             raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, train needs it")
-    prompts = unique_reads(recipe.prompts.read(), recipe.positions)
+    prompts = recipe.prompts.read()
     found = harvest_for(recipe, prompts)
-    with replacing_folder(folder) as temporary, _logging_to(temporary / "log.txt"):
+    with new_folder(folder) as temporary, _logging_to(temporary / "log.txt"):
         logger.info("harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store)
         reports = {hook: _one_hook(recipe, prompts, found, hook, temporary / hook) for hook in found}
         (temporary / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
@@ -69,6 +68,8 @@ def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
         dtype=recipe.model.dtype,
         device=recipe.model.device,
         massive_ratio=recipe.massive_ratio,
+        prepend_bos=recipe.prepend_bos,
+        unique=True,
         max_tokens=recipe.max_tokens,
     )
 
@@ -81,6 +82,11 @@ def split_activations(
     out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed)
     x = found[hook].float()
     d = x.shape[1]
+    if int(out.sum()) < 2:
+        raise ValueError(
+            f"split.heldout is {recipe.split.heldout}, of {len(x)} activations it leaves {int(out.sum())} held-out: "
+            "at least 2 are needed"
+        )
     if int((~out).sum()) < d and recipe.metric.ridge != "oas":
         raise ValueError(
             f"hook {hook!r} has {int((~out).sum())} training activations of width {d}, the metric needs at least {d}: "
@@ -107,6 +113,8 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
     }
     atoms, sparsity = fit(x, aip, recipe.atoms, recipe.training, metadata, recipe.wandb, recipe.name)
     trained = time.monotonic()
+    n_rows = recipe.training.steps * recipe.training.batch_size
+    logger.info("%s: trained on %d rows in %.0f s", hook, n_rows, trained - estimated)
     report = evaluate(
         atoms,
         x,
@@ -121,9 +129,11 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
             "seconds": {"harvest": found.seconds, "metric": estimated - start, "train": trained - estimated},
         },
     )
-    report["seconds"]["train_rows_per_second"] = (
-        recipe.training.steps * recipe.training.batch_size / (trained - estimated)
-    )
+    report["seconds"]["train_rows_per_second"] = n_rows / (trained - estimated)
+    found_l0, wanted = report["train"]["l0"]["mean"], recipe.atoms.target_l0
+    if abs(found_l0 - wanted) > 0.25 * wanted:
+        why = ", the activations need no more" if found_l0 < wanted and report["train"]["r2_aip"] > 0.9 else ""
+        logger.warning("%s: L0 is %.2f on the training activations, %.2f was asked for%s", hook, found_l0, wanted, why)
     save_atoms(atoms, folder, report, sparsity)
     logger.debug("%s:\n%s", hook, table(report))
     return report
