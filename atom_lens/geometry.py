@@ -3,7 +3,7 @@
 ``C = E[x xᵀ]`` is accumulated from activations, ``S = C⁻¹`` is the metric, and ``<u, v>_S = uᵀSv``. Whitening
 with ``S^{1/2}`` turns it into the ordinary inner product (theory.md section 1; arXiv 2509.20784).
 
-Needs torch only, runs on any device, and takes plain tensors, so it can be used on anybody's dictionary.
+Uses torch only, runs on any device, and takes plain tensors, so it can be used on anybody's dictionary.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evidence: faithfulness, stability, nulls, and the report that puts them side by side. Needs torch only."""
+"""Evidence: faithfulness, stability, nulls, and the report that puts them side by side. Uses torch only."""
 
 from atom_lens.evidence.faithfulness import faithfulness
 from atom_lens.evidence.measure import measure
