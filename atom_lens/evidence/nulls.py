@@ -14,7 +14,8 @@ class Pursuit:
     """A dictionary with orthogonal matching pursuit as its encoder: the k best atoms in a norm, greedily.
 
     Looks like an sae-lens SAE to `measure`: `W_dec`, `encode`, `decode`. This gives a null the same number of
-    atoms and the same K as the atoms it stands beside, and an encoder that sees all of a residual, not one inner product.
+    atoms and the same K as the atoms it stands beside, and an
+    encoder that sees what is left over, not one inner product.
 
     Args:
         atoms: rows, shape (F, d), any non-zero length.
