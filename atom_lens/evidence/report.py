@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atom_lens.evidence.faithfulness import Residuals
 from atom_lens.evidence.measure import Dictionary, measure
 from atom_lens.evidence.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.geometry import AtomicInnerProduct, angle_histogram, check_rows
@@ -36,7 +37,7 @@ def evaluate(
     Args:
         atoms: a TSAE, any sae-lens SAE, or anything with `W_dec`, `encode` and `decode`.
         x: training activations, shape (n, d).
-        heldout: activations of other subjects, shape (m, d); without them the report says so by a null.
+        heldout: activations of other subjects, shape (m, d); without them the report's `heldout` is null.
         metric: the AIP; None takes the one that comes with the atoms.
         seed: of the generator that draws the nulls.
         about: further fields of the report (model, hook, ...).
@@ -73,8 +74,10 @@ def evaluate(
         for split, rows in splits.items():
             nulls[name][split] = measure(Pursuit(null, mean, metric, k_null), rows, metric)
             # A null gets its best in either norm, so the Euclidean R² of a Euclidean pursuit stands beside.
-            euclidean = measure(Pursuit(null, mean, None, k_null), rows, metric)
-            nulls[name][split]["r2_euclidean_pursuit"] = euclidean["r2"]
+            euclidean, sums = Pursuit(null, mean, None, k_null), Residuals(metric.width)
+            for chunk in rows.split(1024):
+                sums.update(chunk, euclidean.decode(euclidean.encode(chunk)))
+            nulls[name][split]["r2_euclidean_pursuit"] = sums.r2
     report = {
         "schema_version": SCHEMA_VERSION,
         **(about or {}),
