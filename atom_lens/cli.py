@@ -1,4 +1,4 @@
-"""The command line: ``atom-lens train | evaluate | shift``."""
+"""The command line: ``atom-lens train | evaluate | compare | planted | shift``."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--hook", help="which atoms, where the run has several hooks")
     evaluate.add_argument("--json", type=Path, help="also write the report to this file")
 
+    compare = command("compare", "Neurons, stock SAEs, pretrained features and our atoms side by side; resumes.")
+    compare.add_argument("recipe", help="YAML file, see recipes/")
+    compare.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
+    compare.add_argument("--out", default="runs", help="folder of run folders (default: runs)")
+
+    planted = command("planted", "Planted atoms: the theorem, its limits, and trained SAEs against the truth.")
+    planted.add_argument("recipe", help="YAML file, see recipes/planted.yaml")
+    planted.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
+    planted.add_argument("--json", type=Path, help="also write the figures to this file")
+
     shift = command("shift", "Angles between activations: Euclidean, and under metrics from the same and other text.")
     shift.add_argument("recipe", help="YAML file, see recipes/")
     shift.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
@@ -64,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[console])
     logging.getLogger("atom_lens").setLevel(logging.INFO)
     try:
-        {"train": _train, "evaluate": _evaluate, "shift": _shift}[arguments.command](arguments)
+        _COMMANDS[arguments.command](arguments)
     except (ValueError, OSError) as error:
         if arguments.debug:
             raise
@@ -87,7 +97,7 @@ def _quiet_bars(disable: bool | None) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from atom_lens.evidence import reading, table
+    from atom_lens.evidence import certificates_text, reading, table
     from atom_lens.training import train
 
     folder = train(arguments.recipe, arguments.overrides, arguments.out)
@@ -95,13 +105,13 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     report = json.loads((folder / "report.json").read_text())
     for hook, one in report.get("hooks", {report.get("hook"): report}).items():
-        print(f"\n{hook} of {one['model']}\n\n{table(one)}\n\n{reading(one)}")
+        print(f"\n{hook} of {one['model']}\n\n{table(one)}\n\n{certificates_text(one)}\n\n{reading(one)}")
     print(f"\nwritten to {folder}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from atom_lens._files import write_json
-    from atom_lens.evidence import reading, table
+    from atom_lens.evidence import certificates_text, reading, table
     from atom_lens.experiments.evaluate import evaluate_folder, recipe_beside
 
     recipe = arguments.recipe or recipe_beside(arguments.atoms)
@@ -109,7 +119,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, report)
     if not arguments.quiet:
-        print(f"{report['hook']} of {report['model']}\n\n{table(report)}\n\n{reading(report)}")
+        print(
+            f"{report['hook']} of {report['model']}\n\n{table(report)}\n\n"
+            f"{certificates_text(report)}\n\n{reading(report)}"
+        )
 
 
 def _shift(arguments: argparse.Namespace) -> None:
@@ -123,6 +136,33 @@ def _shift(arguments: argparse.Namespace) -> None:
     if not arguments.quiet:
         print(shift_table(found))
 
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from atom_lens.experiments.compare import compare
+    from atom_lens.experiments.frontier import comparison_table, verdict
+    from atom_lens.training import load_recipe
+
+    folder = compare(load_recipe(arguments.recipe, arguments.overrides), arguments.out)
+    if arguments.quiet:
+        return
+    for hook, found in json.loads((folder / "compare.json").read_text())["hooks"].items():
+        head = f"{hook}, n = {found['n']}, F = {found['d_sae']}, n / F = {found['n_over_f']:.1f}"
+        print(f"\n{head}\n\n{comparison_table(found)}\n\n{verdict(found)}")
+    print(f"\nwritten to {folder}")
+
+
+def _planted(arguments: argparse.Namespace) -> None:
+    from atom_lens._files import write_json
+    from atom_lens.experiments.planted import load_planted, planted, planted_table
+
+    found = planted(load_planted(arguments.recipe, arguments.overrides))
+    if arguments.json:
+        write_json(arguments.json, found)
+    if not arguments.quiet:
+        print(planted_table(found))
+
+
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "compare": _compare, "planted": _planted, "shift": _shift}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,8 +22,8 @@ from sae_lens.registry import (
     register_sae_class,
     register_sae_training_class,
 )
-from sae_lens.saes.jumprelu_sae import JumpReLU, Step
-from sae_lens.saes.sae import SAEMetadata, TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.jumprelu_sae import JumpReLU
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationWhitening
 from torch import Tensor
 from typing_extensions import override
@@ -127,19 +127,28 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
     """Training configuration of a TSAE; ``target_l0`` is required.
 
     Args:
-        target_l0: wanted mean number of active atoms. The weight of the L0 penalty follows it by dual ascent.
+        target_l0: wanted number of active atoms of every activation.
+        l0_coefficient: weight of sae-lens' quadratic loss 2 (K_i - target_l0)² / target_l0, averaged over activations,
+            beside a share of variance: q* lives in the tail of K, so each activation is held to the target, not the
+            mean.
         encoder: "tied" keeps W_enc = D S as in the identifiability theorem, "free" learns it.
         loss_norm: alpha; the residual is weighted by the eigenvalues of C to this power. 0 is the AIP norm, 1 the
             Euclidean one (theory.md section 3).
-        tail: weight of the squared excess of K_i over target_l0 beside K_i itself: q* lives in the tail of K.
+        noise: expected square norm of the Gaussian noise that is added to what the encoder reads in training, as a
+            share of that of the activation. Keeps thresholds and codes as they are on activations never seen.
         revival: weight of the auxiliary loss in which dead atoms explain what the living leave over.
+        freeze_decoder: random directions that stay as they are, a null; the encoder still learns if it is free.
         jumprelu_bandwidth: width of the straight-through window, in units of the norm of a whitened activation.
     """
 
-    encoder: Literal["tied", "free"] = "tied"
-    loss_norm: float = 0.5
-    tail: float = 1.0
+    encoder: Literal["tied", "free"] = "free"
+    loss_norm: float = 0.75
+    jumprelu_sparsity_loss_mode: Literal["step", "tanh", "quadratic"] = "quadratic"
+    l0_coefficient: float = 0.15
+    noise: float = 0.3
     revival: float = 1 / 32
+    freeze_decoder: bool = False
+    jumprelu_ste_to_input: bool = True
     normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"] = _WHITENED
     decoder_init_norm: float | None = 1.0
 
@@ -166,14 +175,14 @@ class TSAETraining(JumpReLUTrainingSAE):
 
     cfg: TSAETrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     loss_weight: Tensor
-    l0_multiplier: Tensor
+    generator: torch.Generator
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self.register_buffer("loss_weight", torch.ones(self.cfg.d_in, dtype=torch.float32, device=self.device))
-        self.register_buffer("l0_multiplier", torch.tensor(1e-3, dtype=torch.float64, device=self.device))
         self.W_enc.requires_grad_(self.cfg.encoder == "free")
+        self.W_dec.requires_grad_(not self.cfg.freeze_decoder)
 
     @staticmethod
     def whitening(aip: AtomicInnerProduct) -> ActivationWhitening:
@@ -198,8 +207,10 @@ class TSAETraining(JumpReLUTrainingSAE):
         Args:
             y: training activations in training coordinates (`whitening`), shape (n, d).
             aip: the metric, whose eigenvalues weight the loss.
-            generator: draws the activations that become atoms.
+            generator: draws the activations that become atoms, and the noise while they learn.
         """
+        seed = int(torch.randint(1 << 31, (), generator=generator))
+        self.generator = torch.Generator(self.W_dec.device).manual_seed(seed)
         y = y.to(self.W_dec.device)
         mean = y.mean(dim=0)
         variance = (y - mean).square().mean(dim=0)
@@ -208,9 +219,9 @@ class TSAETraining(JumpReLUTrainingSAE):
         self.loss_weight.copy_(weight / (weight * variance).sum())
         self.b_dec.copy_(mean)
 
-        rows = (y - mean)[torch.randperm(len(y), generator=generator)[: self.cfg.d_sae]]
-        self.W_dec[: len(rows)] = rows
-        self.W_dec[len(rows) :] = torch.randn(self.cfg.d_sae - len(rows), self.cfg.d_in, generator=generator).to(y)
+        n_data = 0 if self.cfg.freeze_decoder else min(len(y), self.cfg.d_sae)
+        self.W_dec[:n_data] = (y - mean)[torch.randperm(len(y), generator=generator)[:n_data]]
+        self.W_dec[n_data:] = torch.randn(self.cfg.d_sae - n_data, self.cfg.d_in, generator=generator).to(y)
         self._project()
         self.W_enc.copy_(self.W_dec.T)
         sample = (y[torch.randperm(len(y), generator=generator)[:512]] - mean) @ self.W_dec.T
@@ -225,6 +236,9 @@ class TSAETraining(JumpReLUTrainingSAE):
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         w_enc = self.W_dec.T if self.cfg.encoder == "tied" else self.W_enc
+        if self.training and self.cfg.noise:
+            noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+            x = x + noise * (self.cfg.noise / self.cfg.d_in) ** 0.5
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ w_enc + self.b_enc)
         threshold = self.threshold.to(hidden_pre.dtype)
         codes = JumpReLU.apply(hidden_pre, threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)
@@ -237,24 +251,10 @@ class TSAETraining(JumpReLUTrainingSAE):
         return super().training_forward_pass(step_input)
 
     @override
-    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        return {}
-
-    @override
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        assert self.cfg.target_l0 is not None
-        threshold = self.threshold.to(hidden_pre.dtype)
-        l0 = Step.apply(hidden_pre, threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input).sum(dim=-1)
-        target = self.cfg.target_l0
-        with torch.no_grad():
-            # Dual ascent: the price of an atom rises while too many are active and falls while too few are.
-            self.l0_multiplier.mul_(torch.exp(0.01 * (l0.mean().double() / target - 1).clamp(max=3)))
-            self.l0_multiplier.clamp_(1e-7, 1.0)
-        price = self.l0_multiplier.to(l0.dtype)
-        excess = (l0 - target).relu().square() / target
-        losses = {"l0_loss": price * (l0 + self.cfg.tail * excess).mean()}
+        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         dead = step_input.dead_neuron_mask
         if self.cfg.revival and dead is not None and dead.any():
             losses["revival_loss"] = self._revival(step_input.sae_in - sae_out.detach(), hidden_pre, dead)
@@ -290,7 +290,7 @@ class TSAETraining(JumpReLUTrainingSAE):
         return atoms
 
 
-_TRAINING_BUFFERS = ("loss_weight", "l0_multiplier")
+_TRAINING_BUFFERS = ("loss_weight",)
 
 # A second registration is an error in sae-lens, and a notebook may reload this module: the newest classes count.
 SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)

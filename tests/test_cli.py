@@ -113,8 +113,11 @@ def test_evaluate_repeats_the_report(
     assert main(["evaluate", "runs/tiny", "--json", "again.json"]) == 0
     assert "held-out" in capsys.readouterr().out
     first, again = (json.loads(Path(p).read_text()) for p in ("runs/tiny/report.json", "again.json"))
-    for part in ("train", "heldout", "nulls", "metric", "angles"):
+    for part in ("train", "heldout", "certificates", "metric", "angles"):
         assert first[part] == again[part]
+    # Trained nulls are not trained again.
+    assert set(first["nulls"]) == {"random", "data", "frozen", "shuffled"}
+    assert again["nulls"] == {name: first["nulls"][name] for name in ("random", "data")}
     # Any sae-lens SAE will do: without a metric of its own it is measured under the recipe's.
     plain = tmp_path / "any" / "plain"
     plain.parent.mkdir()
@@ -181,8 +184,8 @@ def test_wandb_offline(
         ({"split": {"heldout": 1.5}}, "key split.heldout is 1.5, allowed is less than 1"),
         ({"metric": {"ridge": -1.0}}, "key metric.ridge is -1.0"),
         (
-            {"atoms": {"capacity": 4, "target_l0": 2.0, "tail": float("inf")}},
-            "key atoms.tail is inf, allowed is",
+            {"atoms": {"capacity": 4, "target_l0": 2.0, "noise": float("inf")}},
+            "key atoms.noise is inf, allowed is",
         ),
         ({"split": {"heldout": 0.001}}, "split.heldout is 0.001, of 80 activations it leaves 1 held-out"),
         ({"model": {"name": "tiny", "device": "gpu"}}, "device 'gpu' is not to be had here"),

@@ -225,10 +225,12 @@ def test_report_has_the_documented_fields(generator: torch.Generator) -> None:
     assert set(report["angles"]) == {"euclidean", "aip"}
     fields = {"n", "r2", "r2_aip", "q_star", "l0", "empty_codes", "dead_atoms", "coherence"}
     for split in ("train", "heldout"):
-        assert set(report[split]) == fields
+        last = {"interval"} if split == "heldout" else set()
+        assert set(report[split]) == fields | last
+        excess = {"excess"} if split == "heldout" else set()
         for null in ("random", "data"):
-            assert set(report["nulls"][null][split]) == fields | {"r2_euclidean_pursuit"}
-            assert report["nulls"][null]["k"] == 3
+            assert set(report["nulls"][null][split]) == fields | {"r2_euclidean_pursuit"} | excess
+            assert report["nulls"][null][split]["l0"]["max"] == 3
     assert report["train"]["r2_aip"] == pytest.approx(faithfulness(x, atoms.decode(atoms.encode(x)), aip), abs=1e-6)
     shown = table(report)
     assert "held-out" in shown and f"{report['train']['q_star']:.4f}" in shown

@@ -184,7 +184,9 @@ def test_checkpoint_from_the_middle_is_refused(x: torch.Tensor, tmp_path: Path) 
         n_checkpoints=1,
         checkpoint_path=str(tmp_path),
     )
-    trainer = SAETrainer(config, sae, shuffled_batches(x, 64, torch.Generator().manual_seed(0)))
+    trainer = SAETrainer(
+        config, sae, (b["x"] for b in shuffled_batches({"x": x}, 64, torch.Generator().manual_seed(0)))
+    )
     trainer.activation_scaler.whitening = whitening
     trainer.fit()
     (checkpoint,) = tmp_path.iterdir()

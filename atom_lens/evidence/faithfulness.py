@@ -9,35 +9,40 @@ from torch import Tensor
 from atom_lens.geometry import AtomicInnerProduct, check_rows
 
 
-class Residuals:
-    """Streamed sums behind R²: residual and total sum of squares, in the Euclidean norm or under `metric`."""
+class SquaredSums:
+    """Per row, what R² is made of: ||x - x_hat||² and ||x - mean(x)||², Euclidean and under `metric`.
 
-    def __init__(self, width: int, metric: AtomicInnerProduct | None = None) -> None:
+    Rows come in the order of `x`, a batch at a time; `rows` then holds (residual, residual_aip, total, total_aip),
+    each of shape (n,), float64, on the CPU.
+    """
+
+    def __init__(self, x: Float[Tensor, "n d"], metric: AtomicInnerProduct | None) -> None:
         self.metric = metric
-        self.n = 0
-        self.residual = 0.0
-        self.square = 0.0
-        self.total: Float[Tensor, " d"] = torch.zeros(width, dtype=torch.float64)
+        chunks = x.split(8192)
+        self.mean: Float[Tensor, " d"] = torch.stack([rows.double().sum(dim=0) for rows in chunks]).sum(dim=0) / len(x)
+        square = sum(float(rows.double().square().sum()) for rows in chunks)
+        total = sum(float((rows.double() - self.mean).square().sum()) for rows in chunks)
+        # Below the rounding of float32 activations the rows are one point, and there is no variance to explain.
+        if total <= 1e-12 * square:
+            raise ValueError(f"R² is undefined: all {len(x)} rows are the same")
+        self._parts: list[list[Float[Tensor, " batch"]]] = [[], [], [], []]
 
-    def update(self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> Residuals:
+    def update(self, x: Float[Tensor, "batch d"], x_hat: Float[Tensor, "batch d"]) -> None:
         """Add rows and their reconstructions."""
-        x, x_hat = x.double(), x_hat.double()
-        if self.metric is not None:
-            x, x_hat = x @ self.metric.sqrt, x_hat @ self.metric.sqrt
-        self.n += len(x)
-        self.residual += float((x - x_hat).square().sum())
-        self.square += float(x.square().sum())
-        self.total += x.sum(dim=0).cpu()
-        return self
+        differences = x.double() - x_hat.double(), x.double() - self.mean.to(x.device)
+        for i, difference in enumerate(differences):
+            self._parts[2 * i].append(difference.square().sum(dim=1).cpu())
+            if self.metric is not None:
+                self._parts[2 * i + 1].append((difference @ self.metric.sqrt).square().sum(dim=1).cpu())
 
     @property
-    def r2(self) -> float:
-        """1 - residual / total, the total taken around the mean of the rows seen."""
-        total = self.square - float(self.total.square().sum()) / self.n
-        # The two sums cancel: below their rounding the rows are one point, and there is no variance to explain.
-        if total <= 1e-12 * self.square:
-            raise ValueError(f"R² is undefined: all {self.n} rows are the same")
-        return 1 - self.residual / total
+    def rows(self) -> tuple[Float[Tensor, " n"], ...]:
+        return tuple(torch.cat(parts) for parts in self._parts if parts)
+
+
+def explained(residual: Float[Tensor, " n"], total: Float[Tensor, " n"]) -> float:
+    """R², pooled over rows: 1 - residual / total."""
+    return 1 - float(residual.sum() / total.sum())
 
 
 def faithfulness(
@@ -57,7 +62,8 @@ def faithfulness(
     check_rows(x_hat, "x_hat", x.shape[1])
     if len(x_hat) != len(x):
         raise ValueError(f"x_hat has {len(x_hat)} rows, expected {len(x)} as in x")
-    sums = Residuals(x.shape[1], metric)
+    sums = SquaredSums(x, metric)
     for rows, reconstructions in zip(x.split(8192), x_hat.split(8192), strict=True):
         sums.update(rows, reconstructions)
-    return sums.r2
+    residual, total = sums.rows if metric is None else sums.rows[1::2]
+    return explained(residual, total)

@@ -1,15 +1,17 @@
-"""The figures of one dictionary on one split of the data, all from a single pass over its codes."""
+"""What a dictionary does to one split of the data, row by row, from a single pass over its codes."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from atom_lens.evidence.faithfulness import Residuals
-from atom_lens.evidence.stability import stability
+from atom_lens.evidence.faithfulness import SquaredSums, explained
+from atom_lens.evidence.stability import Stability, stability
 from atom_lens.geometry import AtomicInnerProduct, check_rows
 
 
@@ -23,11 +25,66 @@ class Dictionary(Protocol):
     def decode(self, feature_acts: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Observation:
+    """Codes of one split, reduced to what the figures need. Sums of squares are per row, float64, on the CPU.
+
+    Attributes:
+        residual, residual_aip: ||x - x_hat||² in either norm, shape (n,).
+        total, total_aip: ||x - mean(x)||² in either norm, shape (n,).
+        l0: K_i, shape (n,).
+        k_atom: of every atom, the largest L0 of a code in which it is active, shape (F,); 0 for a dead one.
+        smallest, largest: of every atom, its extreme coefficients on unit AIP norm, shape (F,); 0 for a dead one.
+        found: stability of the living atoms with these codes.
+    """
+
+    residual: Float[Tensor, " n"]
+    residual_aip: Float[Tensor, " n"]
+    total: Float[Tensor, " n"]
+    total_aip: Float[Tensor, " n"]
+    l0: Int[Tensor, " n"]
+    k_atom: Int[Tensor, " F"]
+    smallest: Float[Tensor, " F"]
+    largest: Float[Tensor, " F"]
+    found: Stability
+
+    def __len__(self) -> int:
+        return len(self.l0)
+
+    @property
+    def alive(self) -> Bool[Tensor, " F"]:
+        """Atoms that fired."""
+        return self.k_atom > 0
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """The fields of a split in report.json: r2, r2_aip, q_star, l0, empty_codes, dead_atoms, coherence."""
+        return {
+            "n": len(self),
+            "r2": explained(self.residual, self.total),
+            "r2_aip": explained(self.residual_aip, self.total_aip),
+            "q_star": self.found.q_star,
+            "l0": {
+                "mean": float(self.l0.double().mean()),
+                "p50": self.found.l0_quantile(0.5),
+                "p998": self.found.l0_quantile(0.998),
+                "max": int(self.l0.max()),
+            },
+            "empty_codes": self.found.empty_codes,
+            "dead_atoms": self.found.dead_atoms,
+            "coherence": {
+                "p50": self.found.coherence_quantile(0.5),
+                "p998": self.found.coherence_quantile(0.998),
+                "max": self.found.max_coherence,
+            },
+        }
+
+
 @torch.no_grad()
-def measure(
+def observe(
     dictionary: Dictionary, x: Float[Tensor, "n d"], metric: AtomicInnerProduct, batch: int = 1024
-) -> dict[str, Any]:
-    """R² (Euclidean and AIP), q*, L0, empty codes, dead atoms and coherence of `dictionary` on `x`.
+) -> Observation:
+    """Encode and decode `x` once, and keep what the evidence is made of.
 
     Args:
         dictionary: rows `W_dec` of shape (F, d), `encode` to codes (n, F), `decode` back to (n, d).
@@ -35,41 +92,44 @@ def measure(
         metric: the AIP the figures are taken under.
         batch: rows encoded at a time.
 
-    Returns:
-        The fields of a split in report.json: r2, r2_aip, q_star, l0, empty_codes, dead_atoms, coherence.
+    Raises:
+        ValueError: widths differ, values are not finite, or all rows of `x` are equal.
     """
     check_rows(x, "x", metric.width)
-    check_rows(dictionary.W_dec.detach(), "the dictionary", metric.width)
-    device = dictionary.W_dec.device
+    atoms = dictionary.W_dec.detach()
+    check_rows(atoms, "the dictionary", metric.width)
+    device = atoms.device
     metric = metric.to(device)
-    plain, whitened = Residuals(metric.width), Residuals(metric.width, metric)
-    counts, alive = [], torch.zeros(len(dictionary.W_dec), dtype=torch.bool, device=device)
+    norms = torch.cat([metric.whiten(part).norm(dim=1) for part in atoms.split(8192)])
+    sums = SquaredSums(x, metric)
+    counts = []
+    k_atom = torch.zeros(len(atoms), dtype=torch.long, device=device)
+    smallest, largest = torch.full_like(norms, torch.inf), torch.zeros_like(norms)
     for rows in (chunk.to(device) for chunk in x.split(batch)):
         codes = dictionary.encode(rows)
         reconstruction = dictionary.decode(codes)
         check_rows(reconstruction, "the reconstruction", metric.width)
-        plain.update(rows, reconstruction)
-        whitened.update(rows, reconstruction)
-        counts.append((codes != 0).sum(dim=1))
-        alive |= (codes != 0).any(dim=0)
-    l0 = torch.cat(counts)
-    found = stability(dictionary.W_dec.detach().float(), l0, metric, alive)
-    return {
-        "n": len(x),
-        "r2": plain.r2,
-        "r2_aip": whitened.r2,
-        "q_star": found.q_star,
-        "l0": {
-            "mean": float(l0.double().mean()),
-            "p50": found.l0_quantile(0.5),
-            "p998": found.l0_quantile(0.998),
-            "max": int(l0.max()),
-        },
-        "empty_codes": found.empty_codes,
-        "dead_atoms": found.dead_atoms,
-        "coherence": {
-            "p50": found.coherence_quantile(0.5),
-            "p998": found.coherence_quantile(0.998),
-            "max": found.max_coherence,
-        },
-    }
+        sums.update(rows, reconstruction)
+        active = codes != 0
+        counts.append(active.sum(dim=1))
+        k_atom = torch.maximum(k_atom, (active * counts[-1][:, None]).amax(dim=0))
+        size = codes.abs()
+        largest = torch.maximum(largest, size.amax(dim=0).double())
+        smallest = torch.minimum(smallest, size.masked_fill(~active, torch.inf).amin(dim=0).double())
+    l0 = torch.cat(counts).cpu()
+    alive = k_atom > 0
+    return Observation(
+        *sums.rows,
+        l0=l0,
+        k_atom=k_atom.cpu(),
+        smallest=(smallest.masked_fill(~alive, 0) * norms).cpu(),
+        largest=(largest * norms).cpu(),
+        found=stability(atoms.float(), l0, metric, alive),
+    )
+
+
+def measure(
+    dictionary: Dictionary, x: Float[Tensor, "n d"], metric: AtomicInnerProduct, batch: int = 1024
+) -> dict[str, Any]:
+    """R² (Euclidean and AIP), q*, L0, empty codes, dead atoms and coherence of `dictionary` on `x`, see `observe`."""
+    return observe(dictionary, x, metric, batch).figures

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from atom_lens.evidence.measure import Dictionary
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
 
 
@@ -44,6 +47,25 @@ class Pursuit:
 
     def decode(self, feature_acts: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
         return feature_acts @ self.W_dec + self.mean
+
+    def residual(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """||x - x_hat||² of every row, Euclidean, float64, on the CPU."""
+        parts = [(rows - self.decode(self.encode(rows))).double().square().sum(dim=1).cpu() for rows in x.split(1024)]
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class TrainedNull:
+    """A dictionary trained where there was nothing to learn, and the activations that it is measured on.
+
+    `frozen`: a TSAE whose decoder stayed at random directions, on the real activations. `shuffled`: a TSAE trained
+    on activations whose coordinates were shuffled independently, measured on such activations under their metric.
+    """
+
+    atoms: Dictionary
+    x: Float[Tensor, "n d"]
+    heldout: Float[Tensor, "m d"]
+    metric: AtomicInnerProduct
 
 
 def orthogonal_matching_pursuit(
@@ -83,3 +105,9 @@ def data_atoms(
     rows = x[chosen] - mean
     # A row equal to the mean has no direction.
     return rows[rows.norm(dim=1) > 0]
+
+
+def shuffle_coordinates(x: Float[Tensor, "n d"], generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """Every coordinate keeps its values and loses its company: each column is permuted independently."""
+    order = torch.rand(x.shape, generator=generator).argsort(dim=0)
+    return x.gather(0, order.to(x.device))

@@ -28,6 +28,7 @@ class Stability:
         pairs: number of pairs counted, n_atoms (n_atoms - 1) / 2.
         max_coherence: mu, the largest coherence of a pair (0 when there is no pair).
         l0: sorted K_i, shape (n,).
+        below: pairs of coherence < 1/(2k-1), for k from 0 to the largest L0.
     """
 
     q_star: float
@@ -38,6 +39,13 @@ class Stability:
     max_coherence: float
     l0: Int[Tensor, " n"] = field(repr=False)
     coherence_counts: Int[Tensor, " bins"] = field(repr=False)
+    below: Int[Tensor, " limits"] = field(repr=False)
+
+    def q_star_of(self, l0: Int[Tensor, " m"]) -> float:
+        """q* of the same atoms with the codes of other activations, none with more active atoms than seen here."""
+        if int(l0.max()) >= len(self.below):
+            raise ValueError(f"l0 holds {int(l0.max())}, allowed is up to {len(self.below) - 1}, the largest seen")
+        return _q_star(self.below, self.pairs, torch.bincount(l0, minlength=len(self.below))) if self.n_atoms else 0.0
 
     def coherence_quantile(self, q: float) -> float:
         """mu_q, the q-quantile of the pairwise coherences, to the width of a histogram bin (1e-4)."""
@@ -113,7 +121,7 @@ def stability(
         passed[0] = pairs - int(passed[1:].sum())
         below = torch.cat([torch.tensor([pairs]), passed.cumsum(0)[:k_max].flip(0)])
 
-    q_star = _q_star(below, pairs, ordered) if n_atoms else 0.0
+    q_star = _q_star(below, pairs, torch.bincount(ordered, minlength=len(below))) if n_atoms else 0.0
     return Stability(
         q_star=q_star,
         empty_codes=float((ordered == 0).double().mean()),
@@ -123,6 +131,7 @@ def stability(
         max_coherence=min(top, 1.0),
         l0=ordered,
         coherence_counts=histogram,
+        below=below,
     )
 
 
@@ -133,9 +142,9 @@ def _whitened(atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None) ->
     return torch.cat([metric.whiten(chunk).to(atoms.dtype) for chunk in atoms.split(8192)])
 
 
-def _q_star(below: Int[Tensor, " k"], pairs: int, ordered: Int[Tensor, " n"]) -> float:
-    n = len(ordered)
-    cumulative = torch.bincount(ordered, minlength=len(below)).cumsum(0)  # n * Phi(k)
+def _q_star(below: Int[Tensor, " k"], pairs: int, counts: Int[Tensor, " k"]) -> float:
+    n = int(counts.sum())
+    cumulative = counts.cumsum(0)  # n * Phi(k)
     best = 0.0
     for k, passing in enumerate(below.tolist()):
         # Integer cross-multiplication keeps G > Phi exact; without pairs the condition holds for every k.

@@ -1,16 +1,20 @@
-"""Fit: activations and a metric in, atoms out, by sae-lens' own trainer."""
+"""Fit: activations in, dictionaries out. Any number of them learn from one pass, by sae-lens' own trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import wandb as wandb_client
 from jaxtyping import Float
+from sae_lens import TrainingSAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.activation_scaler import ActivationWhitening
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 
 from atom_lens.activations.models import pick_device
@@ -19,16 +23,141 @@ from atom_lens.training.recipe import Atoms, Training, Wandb
 from atom_lens.tsae import TSAE, TSAETraining, TSAETrainingConfig
 
 
+@dataclass(frozen=True)
+class Learner:
+    """A dictionary about to learn: which stream it reads, and the whitening if it is not to be estimated."""
+
+    sae: TrainingSAE[Any]
+    stream: str = "x"
+    whitening: ActivationWhitening | None = None
+
+
 def shuffled_batches(
-    x: Float[Tensor, "n d"], batch_size: int, generator: torch.Generator
-) -> Iterator[Float[Tensor, "batch d"]]:
-    """Endless batches, each row once per epoch in an order of its own; a batch may straddle two epochs."""
+    streams: Mapping[str, Float[Tensor, "n _"]], batch_size: int, generator: torch.Generator
+) -> Iterator[dict[str, Float[Tensor, "batch _"]]]:
+    """Endless batches, the same rows of every stream, each row once per epoch; a batch may straddle two epochs."""
+    n = len(next(iter(streams.values())))
     left = torch.empty(0, dtype=torch.long)
     while True:
         while len(left) < batch_size:
-            left = torch.cat([left, torch.randperm(len(x), generator=generator)])
-        yield x[left[:batch_size]]
+            left = torch.cat([left, torch.randperm(n, generator=generator)])
+        yield {name: x[left[:batch_size]] for name, x in streams.items()}
         left = left[batch_size:]
+
+
+def fit_together(
+    streams: Mapping[str, Float[Tensor, "n _"]],
+    learners: Mapping[str, Learner],
+    training: Training,
+    wandb: Wandb | None = None,
+    run_name: str | None = None,
+) -> dict[str, Float[Tensor, " F"]]:
+    """Train all `learners` in one pass over the activations; whitening and scaling are folded in at the end.
+
+    Args:
+        streams: activations by name, the same number of rows each, kept where they are; batches move to the device.
+        learners: by name; their SAEs are trained in place.
+        training: steps, batch size, learning rate; its seed orders the rows.
+        wandb: where the trainer logs to.
+        run_name: the name of the run there.
+
+    Returns:
+        The log10 firing frequency of every atom over the last tenth of training, shape (F,) each.
+    """
+    device = pick_device(training.device)
+    n = len(next(iter(streams.values())))
+    with _wandb_run(wandb, run_name) as logging:
+        trainer = MultiSAETrainer(
+            SAETrainerConfig(
+                total_training_samples=training.steps * training.batch_size,
+                train_batch_size_samples=training.batch_size,
+                lr=training.lr,
+                lr_end=training.lr / 10,  # of schedules we do not use, but it may not be None
+                lr_warm_up_steps=round(training.warm_up * training.steps),
+                lr_decay_steps=round(training.decay * training.steps),
+                device=device,
+                dead_feature_window=training.dead_after,
+                # One window over the whole run would count the untrained start; the last tenth is what is reported.
+                feature_sampling_window=max(1, training.steps // 10 * 9) if training.steps >= 10 else training.steps,
+                n_batches_for_norm_estimate=max(1, n // training.batch_size),
+                logger=logging,
+            ),
+            {name: learner.sae for name, learner in learners.items()},
+            {name: learner.stream for name, learner in learners.items()},
+            shuffled_batches(streams, training.batch_size, torch.Generator().manual_seed(training.seed)),
+        )
+        for name, learner in learners.items():
+            trainer.trainers[name].activation_scaler.whitening = learner.whitening
+        trainer.fit()
+    return {name: one.log_feature_sparsity for name, one in trainer.trainers.items()}
+
+
+@contextmanager
+def _wandb_run(wandb: Wandb | None, run_name: str | None) -> Iterator[LoggingConfig]:
+    if wandb is None or wandb.mode == "disabled":
+        yield LoggingConfig(log_to_wandb=False)
+        return
+    try:
+        wandb_client.init(project=wandb.project, mode=wandb.mode, name=run_name)
+    except wandb_client.Error as error:
+        raise ValueError(f"wandb.mode is {wandb.mode!r} and Weights & Biases did not start: {error}") from error
+    try:
+        yield LoggingConfig(wandb_project=wandb.project, run_name=run_name)
+    finally:
+        wandb_client.finish()
+
+
+def tsae_learner(
+    x: Float[Tensor, "n d"],
+    aip: AtomicInnerProduct,
+    atoms: Atoms,
+    device: str = "cpu",
+    *,
+    seed: int = 0,
+    freeze_decoder: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    stream: str = "x",
+) -> Learner:
+    """A TSAE at its start on activations `x`, under the metric `aip` (`TSAETraining.prepare`).
+
+    Args:
+        x: training activations, shape (n, d).
+        aip: the metric of the training space.
+        atoms: capacity, target L0, encoder, loss norm.
+        device: where it trains.
+        seed: of the activations that it starts from.
+        freeze_decoder: random directions that stay as they are: a null.
+        metadata: of the sae-lens config: model_name, hook_name, ...
+        stream: where its activations will come from.
+    """
+    config = TSAETrainingConfig(
+        d_in=aip.width,
+        d_sae=atoms.capacity,
+        device=pick_device(device),
+        target_l0=atoms.target_l0,
+        encoder=atoms.encoder,
+        loss_norm=atoms.loss_norm,
+        l0_coefficient=atoms.l0_coefficient,
+        noise=atoms.noise,
+        revival=atoms.revival,
+        freeze_decoder=freeze_decoder,
+        jumprelu_bandwidth=atoms.bandwidth,
+        metadata=SAEMetadata(**(metadata or {})),
+    )
+    # sae-lens draws initial weights from the global generator, to be overwritten: leave the user's as it was.
+    with torch.random.fork_rng(devices=[]):
+        sae = TSAETraining(config)
+    whitening = sae.whitening(aip)
+    y = (x.double() @ whitening.matrix.to(x.device)).float()
+    sae.prepare(y, aip, torch.Generator().manual_seed(seed))
+    return Learner(sae, stream, whitening)
+
+
+def finish(learner: Learner, aip: AtomicInnerProduct) -> TSAE:
+    """The trained atoms of a `tsae_learner`, on raw activations, with their metric."""
+    assert isinstance(learner.sae, TSAETraining)
+    with torch.random.fork_rng(devices=[]):
+        return learner.sae.finish(aip)
 
 
 def fit(
@@ -40,69 +169,11 @@ def fit(
     wandb: Wandb | None = None,
     run_name: str | None = None,
 ) -> tuple[TSAE, Float[Tensor, " F"]]:
-    """Train a TSAE on activations `x`, shape (n, d), under the metric `aip`.
-
-    Args:
-        x: training activations, kept where they are; batches are moved to the device.
-        aip: the metric of the training space.
-        atoms: capacity, target L0, encoder, loss norm.
-        training: steps, batch size, learning rate, seed.
-        metadata: of the sae-lens config: model_name, hook_name, ...
-        wandb: where the trainer logs to.
-        run_name: the name of the run there.
+    """Train one TSAE on activations `x`, shape (n, d), under the metric `aip`.
 
     Returns:
         The atoms on raw activations, and the log10 firing frequency of each, shape (F,).
     """
-    device = pick_device(training.device)
-    config = TSAETrainingConfig(
-        d_in=aip.width,
-        d_sae=atoms.capacity,
-        device=device,
-        target_l0=atoms.target_l0,
-        encoder=atoms.encoder,
-        loss_norm=atoms.loss_norm,
-        tail=atoms.tail,
-        revival=atoms.revival,
-        jumprelu_bandwidth=atoms.bandwidth,
-        metadata=SAEMetadata(**(metadata or {})),
-    )
-    # sae-lens draws initial weights from the global generator, to be overwritten: leave the user's as it was.
-    with torch.random.fork_rng(devices=[]):
-        sae = TSAETraining(config)
-    generator = torch.Generator().manual_seed(training.seed)
-    whitening = sae.whitening(aip)
-    sae.prepare((x.double() @ whitening.matrix.to(x.device)).float(), aip, generator)
-
-    logging = LoggingConfig(log_to_wandb=False)
-    if wandb is not None and wandb.mode != "disabled":
-        try:
-            wandb_client.init(project=wandb.project, mode=wandb.mode, name=run_name)
-        except wandb_client.Error as error:
-            raise ValueError(f"wandb.mode is {wandb.mode!r} and Weights & Biases did not start: {error}") from error
-        logging = LoggingConfig(wandb_project=wandb.project, run_name=run_name)
-    trainer = SAETrainer(
-        SAETrainerConfig(
-            total_training_samples=training.steps * training.batch_size,
-            train_batch_size_samples=training.batch_size,
-            lr=training.lr,
-            lr_end=training.lr / 10,  # of schedules we do not use, but it may not be None
-            lr_warm_up_steps=round(training.warm_up * training.steps),
-            lr_decay_steps=round(training.decay * training.steps),
-            device=device,
-            dead_feature_window=training.dead_after,
-            # One window over the whole run would count the untrained start; the last tenth is what is reported.
-            feature_sampling_window=max(1, training.steps // 10 * 9) if training.steps >= 10 else training.steps,
-            logger=logging,
-        ),
-        sae,
-        shuffled_batches(x, training.batch_size, generator),
-    )
-    trainer.activation_scaler.whitening = whitening
-    try:
-        trainer.fit()
-    finally:
-        if logging.log_to_wandb:
-            wandb_client.finish()
-    with torch.random.fork_rng(devices=[]):
-        return sae.finish(aip), trainer.log_feature_sparsity
+    learner = tsae_learner(x, aip, atoms, training.device, seed=training.seed, metadata=metadata)
+    sparsity = fit_together({"x": x}, {"tsae": learner}, training, wandb, run_name)
+    return finish(learner, aip), sparsity["tsae"]

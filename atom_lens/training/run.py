@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from sae_lens.constants import SPARSITY_FILENAME
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from atom_lens._files import new_folder, write_json
 from atom_lens.activations import Harvest, Prompt, harvest
-from atom_lens.evidence import evaluate, table
+from atom_lens.evidence import evaluate, identity, observe, table
 from atom_lens.geometry import AtomicInnerProduct
-from atom_lens.training.fit import fit
+from atom_lens.training.controls import fit_with_controls
 from atom_lens.training.recipe import Recipe, dump_recipe, load_recipe
 from atom_lens.training.split import heldout_rows
 from atom_lens.tsae import TSAE
 
 logger = logging.getLogger(__name__)
+IDENTITY_FILENAME = "identity.safetensors"
 
 
 def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str | Path = "runs") -> Path:
@@ -74,10 +75,16 @@ def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
     )
 
 
-def split_activations(
-    recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
-    """Train and held-out activations at one hook, float32, split by subject."""
+class SplitActivations(NamedTuple):
+    """Activations of one hook, float32. No subject is in both parts; `subjects` are those of the held-out rows."""
+
+    x: Float[Tensor, "n d"]
+    heldout: Float[Tensor, "m d"]
+    subjects: list[str]
+
+
+def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str) -> SplitActivations:
+    """Train and held-out activations at one hook, split by subject."""
     groups = [prompts[i].group for i in found.rows[hook][:, 0].tolist()]
     out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed)
     x = found[hook].float()
@@ -92,12 +99,12 @@ def split_activations(
             f"hook {hook!r} has {int((~out).sum())} training activations of width {d}, the metric needs at least {d}: "
             "give more prompts, or metric.ridge=oas"
         )
-    return x[~out], x[out]
+    return SplitActivations(x[~out], x[out], [groups[i] for i in out.nonzero()[:, 0].tolist()])
 
 
 def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, folder: Path) -> dict[str, Any]:
     assert recipe.atoms is not None and recipe.training is not None
-    x, heldout = split_activations(recipe, prompts, found, hook)
+    x, heldout, subjects = split_activations(recipe, prompts, found, hook)
     dropped = found.dropped[hook]
     logger.info(
         "%s: %d training and %d held-out activations, %d massive rows dropped", hook, len(x), len(heldout), dropped
@@ -111,14 +118,19 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
         "prepend_bos": found.prepend_bos,
         "model_class_name": "TransformerBridge",
     }
-    atoms, sparsity = fit(x, aip, recipe.atoms, recipe.training, metadata, recipe.wandb, recipe.name)
+    fitted = fit_with_controls(
+        x, heldout, aip, recipe.atoms, recipe.training, metadata, recipe.wandb, recipe.name, recipe.metric.ridge
+    )
+    atoms = fitted.runs[0]
     trained = time.monotonic()
-    n_rows = recipe.training.steps * recipe.training.batch_size
-    logger.info("%s: trained on %d rows in %.0f s", hook, n_rows, trained - estimated)
+    n_rows = recipe.training.steps * recipe.training.batch_size * fitted.trained
+    logger.info("%s: trained %d dictionaries in one pass in %.0f s", hook, fitted.trained, trained - estimated)
     report = evaluate(
         atoms,
         x,
         heldout,
+        groups=subjects,
+        trained_nulls=fitted.nulls,
         seed=recipe.training.seed,
         about={
             "name": recipe.name,
@@ -134,7 +146,15 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
     if abs(found_l0 - wanted) > 0.25 * wanted:
         why = ", the activations need no more" if found_l0 < wanted and report["train"]["r2_aip"] > 0.9 else ""
         logger.warning("%s: L0 is %.2f on the training activations, %.2f was asked for%s", hook, found_l0, wanted, why)
-    save_atoms(atoms, folder, report, sparsity)
+    scores: list[Float[Tensor, " F"]] = []
+    if len(fitted.runs) > 1:
+        alive = [observe(run, x, aip).alive for run in fitted.runs]
+        same = identity([run.W_dec.detach() for run in fitted.runs], aip, alive)
+        report["identity"] = {**same.figures, "pw_mcc_start": fitted.start_pw_mcc}
+        scores = same.scores
+    save_atoms(atoms, folder, report, fitted.sparsity[0], *scores[:1])
+    for seed, run in enumerate(fitted.runs[1:], start=1):
+        save_atoms(run, folder / f"seed-{seed}", None, fitted.sparsity[seed], scores[seed])
     logger.debug("%s:\n%s", hook, table(report))
     return report
 
@@ -156,8 +176,17 @@ def _logging_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def save_atoms(atoms: TSAE, folder: Path, report: dict[str, Any], sparsity: Float[Tensor, " F"]) -> None:
-    """An atoms folder: sae-lens' files, the metric, and the report."""
+def save_atoms(
+    atoms: TSAE,
+    folder: Path,
+    report: dict[str, Any] | None,
+    sparsity: Float[Tensor, " F"],
+    identity_scores: Float[Tensor, " F"] | None = None,
+) -> None:
+    """An atoms folder: sae-lens' files, the metric, the report, and of every atom how well other runs agree on it."""
     atoms.save_model(folder)
     save_file({"sparsity": sparsity.float().cpu().contiguous()}, folder / SPARSITY_FILENAME)
-    write_json(folder / "report.json", report)
+    if identity_scores is not None:
+        save_file({"identity": identity_scores.float().cpu().contiguous()}, folder / IDENTITY_FILENAME)
+    if report is not None:
+        write_json(folder / "report.json", report)

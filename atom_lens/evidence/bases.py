@@ -1,0 +1,42 @@
+"""Units that need no training: the neurons, and the eigenvectors of the metric (theory.md section 3)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from atom_lens.geometry import AtomicInnerProduct
+
+
+class Basis:
+    """Orthonormal directions with inner products as codes. Looks like an sae-lens SAE to `observe`.
+
+    Args:
+        units: orthonormal rows, shape (k, d).
+        mean: subtracted before and added after, shape (d,).
+    """
+
+    def __init__(self, units: Float[Tensor, "k d"], mean: Float[Tensor, " d"]) -> None:
+        self.W_dec: Float[Tensor, "k d"] = units
+        self.mean = mean
+
+    def encode(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
+        return (x - self.mean) @ self.W_dec.T
+
+    def decode(self, feature_acts: Float[Tensor, "n k"]) -> Float[Tensor, "n d"]:
+        return feature_acts @ self.W_dec + self.mean
+
+
+def neurons(x: Float[Tensor, "n d"]) -> Basis:
+    """The standard basis with the raw activation as code: R² = 1 and K = d."""
+    return Basis(torch.eye(x.shape[1], device=x.device), torch.zeros(x.shape[1], device=x.device))
+
+
+def principal(x: Float[Tensor, "n d"], metric: AtomicInnerProduct, k: int) -> Basis:
+    """The k leading eigenvectors of C, the same for every activation.
+
+    They are orthogonal under S too, so their coherence is 0 and q* is 1 at every K, even at K = d with R² = 1: what
+    R² and q* leave open, only sparsity decides.
+    """
+    return Basis(metric.eigenvectors.flip(1)[:, :k].T.float().contiguous(), x.mean(dim=0))

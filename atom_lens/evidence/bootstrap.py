@@ -1,0 +1,67 @@
+"""Bootstrap over subjects: how far a held-out figure, and its distance from a null, would move with other subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from atom_lens.evidence.faithfulness import explained
+from atom_lens.evidence.measure import Observation
+
+LEVEL = 0.95
+_RESAMPLES = 1000
+
+FIGURES: dict[str, Callable[[Observation, Int[Tensor, " m"]], float]] = {
+    "r2": lambda seen, rows: explained(seen.residual[rows], seen.total[rows]),
+    "r2_aip": lambda seen, rows: explained(seen.residual_aip[rows], seen.total_aip[rows]),
+    "q_star": lambda seen, rows: seen.found.q_star_of(seen.l0[rows]),
+}
+
+
+def intervals(
+    seen: Observation, null: Observation | None = None, groups: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, list[float]]:
+    """95% percentile intervals of R², R² (AIP) and q*, or of their excess over `null` on the same activations.
+
+    Whole subjects are drawn with replacement, so that several activations of one subject do not pose as several
+    witnesses. The dictionary, its pairs and the mean of the split stay as they are.
+
+    Args:
+        seen: the atoms on a split.
+        null: what they are held against, row by row; None for the figures themselves.
+        groups: the subject of every row; None takes each row as a subject.
+        seed: of the draws.
+
+    Returns:
+        figure -> [low, high].
+    """
+    names = list(range(len(seen))) if groups is None else list(groups)
+    if len(names) != len(seen) or (null is not None and len(null) != len(seen)):
+        raise ValueError(f"groups has {len(names)} rows, expected {len(seen)}, as the split and its null have")
+    members: dict[int | str, list[int]] = {}
+    for row, name in enumerate(names):
+        members.setdefault(name, []).append(row)
+    if len(members) < 2:
+        raise ValueError("a bootstrap over subjects needs at least 2 subjects")
+    rows_of = [np.asarray(rows) for rows in members.values()]
+
+    def statistic(chosen: np.ndarray) -> np.ndarray:
+        rows = torch.from_numpy(np.concatenate([rows_of[i] for i in chosen.astype(int)]))
+        values = [figure(seen, rows) - (figure(null, rows) if null else 0.0) for figure in FIGURES.values()]
+        return np.asarray(values)
+
+    found = bootstrap(
+        (np.arange(len(rows_of)),),
+        statistic,
+        n_resamples=_RESAMPLES,
+        vectorized=False,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return {name: [float(found.low[i]), float(found.high[i])] for i, name in enumerate(FIGURES)}

@@ -1,0 +1,55 @@
+"""Recovery: do sparse solvers that know only the atoms find the codes that the encoder gave? (theory.md section 2)"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import lars_path
+from torch import Tensor
+
+from atom_lens.evidence.nulls import orthogonal_matching_pursuit
+
+
+def pursuit_agrees(
+    signals: Float[Tensor, "n d"], units: Float[Tensor, "F d"], active: Bool[Tensor, "n F"]
+) -> Float[Tensor, " n"]:
+    """Share of each support that orthogonal matching pursuit also finds, given the number of active atoms.
+
+    Args:
+        signals: whitened activations or reconstructions less the decoder bias, shape (n, d).
+        units: whitened unit atoms, shape (F, d).
+        active: supports, shape (n, F), each with at least one atom.
+    """
+    sizes = active.sum(dim=1)
+    agreement = torch.zeros(len(signals), dtype=torch.float64)
+    for size in sizes.unique().tolist():
+        for rows in (sizes == size).nonzero()[:, 0].split(256):
+            support, _ = orthogonal_matching_pursuit(signals[rows], units, int(size))
+            agreement[rows.cpu()] = active[rows].gather(1, support).double().mean(dim=1).cpu()
+    return agreement
+
+
+def basis_pursuit_agrees(
+    signals: Float[Tensor, "n d"], units: Float[Tensor, "F d"], active: Bool[Tensor, "n F"]
+) -> Float[Tensor, " n"]:
+    """Share of each support among the largest coefficients of the l1-minimal code (scikit-learn's LARS).
+
+    The signals must lie in the span of their supports (reconstructions): the path then ends where the l1 norm is
+    smallest among exact codes.
+    """
+    columns = units.T.double().cpu().numpy()
+    agreement = torch.zeros(len(signals), dtype=torch.float64)
+    for row, signal in enumerate(signals.double().cpu().numpy()):
+        size = int(active[row].sum())
+        end = 1e-6 * float(np.abs(signal @ columns).max()) / len(signal)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the path ends early once nothing is left over
+            # Without a Gram matrix: of F x F there would be one.
+            _, _, path = lars_path(columns, signal, method="lasso", alpha_min=end, Gram=None)  # pyright: ignore[reportArgumentType]
+        largest = torch.from_numpy(np.abs(path[:, -1]).argsort()[-size:].copy())
+        agreement[row] = active[row, largest.to(active.device)].double().mean()
+    return agreement
