@@ -49,9 +49,10 @@ def intervals(
     if len(members) < 2:
         raise ValueError("a bootstrap over subjects needs at least 2 subjects")
     rows_of = [np.asarray(rows) for rows in members.values()]
+    alone = len(rows_of) == len(seen)
 
     def statistic(chosen: np.ndarray) -> np.ndarray:
-        rows = torch.from_numpy(np.concatenate([rows_of[i] for i in chosen.astype(int)]))
+        rows = torch.from_numpy(chosen if alone else np.concatenate([rows_of[i] for i in chosen]))
         values = [figure(seen, rows) - (figure(null, rows) if null else 0.0) for figure in FIGURES.values()]
         return np.asarray(values)
 

@@ -29,7 +29,7 @@ from atom_lens.evidence.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.evidence.report import versions
 from atom_lens.experiments.frontier import draw, to_csv
 from atom_lens.geometry import AtomicInnerProduct
-from atom_lens.training.fit import fit_together
+from atom_lens.training.fit import Learner, fit_together
 from atom_lens.training.recipe import Features, Recipe, dump_recipe
 from atom_lens.training.run import SplitActivations, harvest_for, split_activations
 from atom_lens.training.units import trained_unit, unit_learner
@@ -138,13 +138,23 @@ def _trained(unit: str, level: float, recipe: Recipe, split: SplitActivations, a
         str(i): unit_learner(unit, level, split.x, aip, recipe.atoms, training.device, training.seed + i)
         for i in range(training.seeds)
     }
-    starts = [learner.sae.W_dec.detach().clone() for learner in learners.values()]
+    # TSAEs start from data, stock SAEs from noise: what agrees before training says nothing.
+    starts = [_start(learner, aip) for learner in learners.values()]
     fit_together({"x": split.x}, learners, training)
     dictionaries = [trained_unit(learner, aip) for learner in learners.values()]
     cell = _cell(unit, level, dictionaries, split, aip)
-    if cell["identity"] and unit.startswith("tsae"):  # in training coordinates, where the AIP is Euclidean
-        cell["identity"]["pw_mcc_start"] = identity(starts).pw_mcc
+    if cell["identity"]:
+        cell["identity"]["pw_mcc_start"] = identity(starts, aip).pw_mcc
     return cell
+
+
+def _start(learner: Learner, aip: AtomicInnerProduct) -> Float[Tensor, "F d"]:
+    """Initial atoms as directions of raw activations."""
+    weights = learner.sae.W_dec.detach().double().cpu()
+    whitening = learner.whitening
+    if whitening is None and learner.sae.cfg.normalize_activations == "covariance_whitening":
+        return aip.unwhiten(weights)  # random directions stay random under any whitening of the same data
+    return weights if whitening is None else weights @ whitening.inverse_matrix
 
 
 def _cell(

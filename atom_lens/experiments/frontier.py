@@ -46,7 +46,7 @@ def _mean(cell: Mapping[str, Any], split: str, *path: str) -> float:
 def comparison_table(found: Mapping[str, Any]) -> str:
     """A line per unit and sparsity: means over seeds, and half the range of held-out R² between them."""
     heads = ["unit", "asked", "L0", "L0 held", "R² train", "R² held-out", "", "R² (AIP) held", "q* train"]
-    heads += ["q* held", "empty", "dead", "PW-MCC", "> 0.9"]
+    heads += ["q* held", "empty", "dead", "PW-MCC", "at start", "> 0.9"]
     cells = [heads]
     for cell in found["cells"]:
         held = [run["heldout"]["r2"] for run in cell["runs"]]
@@ -66,6 +66,7 @@ def comparison_table(found: Mapping[str, Any]) -> str:
                 f"{_mean(cell, 'heldout', 'empty_codes'):.1%}",
                 f"{_mean(cell, 'train', 'dead_atoms'):.0f}",
                 f"{same['pw_mcc']:.3f}" if same else "",
+                f"{same['pw_mcc_start']:.3f}" if same else "",
                 f"{same['above_09']:.1%}" if same else "",
             ]
         )
