@@ -137,6 +137,7 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
         noise: expected square norm of the Gaussian noise that is added to what the encoder reads in training, as a
             share of that of the activation. Keeps thresholds and codes as they are on activations never seen.
         revival: weight of the auxiliary loss in which dead atoms explain what the living leave over.
+        start: "data" takes centred training activations as first atoms, "random" directions uniform under the metric.
         freeze_decoder: random directions that stay as they are, a null; the encoder still learns if it is free.
         jumprelu_bandwidth: width of the straight-through window, in units of the norm of a whitened activation.
     """
@@ -147,6 +148,7 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
     l0_coefficient: float = 0.15
     noise: float = 0.3
     revival: float = 1 / 32
+    start: Literal["data", "random"] = "data"
     freeze_decoder: bool = False
     jumprelu_ste_to_input: bool = True
     normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"] = _WHITENED
@@ -163,6 +165,8 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
             raise ValueError(f"target_l0 is {self.target_l0}, allowed is a number above 0 and up to d_sae={self.d_sae}")
         if self.encoder not in ("tied", "free"):
             raise ValueError(f"encoder is {self.encoder!r}, allowed are 'tied' and 'free'")
+        if self.start not in ("data", "random"):
+            raise ValueError(f"start is {self.start!r}, allowed are 'data' and 'random'")
         if not 0 <= self.loss_norm <= 1:
             raise ValueError(f"loss_norm is {self.loss_norm}, allowed is 0 (AIP) to 1 (Euclidean)")
 
@@ -219,7 +223,8 @@ class TSAETraining(JumpReLUTrainingSAE):
         self.loss_weight.copy_(weight / (weight * variance).sum())
         self.b_dec.copy_(mean)
 
-        n_data = 0 if self.cfg.freeze_decoder else min(len(y), self.cfg.d_sae)
+        from_data = self.cfg.start == "data" and not self.cfg.freeze_decoder
+        n_data = min(len(y), self.cfg.d_sae) if from_data else 0
         self.W_dec[:n_data] = (y - mean)[torch.randperm(len(y), generator=generator)[:n_data]]
         self.W_dec[n_data:] = torch.randn(self.cfg.d_sae - n_data, self.cfg.d_in, generator=generator).to(y)
         self._project()

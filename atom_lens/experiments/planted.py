@@ -56,14 +56,15 @@ class Theorem(Section):
     planted: Planted = Planted.model_validate({"width": 256, "capacity": 512})
     dictionaries: int = Field(20, ge=1)
     codes: int = Field(10_000, ge=1)
-    noise: list[Number] = Field([0.0, 0.1, 0.2, 0.4, 0.8])
+    noise: list[Number] = Field([0.0, 1.0, 2.0, 4.0, 8.0])
     gap: list[Number] = Field([1.0, 0.6, 0.3, 0.2, 0.1])
 
 
 class Learning(Section):
-    """Which SAEs have to find the atoms, from how much."""
+    """Which SAEs have to find the atoms, from how much. `atoms` has the capacity and the target L0 of all units."""
 
     planted: Planted = Planted.model_validate({"noise": 0.1})
+    atoms: Atoms
     n: int = Field(20_000, ge=100)
     l1: Number = 5.0
     units: list[Unit] = Field([u for u in get_args(Unit) if u not in ("neurons", "principal")])
@@ -247,10 +248,10 @@ def learn(learning: Learning, training: Training, seed: int) -> list[dict[str, A
     x = garden.activations(codes, planted.noise, generator).float()
     x, heldout, truth = x[: learning.n], x[learning.n :], codes[learning.n :] != 0
     aip = AtomicInnerProduct.estimate(x)
-    atoms = Atoms.model_validate({"capacity": planted.capacity, "target_l0": float(planted.k)})
+    atoms = learning.atoms
     result = []
     for unit in learning.units:
-        level = learning.l1 if unit.startswith("relu") else float(planted.k)
+        level = learning.l1 if unit.startswith("relu") else atoms.target_l0
         learners = {
             str(i): unit_learner(unit, level, x, aip, atoms, training.device, training.seed + i)
             for i in range(training.seeds)

@@ -136,6 +136,7 @@ def tsae_learner(
         device=pick_device(device),
         target_l0=atoms.target_l0,
         encoder=atoms.encoder,
+        start=atoms.start,
         loss_norm=atoms.loss_norm,
         l0_coefficient=atoms.l0_coefficient,
         noise=atoms.noise,

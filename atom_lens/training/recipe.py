@@ -117,6 +117,7 @@ class Atoms(Section):
     capacity: int = Field(ge=1)
     target_l0: Number = Field(gt=0)
     encoder: Literal["tied", "free"] = "free"
+    start: Literal["data", "random"] = "data"
     loss_norm: Number = Field(0.75, ge=0, le=1)
     l0_coefficient: Number = Field(0.15, gt=0)
     noise: Number = Field(0.3, ge=0)
