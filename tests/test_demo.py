@@ -12,12 +12,16 @@ import pytest
 import torch
 from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from scipy.stats import beta
 
 from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import DEMO, find_model, load_model
 from atom_lens.activations.prompts import Prompt, cities
 from atom_lens.cli import main
+from atom_lens.evidence import observe
+from atom_lens.evidence.bases import neurons, principal
+from atom_lens.evidence.nulls import Pursuit, random_atoms
 from atom_lens.training.recipe import Atoms, Training
 
 pytestmark = pytest.mark.demo
@@ -126,7 +130,27 @@ def test_quickstart_reaches_the_headline_and_says_what_it_is_worth(demo: str, tm
     assert report["heldout"]["r2"] < 0.5 < 0.999 < report["nulls"]["data"]["train"]["r2"]
     assert report["nulls"]["random"]["train"]["q_star"] >= 0.998 and report["nulls"]["random"]["train"]["r2_aip"] < 0.1
     printed = capsys.readouterr().out
+    assert "q* is no evidence here" in printed
     assert "held-out" in printed and "n / F = 1.00: 2560 activations for 2560 atoms" in printed
+
+
+def test_the_traps_on_real_activations(demo: str) -> None:
+    """Neurons have R² 1 and a q* that arithmetic predicts; random directions are stable at small K; R² is not."""
+    hook = "blocks.9.hook_resid_post"
+    x = harvest(DEMO, cities("{} is a city in", 1500), hook, "subject_last", unique=True)[hook].float()
+    aip = AtomicInnerProduct.estimate(x)
+    d = x.shape[1]
+    seen = observe(neurons(x), x, aip).figures
+    # A pair of random directions has cos² ~ Beta(1/2, (d - 1)/2), and K = d asks for |cos| < 1 / (2d - 1).
+    predicted = beta.cdf(1 / (2 * d - 1) ** 2, 0.5, (d - 1) / 2)
+    assert seen["r2"] == pytest.approx(1) and predicted / 2 < seen["q_star"] < 2 * predicted
+    generator = torch.Generator().manual_seed(0)
+    for k in (1, 2, 3, 4):
+        null = Pursuit(random_atoms(2560, aip, generator), x.mean(dim=0), aip, k)
+        found = observe(null, x[:500], aip).figures
+        assert found["q_star"] >= 0.998 and found["r2_aip"] < 0.1
+    every = observe(principal(x, aip, d), x, aip).figures
+    assert every["q_star"] == 1.0 and every["r2"] == pytest.approx(1, abs=1e-6)
 
 
 def test_shift_on_three_layers(demo: str, tmp_path: Path, capsys: Any) -> None:

@@ -18,7 +18,8 @@ from sklearn.linear_model import orthogonal_mp
 from sklearn.metrics import r2_score
 
 from atom_lens import AtomicInnerProduct, evaluate, faithfulness, stability
-from atom_lens.evidence import measure, reading, table
+from atom_lens.evidence import certificates_text, measure, observe, reading, table
+from atom_lens.evidence.bootstrap import intervals
 from atom_lens.evidence.nulls import Pursuit, data_atoms, orthogonal_matching_pursuit, random_atoms
 
 
@@ -242,3 +243,50 @@ def test_evaluate_needs_a_metric(generator: torch.Generator) -> None:
     atoms = Pursuit(torch.eye(4), x.mean(dim=0), None, 2)
     with pytest.raises(ValueError, match="carry no metric"):
         evaluate(atoms, x)
+
+
+def test_intervals_against_a_plain_bootstrap(generator: torch.Generator) -> None:
+    """Percentiles over resampled subjects, beside a bootstrap written out in numpy; more rows per subject, wider."""
+    x = shifted(300, 6, generator)
+    aip = AtomicInnerProduct.estimate(x)
+    atoms = Pursuit(random_atoms(12, aip, generator), x.mean(dim=0), aip, 2)
+    seen = observe(atoms, x, aip)
+    groups = [str(i // 10) for i in range(300)]
+    found = intervals(seen, groups=groups)
+    rng = np.random.default_rng(1)
+    residual, total = seen.residual.numpy().reshape(30, 10).sum(1), seen.total.numpy().reshape(30, 10).sum(1)
+    draws = rng.integers(0, 30, (4000, 30))
+    expected = np.quantile(1 - residual[draws].sum(1) / total[draws].sum(1), [0.025, 0.975])
+    np.testing.assert_allclose(found["r2"], expected, atol=0.01)
+    for name, (low, high) in found.items():
+        assert low <= seen.figures[name] <= high
+    assert intervals(seen, seen, groups) == {name: [0.0, 0.0] for name in found}
+    same = [str(i // 10) for i in range(300)]
+    copies = observe(atoms, x[:30].repeat_interleave(10, dim=0), aip)
+    wide, narrow = intervals(copies, groups=same)["r2"], intervals(copies)["r2"]
+    assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+    with pytest.raises(ValueError, match="groups has 3 rows, expected 300"):
+        intervals(seen, groups=["a", "b", "c"])
+    with pytest.raises(ValueError, match="at least 2 subjects"):
+        intervals(seen, groups=["a"] * 300)
+
+
+def test_q_star_of_other_codes(generator: torch.Generator) -> None:
+    atoms = torch.randn(40, 12, generator=generator)
+    l0 = torch.randint(0, 6, (200,), generator=generator)
+    found = stability(atoms, l0)
+    fewer = l0[torch.randint(0, 200, (50,), generator=generator)]
+    assert found.q_star_of(fewer) == stability(atoms, fewer).q_star
+    with pytest.raises(ValueError, match="l0 holds 9"):
+        found.q_star_of(torch.tensor([9]))
+
+
+def test_evidence_says_when_q_star_is_none(generator: torch.Generator) -> None:
+    """At one active atom random directions pass, and the reading says so beside the figure."""
+    x, heldout = shifted(300, 8, generator).split([200, 100])
+    aip = AtomicInnerProduct.estimate(x)
+    for k, said in ((1, True), (4, False)):
+        atoms = Pursuit(random_atoms(20, aip, generator), x.mean(dim=0), aip, k)
+        report = evaluate(atoms, x, heldout, aip)
+        assert ("q* is no evidence here" in reading(report)) == said
+        assert "codes certified by their own support" in certificates_text(report)

@@ -90,12 +90,12 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         "theorem.dictionaries=2",
         "theorem.codes=600",
         "theorem.planted={width: 64, capacity: 128}",
-        "learning.planted={width: 16, capacity: 32, k: 1, noise: 0.1}",
-        "learning.atoms.capacity=32",
+        "learning.planted={width: 16, capacity: 16, k: 1, noise: 0.1}",
+        "learning.atoms.capacity=16",
         "learning.atoms.target_l0=1",
         "learning.n=2000",
         "learning.units=[tsae_tied, topk, topk_whitened]",
-        "training.steps=300",
+        "training.steps=800",
         "training.batch_size=128",
         "training.seeds=2",
     ]
@@ -109,8 +109,8 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert noise[0] == gap[0] == 1.0 and noise[-1] < 0.9 and gap[-1] < 0.9
     marks = {row["unit"]: row for row in found["learning"]}
     # One atom at a time, hidden behind a map of condition 1000: easy with a metric, and not without.
-    assert marks["tsae_tied"]["mcc"] > 0.9 > marks["topk"]["mcc"]
-    assert 0 <= marks["topk"]["f1"] <= marks["tsae_tied"]["f1"] <= 1
+    assert marks["tsae_tied"]["mcc"] > 0.85 > 0.75 > marks["topk"]["mcc"]
+    assert 0 <= marks["topk"]["f1"] < marks["tsae_tied"]["f1"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
 
 from atom_lens._files import write_json
@@ -119,7 +120,7 @@ def _cells(
             yield unit, lambda: _cell("neurons", None, [neurons(split.x)], split, aip)
         elif unit == "principal":
             for k in sorted({max(1, round(level)) for level in recipe.compare.l0} | {aip.width}):
-                yield f"{unit}-{k}", lambda k=k: _cell("principal", k, [principal(split.x, aip, k)], split, aip)
+                yield f"{unit}-{k}", lambda k=k: _cell("principal", float(k), [principal(split.x, aip, k)], split, aip)
         else:
             for level in recipe.compare.l1 if unit.startswith("relu") else recipe.compare.l0:
                 yield f"{unit}-{level:g}", lambda unit=unit, level=level: _trained(unit, level, recipe, split, aip)
@@ -193,5 +194,7 @@ def _best(seen: Observation, residual: Float[Tensor, " n"]) -> dict[str, Any]:
 def _pretrained(features: Features, device: str) -> SAE[Any]:
     device = pick_device(device)
     if features.path is not None:
+        if not (Path(features.path) / SAE_CFG_FILENAME).is_file():
+            raise ValueError(f"compare.features {features.name!r}: no {SAE_CFG_FILENAME} in path {features.path!r}")
         return SAE.load_from_disk(features.path, device=device)
     return SAE.from_pretrained(str(features.release), str(features.sae_id), device=device)

@@ -1,0 +1,146 @@
+"""Units side by side: every kind of unit, from the command line, resumed where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import shifted
+from PIL import Image
+from safetensors.torch import load_file
+from test_cli import recipe, run  # noqa: F401  (fixtures)
+
+from atom_lens import AtomicInnerProduct, load_atoms
+from atom_lens.cli import main
+from atom_lens.experiments.frontier import comparison_table, margins, verdict
+from atom_lens.training.fit import fit_together
+from atom_lens.training.recipe import Atoms, Training
+from atom_lens.training.units import trained_unit, unit_learner
+
+HOOK = "blocks.1.hook_resid_post"
+STOCK = ["relu", "topk", "batchtopk", "jumprelu"]
+
+
+@pytest.mark.parametrize("unit", [*STOCK, *(f"{name}_whitened" for name in STOCK), "tsae_tied", "tsae_free"])
+def test_every_unit_trains_and_acts_on_raw_activations(unit: str, generator: torch.Generator) -> None:
+    """What comes out encodes raw activations, and reconstructs better than before it learned."""
+    x = shifted(600, 10, generator, shift=0.3)
+    aip = AtomicInnerProduct.estimate(x)
+    learner = unit_learner(unit, 3.0, x, aip, Atoms(capacity=24, target_l0=1.0), seed=3)
+    fit_together({"x": x}, {unit: learner}, Training(steps=400, batch_size=64, lr=3e-3, device="cpu", dead_after=50))
+    made = trained_unit(learner, aip)
+    with torch.no_grad():
+        codes = made.encode(x)
+        error = (made.decode(codes) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert codes.shape == (600, 24) and float(error) < 0.9
+    if unit.startswith("topk"):
+        assert int((codes != 0).sum(1).max()) <= 3
+
+
+def test_seeds_and_whitening_matter() -> None:
+    x = shifted(300, 8, torch.Generator().manual_seed(0))
+    aip = AtomicInnerProduct.estimate(x)
+    atoms = Atoms(capacity=12, target_l0=2.0)
+    first, again, other = (unit_learner("topk", 2.0, x, aip, atoms, seed=s).sae.W_dec for s in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert unit_learner("topk_whitened", 2.0, x, aip, atoms).sae.cfg.normalize_activations == "covariance_whitening"
+
+
+def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+    assert run("name=features")[0] == 0
+    compare = {
+        "units": ["neurons", "principal", "topk_whitened", "relu", "tsae_tied", "tsae_free"],
+        "l0": [2, 4],
+        "l1": [1],
+        "features": [{"name": "mine", "path": f"runs/features/{HOOK}"}],
+    }
+    training = {"steps": 20, "batch_size": 16, "device": "cpu", "seeds": 2}
+    code, out, _ = run(command="compare", compare=compare, training=training)
+    assert code == 0 and "TSAE, tied (ours)" in out and "null: data points" in out and "PW-MCC" in out
+    folder = tmp_path / "runs" / "tiny"
+    found = json.loads((folder / "compare.json").read_text())["hooks"][HOOK]
+    by_unit = {(cell["unit"], cell["level"]): cell for cell in found["cells"]}
+    assert {unit for unit, _ in by_unit} == {*compare["units"], "null_random", "null_data", "mine"}
+    assert len(by_unit["tsae_free", 4]["runs"]) == 2 and by_unit["neurons", None]["identity"] is None
+    assert by_unit["neurons", None]["runs"][0]["heldout"]["r2"] == pytest.approx(1)
+    assert by_unit["principal", 16]["runs"][0]["heldout"]["q_star"] == 1.0
+    for unit in ("tsae_tied", "topk_whitened"):
+        same = by_unit[unit, 2]["identity"]
+        assert same["runs"] == 2 and 0 < same["pw_mcc"] <= 1 and 0 < same["pw_mcc_start"] < 1
+        low, high = by_unit[unit, 2]["runs"][0]["heldout"]["interval"]["r2"]
+        assert low <= by_unit[unit, 2]["runs"][0]["heldout"]["r2"] <= high
+    rows = list(csv.DictReader((folder / "compare.csv").open()))
+    assert len(rows) == 2 * sum(len(cell["runs"]) for cell in found["cells"])
+    with Image.open(folder / f"{HOOK}.png") as image:
+        assert image.width > 800
+    # Resumed: what was measured is not measured again, what is missing is.
+    kept = folder / "cells" / HOOK
+    times = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    (kept / "tsae_free-4.json").unlink()
+    (folder / "compare.json").unlink()
+    assert run(command="compare", compare=compare, training=training)[0] == 0
+    again = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    assert {name for name in times if times[name] != again[name]} == {"tsae_free-4.json"}
+    redone = json.loads((folder / "compare.json").read_text())["hooks"][HOOK]
+    assert [c["runs"] for c in redone["cells"]] == [c["runs"] for c in found["cells"]]
+    code, _, error = run(command="compare", compare={**compare, "l0": [3]}, training=training)
+    assert code == 2 and "holds a comparison of another recipe" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compare": {"units": ["atoms"]}}, "key compare.units.0 is 'atoms', allowed is 'neurons'"),
+        ({"compare": {"l0": []}}, "key compare.l0 is []"),
+        ({"compare": {"features": [{"name": "x"}]}}, "compare.features 'x' needs either path, or both release"),
+        ({"compare": {"units": ["neurons"], "features": [{"name": "x", "path": "no"}]}}, "no cfg.json in path 'no'"),
+        ({"atoms": None}, "key atoms is missing"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    code, _, error = run("--quiet", command="compare", **changes)
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+def cell(unit: str, level: float, q: float, r2: float) -> dict[str, Any]:
+    l0 = {"mean": 1.0}
+    split = {"q_star": q, "r2": r2, "r2_aip": 0.0, "l0": l0, "empty_codes": 0.0, "dead_atoms": 0}
+    return {"unit": unit, "level": level, "runs": [{"train": split, "heldout": split}], "identity": None}
+
+
+def test_margins_are_read_off_at_the_same_q_star() -> None:
+    ours = [cell("tsae_free", 2, 0.9, 0.5), cell("tsae_free", 4, 0.7, 0.7), cell("tsae_tied", 2, 0.8, 0.55)]
+    found = {"cells": [*ours, cell("topk", 2, 0.8, 0.65), cell("topk", 4, 0.7, 0.4), cell("relu", 1, 0.3, 0.9)]}
+    margin = {(point["unit"], point["level"]): point["margin"] for point in margins(found)}
+    # At q* 0.8 the free line is at 0.6; beyond its ends it is never extrapolated.
+    assert margin["topk", 2] == pytest.approx(-0.05) and margin["topk", 4] == pytest.approx(0.3)
+    assert margin["relu", 1] is None
+    text = verdict(found)
+    assert "At the q* of 2 of 3 baseline points" in text and "higher at 1 of them" in text
+    assert "lower by up to 0.050 at the others (TopK at q* 0.800)" in text
+    assert "TSAE, free (ours)" in comparison_table(found)
+    assert "nothing can be said" in verdict({"cells": [cell("relu", 1, 0.3, 0.9)]})
+
+
+def test_train_with_seeds_saves_identity(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+    training = {"steps": 20, "batch_size": 16, "device": "cpu", "seeds": 3, "nulls": False}
+    code, out, _ = run(training=training)
+    assert code == 0 and "identity over 3 runs" in out and "before training" in out
+    folder = tmp_path / "runs" / "tiny" / HOOK
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["nulls"]) == {"random", "data"} and len(report["identity"]["pairs"]) == 3
+    scores = load_file(folder / "identity.safetensors")["identity"]
+    assert scores.shape == (32,) and float(scores.max()) <= 1
+    second = load_atoms(folder / "seed-2")
+    assert not torch.equal(second.W_dec, load_atoms(tmp_path / "runs" / "tiny").W_dec)
+    assert load_file(folder / "seed-2" / "identity.safetensors")["identity"].shape == (32,)
+    assert main(["evaluate", "runs/tiny", "--quiet"]) == 0
