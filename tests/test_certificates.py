@@ -20,13 +20,13 @@ from atom_lens.evidence.certificates import (
     atom_coherence,
     certify_codes,
     rip_bound,
-    threshold_window,
     unique_atoms,
 )
 from atom_lens.evidence.identity import extreme_level
 from atom_lens.evidence.measure import observe
 from atom_lens.evidence.nulls import Pursuit, random_atoms, shuffle_coordinates
 from atom_lens.evidence.recovery import basis_pursuit_agrees, pursuit_agrees
+from atom_lens.evidence.window import threshold_window
 
 seeds = st.integers(0, 10**6)
 

@@ -1,6 +1,6 @@
 """Evidence: what figures of a dictionary are worth, on data it never saw and beside dictionaries that know nothing."""
 
-from atom_lens.evidence.certificates import certify
+from atom_lens.evidence.certify import certify
 from atom_lens.evidence.faithfulness import faithfulness
 from atom_lens.evidence.identity import identity, match
 from atom_lens.evidence.measure import measure, observe

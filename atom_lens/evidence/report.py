@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atom_lens.evidence.bootstrap import FIGURES, intervals
-from atom_lens.evidence.certificates import certify
+from atom_lens.evidence.certify import certify
 from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Dictionary, Observation, observe
 from atom_lens.evidence.nulls import Pursuit, TrainedNull, data_atoms, random_atoms

@@ -22,9 +22,10 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 
 from atom_lens.evidence import match
-from atom_lens.evidence.certificates import ThresholdWindow, atom_coherence, threshold_window
+from atom_lens.evidence.certificates import atom_coherence
 from atom_lens.evidence.measure import Dictionary
 from atom_lens.evidence.reading import aligned
+from atom_lens.evidence.window import ThresholdWindow, threshold_window
 from atom_lens.geometry import AtomicInnerProduct, unit_rows
 from atom_lens.training.fit import fit_together
 from atom_lens.training.recipe import Atoms, Number, Section, Training, Unit, load_section

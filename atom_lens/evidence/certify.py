@@ -1,0 +1,123 @@
+"""Certify: every certificate of one dictionary on one split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from atom_lens.evidence.certificates import atom_coherence, certify_codes, rip_bound, unique_atoms, whitened_units
+from atom_lens.evidence.measure import Dictionary, Observation, observe
+from atom_lens.evidence.recovery import basis_pursuit_agrees, pursuit_agrees
+from atom_lens.evidence.window import threshold_window
+from atom_lens.geometry import AtomicInnerProduct
+
+# Codes with more active atoms are not pursued: the solvers take K steps, each on a K x K system.
+_PURSUED = 64
+
+
+@torch.no_grad()
+def certify(
+    dictionary: Dictionary,
+    x: Float[Tensor, "n d"],
+    metric: AtomicInnerProduct,
+    seen: Observation | None = None,
+    *,
+    sample: int = 256,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every certificate of a dictionary on one split, as report.json holds it.
+
+    Args:
+        dictionary: a TSAE, any sae-lens SAE, or anything with `W_dec`, `encode` and `decode`.
+        x: activations, shape (n, d).
+        metric: the AIP.
+        seen: `observe(dictionary, x, metric)`, where it is there already.
+        sample: codes that are certified one by one; and pursued, of those with at most 64 active atoms.
+        seed: of the draw of the sample.
+
+    Returns:
+        The fields of `certificates` (docs/report.md). `window` only for a dictionary with thresholds, and None
+        everywhere when no atom is alive.
+    """
+    seen = observe(dictionary, x, metric) if seen is None else seen
+    device = dictionary.W_dec.device
+    metric, alive = metric.to(device), seen.alive.to(device)
+    if not alive.any():
+        return {"rip": None, "unique_atoms": None, "codes": None, "recovery": None, "window": None}
+    atoms = dictionary.W_dec.detach().float()[alive]
+    coherence = atom_coherence(atoms, metric)
+    most = int(seen.l0.max())
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(x), generator=generator)[:sample]
+    codes = dictionary.encode(x[rows.to(x.device)].to(device))[:, alive]
+    certified = certify_codes(atoms, codes, metric)
+    spoken = certified.k > 0
+    found: dict[str, Any] = {
+        "rip": {"k": most, "bound": rip_bound(seen.found.max_coherence, most)},
+        "unique_atoms": float(unique_atoms(coherence, seen.k_atom.to(device)[alive]).double().mean()),
+        "codes": {
+            "n": int(spoken.sum()),
+            "babel": _share(certified.babel[spoken]),
+            "exact_recovery": _share(certified.exact_recovery[spoken]),
+        },
+        "recovery": _recovery(dictionary, x[rows.to(x.device)].to(device), codes, atoms, metric),
+        "window": None,
+    }
+    tau = getattr(dictionary, "threshold", None)
+    if isinstance(tau, Tensor):
+        norms = metric.whiten(atoms).norm(dim=1)
+        found["window"] = _window(seen, coherence.double().cpu(), (tau.detach()[alive].double() * norms).cpu())
+    return found
+
+
+def _window(seen: Observation, coherence: Float[Tensor, " F"], tau: Float[Tensor, " F"]) -> dict[str, Any]:
+    """The window with each atom's own extremes, and how far the thresholds are from it."""
+    alive = seen.alive
+    smallest, k_active = seen.smallest[alive], seen.k_atom[alive]
+    k, delta_max = int(seen.l0.max()), float(seen.largest.max())
+    window = threshold_window(tau, coherence, torch.full_like(k_active, k), k_active, smallest, delta_max)
+    return {
+        "eps": {"median": float(coherence.median()), "max": float(coherence.max())},
+        "k": k,
+        "delta_min": float(smallest.min()),
+        "delta_max": delta_max,
+        "feasible": _share(window.feasible),
+        "inside": _share(window.inside),
+        "outside_by_median": float(window.outside_by.median()),
+        "outside_by_median_tau": float((window.outside_by / tau.abs().clamp(min=1e-12)).median()),
+    }
+
+
+def _recovery(
+    dictionary: Dictionary,
+    x: Float[Tensor, "n d"],
+    codes: Float[Tensor, "n F"],
+    atoms: Float[Tensor, "F d"],
+    metric: AtomicInnerProduct,
+) -> dict[str, Any] | None:
+    active = codes != 0
+    k = active.sum(dim=1)
+    rows = ((k > 0) & (k <= min(_PURSUED, *atoms.shape))).nonzero()[:, 0]
+    if not len(rows):
+        return None
+    reconstruction = dictionary.decode(dictionary.encode(x[rows]))
+    # What the bias alone gives back is no part of the code.
+    bias = dictionary.decode(torch.zeros(1, len(dictionary.W_dec), device=x.device, dtype=codes.dtype))
+    units = whitened_units(atoms, metric)
+    exact, given = (metric.whiten(part - bias).to(units.dtype) for part in (reconstruction, x[rows]))
+    found: dict[str, Any] = {"n": len(rows)}
+    agreements = {
+        "omp_reconstruction": pursuit_agrees(exact, units, active[rows]),
+        "bp_reconstruction": basis_pursuit_agrees(exact, units, active[rows]),
+        "omp_activation": pursuit_agrees(given, units, active[rows]),
+    }
+    for name, agreement in agreements.items():
+        found[name] = {"same_support": _share(agreement == 1), "shared_atoms": float(agreement.mean())}
+    return found
+
+
+def _share(flags: Bool[Tensor, " n"]) -> float | None:
+    return float(flags.double().mean()) if len(flags) else None
