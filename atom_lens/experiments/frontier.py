@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ LABELS: dict[str, str] = {
     "tsae_free": "TSAE, free (ours)",
 }
 # Controls, not competitors: their encoder is a pursuit, or they are not sparse.
+_LEAST_Q = 0.5
 _CONTROLS = ("null_random", "null_data", "neurons", "principal")
 
 
@@ -73,50 +74,39 @@ def comparison_table(found: Mapping[str, Any]) -> str:
     return aligned(cells)
 
 
-def frontier(cells: Sequence[Mapping[str, Any]], unit: str) -> list[tuple[float, float]]:
-    """(q*, held-out R²) of a unit, means over seeds, in order of q*."""
-    return sorted((_mean(c, "heldout", "q_star"), _mean(c, "heldout", "r2")) for c in cells if c["unit"] == unit)
-
-
 def margins(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each point of a trained baseline, how far above it our best line is at the same q*.
+    """For each point of a trained baseline at q* >= 0.5, how far a TSAE that is at least as stable is above it.
 
-    Lines are interpolated between their points, never beyond: `margin` is None where no line of ours reaches.
+    `margin` is the best held-out R² among the TSAE points of no smaller q*, less the baseline's; None where no TSAE is
+    as stable. Nothing is interpolated. Below q* = 0.5 codes are dense and R² is no merit: neurons have 1.
     """
     cells = found["cells"]
-    ours = [frontier(cells, unit) for unit in ("tsae_tied", "tsae_free")]
+    points = [(c, _mean(c, "heldout", "q_star"), _mean(c, "heldout", "r2")) for c in cells]
+    ours = [(q, r2) for c, q, r2 in points if c["unit"].startswith("tsae")]
     result = []
-    for cell in cells:
-        if cell["unit"].startswith("tsae") or cell["unit"] in _CONTROLS:
+    for cell, q, r2 in points:
+        if cell["unit"].startswith("tsae") or cell["unit"] in _CONTROLS or q < _LEAST_Q:
             continue
-        q, r2 = _mean(cell, "heldout", "q_star"), _mean(cell, "heldout", "r2")
-        at_q = [
-            float(np.interp(q, [at for at, _ in line], [value for _, value in line]))
-            for line in ours
-            if line and line[0][0] <= q <= line[-1][0]
-        ]
-        margin = max(at_q) - r2 if at_q else None
+        as_stable = [value for at, value in ours if at >= q]
+        margin = max(as_stable) - r2 if as_stable else None
         result.append({"unit": cell["unit"], "level": cell["level"], "q_star": q, "r2": r2, "margin": margin})
     return result
 
 
 def verdict(found: Mapping[str, Any]) -> str:
-    """In one sentence: is our line above every baseline at every q*, and if not, which is above it?"""
+    """In a few words: how many baseline points a TSAE beats in both figures, and where one does not."""
     points = margins(found)
-    compared = [point for point in points if point["margin"] is not None]
-    if not compared:
-        return "No point of a baseline lies within the range of q* that a TSAE reached: nothing can be said."
-    worse = [point for point in compared if point["margin"] < 0]
-    text = (
-        f"At the q* of {len(compared)} of {len(points)} baseline points a TSAE can be read off; "
-        f"its held-out R² is higher at {len(compared) - len(worse)} of them"
-    )
-    if worse:
-        worst = min(worse, key=lambda point: point["margin"])
-        text += (
-            f", and lower by up to {-worst['margin']:.3f} at the others "
-            f"({LABELS.get(worst['unit'], worst['unit'])} at q* {worst['q_star']:.3f})"
-        )
+    if not points:
+        return f"No baseline reached q* {_LEAST_Q}: there is nothing to beat."
+    beaten = [point for point in points if point["margin"] is not None and point["margin"] >= 0]
+    text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below a TSAE at least as stable"
+    for point in points:
+        at = f"q* {point['q_star']:.3f}, R² {point['r2']:.3f}"
+        name = f"{LABELS.get(point['unit'], point['unit'])} at {point['level']:g} ({at})"
+        if point["margin"] is None:
+            text += f"; {name} is more stable than any TSAE"
+        elif point["margin"] < 0:
+            text += f"; {name} is above by {-point['margin']:.3f}"
     return text + "."
 
 
