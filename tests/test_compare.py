@@ -119,17 +119,19 @@ def cell(unit: str, level: float, q: float, r2: float) -> dict[str, Any]:
 
 def test_margins_ask_for_both_figures() -> None:
     ours = [cell("tsae_free", 2, 0.9, 0.5), cell("tsae_free", 4, 0.7, 0.7), cell("tsae_tied", 2, 0.8, 0.55)]
+    pretrained = {**cell("mine", 1, 0.65, 0.8), "level": None}
     baselines = [cell("topk", 2, 0.8, 0.65), cell("topk", 4, 0.7, 0.4), cell("topk", 1, 0.95, 0.1)]
-    found = {"cells": [*ours, *baselines, cell("relu", 1, 0.3, 0.9), cell("neurons", 0, 0.6, 1.0)]}
+    found = {"cells": [*ours, *baselines, pretrained, cell("relu", 1, 0.3, 0.9), cell("neurons", 0, 0.6, 1.0)]}
     margin = {(point["unit"], point["level"]): point["margin"] for point in margins(found)}
     # Only a TSAE that is at least as stable counts; dense codes and controls are not in the race.
-    assert set(margin) == {("topk", 1), ("topk", 2), ("topk", 4)}
+    assert set(margin) == {("topk", 1), ("topk", 2), ("topk", 4), ("mine", None)}
     assert margin["topk", 2] == pytest.approx(-0.1) and margin["topk", 4] == pytest.approx(0.3)
     assert margin["topk", 1] is None
     text = verdict(found)
-    assert text.startswith("Of 3 baseline points with q* >= 0.5, 1 lie below")
+    assert text.startswith("Of 4 baseline points with q* >= 0.5, 1 lie below")
     assert "TopK at 2 (q* 0.800, R² 0.650) is above by 0.100" in text
     assert "TopK at 1 (q* 0.950, R² 0.100) is more stable than any TSAE" in text
+    assert "mine (q* 0.650, R² 0.800) is above by 0.100" in text
     assert "TSAE, free (ours)" in comparison_table(found)
     assert "nothing to beat" in verdict({"cells": [cell("relu", 1, 0.3, 0.9)]})
 

@@ -101,8 +101,8 @@ def verdict(found: Mapping[str, Any]) -> str:
     beaten = [point for point in points if point["margin"] is not None and point["margin"] >= 0]
     text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below a TSAE at least as stable"
     for point in points:
-        at = f"q* {point['q_star']:.3f}, R² {point['r2']:.3f}"
-        name = f"{LABELS.get(point['unit'], point['unit'])} at {point['level']:g} ({at})"
+        asked = "" if point["level"] is None else f" at {point['level']:g}"
+        name = f"{LABELS.get(point['unit'], point['unit'])}{asked} (q* {point['q_star']:.3f}, R² {point['r2']:.3f})"
         if point["margin"] is None:
             text += f"; {name} is more stable than any TSAE"
         elif point["margin"] < 0:
