@@ -7,9 +7,10 @@ import errno
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 from atom_lens._version import __version__
 
@@ -126,15 +127,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _shift(arguments: argparse.Namespace) -> None:
-    from atom_lens._files import write_json
     from atom_lens.experiments.shift import shift, shift_table
     from atom_lens.training import load_recipe
 
-    found = shift(load_recipe(arguments.recipe, arguments.overrides))
+    _show(arguments, shift(load_recipe(arguments.recipe, arguments.overrides)), shift_table)
+
+
+def _show(arguments: argparse.Namespace, found: dict[str, Any], as_table: Callable[[dict[str, Any]], str]) -> None:
+    from atom_lens._files import write_json
+
     if arguments.json:
         write_json(arguments.json, found)
     if not arguments.quiet:
-        print(shift_table(found))
+        print(as_table(found))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -152,14 +157,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _planted(arguments: argparse.Namespace) -> None:
-    from atom_lens._files import write_json
     from atom_lens.experiments.planted import load_planted, planted, planted_table
 
-    found = planted(load_planted(arguments.recipe, arguments.overrides))
-    if arguments.json:
-        write_json(arguments.json, found)
-    if not arguments.quiet:
-        print(planted_table(found))
+    _show(arguments, planted(load_planted(arguments.recipe, arguments.overrides)), planted_table)
 
 
 _COMMANDS = {"train": _train, "evaluate": _evaluate, "compare": _compare, "planted": _planted, "shift": _shift}

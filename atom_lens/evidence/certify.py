@@ -52,8 +52,9 @@ def certify(
     most = int(seen.l0.max())
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(x), generator=generator)[:sample]
-    codes = dictionary.encode(x[rows.to(x.device)].to(device))[:, alive]
-    certified = certify_codes(atoms, codes, metric)
+    sampled = x[rows.to(x.device)].to(device)
+    codes = dictionary.encode(sampled)
+    certified = certify_codes(atoms, codes[:, alive], metric)
     spoken = certified.k > 0
     found: dict[str, Any] = {
         "rip": {"k": most, "bound": rip_bound(seen.found.max_coherence, most)},
@@ -63,7 +64,7 @@ def certify(
             "babel": _share(certified.babel[spoken]),
             "exact_recovery": _share(certified.exact_recovery[spoken]),
         },
-        "recovery": _recovery(dictionary, x[rows.to(x.device)].to(device), codes, atoms, metric),
+        "recovery": _recovery(dictionary, sampled, codes, alive, metric),
         "window": None,
     }
     tau = getattr(dictionary, "threshold", None)
@@ -95,17 +96,18 @@ def _recovery(
     dictionary: Dictionary,
     x: Float[Tensor, "n d"],
     codes: Float[Tensor, "n F"],
-    atoms: Float[Tensor, "F d"],
+    alive: Bool[Tensor, " F"],
     metric: AtomicInnerProduct,
 ) -> dict[str, Any] | None:
-    active = codes != 0
+    atoms = dictionary.W_dec.detach().float()[alive]
+    active = codes[:, alive] != 0
     k = active.sum(dim=1)
     rows = ((k > 0) & (k <= min(_PURSUED, *atoms.shape))).nonzero()[:, 0]
     if not len(rows):
         return None
-    reconstruction = dictionary.decode(dictionary.encode(x[rows]))
+    reconstruction = dictionary.decode(codes[rows])
     # What the bias alone gives back is no part of the code.
-    bias = dictionary.decode(torch.zeros(1, len(dictionary.W_dec), device=x.device, dtype=codes.dtype))
+    bias = dictionary.decode(torch.zeros_like(codes[:1]))
     units = whitened_units(atoms, metric)
     exact, given = (metric.whiten(part - bias).to(units.dtype) for part in (reconstruction, x[rows]))
     found: dict[str, Any] = {"n": len(rows)}
