@@ -1,13 +1,14 @@
 """atom-lens: are these the real units of this model, and how would I know?
 
-The way of an activation: prompts -> activations -> metric -> atoms -> evidence -> sharing. Importing this package
-registers the architecture ``aip_tsae`` with sae-lens.
+The way of an activation: prompts -> activations -> metric -> atoms -> evidence -> interventions -> sharing. Importing
+this package registers the architecture ``aip_tsae`` with sae-lens.
 """
 
 from atom_lens._version import __version__
 from atom_lens.activations import Harvest, Prompt, harvest
 from atom_lens.evidence import Stability, evaluate, faithfulness, stability
 from atom_lens.geometry import AtomicInnerProduct, SecondMoment, angle_histogram
+from atom_lens.interventions import Splice, splice
 from atom_lens.sharing import aip_converter, load_atoms
 from atom_lens.training import Recipe, fit, load_recipe, train
 from atom_lens.tsae import TSAE, TSAEConfig, TSAETraining, TSAETrainingConfig
@@ -19,6 +20,7 @@ __all__ = [
     "Prompt",
     "Recipe",
     "SecondMoment",
+    "Splice",
     "Stability",
     "TSAEConfig",
     "TSAETraining",
@@ -32,6 +34,7 @@ __all__ = [
     "harvest",
     "load_atoms",
     "load_recipe",
+    "splice",
     "stability",
     "train",
 ]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from atom_lens.activations.backends import Backend
+from atom_lens.activations.backends import Backend, Change, cached_tokens, forward_arguments
 from atom_lens.activations.hooks import component_hooks, layer_of
 
 _AFTER_LAYERS = "ln_final.hook_in"
+# TransformerLens removes hooks by the level of the context that added them; its own levels count from 0.
+_LEVELS = count(1 << 20)
 
 
 def _stop(value: Tensor, hook: Any) -> None:
@@ -30,17 +34,18 @@ class TransformerLensBackend:
         self.tokenizer = model.tokenizer
         self.n_layers: int = model.cfg.n_layers
         self.n_ctx: int = model.cfg.n_ctx
-        names = list(model.hook_dict)
+        known = model.hook_dict  # built anew at every access
+        points = {name: name for name in known}
         if isinstance(model, TransformerBridge):
             for layer, block in enumerate(model.blocks):
-                aliases = component_hooks(block)
                 # The bridge's own names stay first; an alias counts where its target is a hook point.
-                names += [
-                    f"blocks.{layer}.{alias}"
-                    for alias, target in aliases.items()
-                    if f"blocks.{layer}.{target}" in model.hook_dict
-                ]
-        self.hooks = list(dict.fromkeys(name for name in names if name.startswith("blocks.")))
+                for alias, target in component_hooks(block).items():
+                    if f"blocks.{layer}.{target}" in known:
+                        points.setdefault(f"blocks.{layer}.{alias}", f"blocks.{layer}.{target}")
+        # An attached sae-lens SAE stands in the place of its hook point: named, so that `attach` can say so.
+        points |= {name: name for name in getattr(model, "acts_to_saes", {})}
+        self._points = {name: point for name, point in points.items() if name.startswith("blocks.")}
+        self.hooks = list(self._points)
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +72,38 @@ class TransformerLensBackend:
                 tokens, attention_mask=mask, fwd_hooks=fwd_hooks, stop_at_layer=max(map(layer_of, hooks)) + 1
             )
         return kept
+
+    @property
+    def tracing(self) -> bool:
+        return False
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], keep: int
+    ) -> Float[Tensor, "batch keep vocab"]:
+        if not isinstance(self.model, TransformerBridge):
+            return self.model(tokens, attention_mask=mask, padding_side="left")[:, -keep:]
+        return self.model(tokens, **forward_arguments(self.model.original_model, mask, keep))[:, -keep:]
+
+    def attach(self, hook: str, change: Change) -> Callable[[], None]:
+        point = self.model.hook_dict.get(self._points[hook])
+        if not isinstance(point, HookPoint):
+            raise ValueError(f"an sae-lens SAE is attached at hook {hook!r}: take it off with reset_saes() first")
+        past, level = 0, next(_LEVELS)
+
+        def note_past(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            nonlocal past
+            past = cached_tokens(kwargs)
+
+        # A bridge hands its cache to the transformers model, a HookedTransformer to each of its blocks.
+        entry = self.model.original_model if isinstance(self.model, TransformerBridge) else self.model.blocks[0]
+        noting = entry.register_forward_pre_hook(note_past, with_kwargs=True)
+        point.add_hook(lambda tensor, *, hook: change(tensor, past), level=level)
+
+        def detach() -> None:
+            noting.remove()
+            point.remove_hooks("fwd", level=level)
+
+        return detach
 
 
 def from_transformers(model: Any, tokenizer: Any, name: str) -> Backend:

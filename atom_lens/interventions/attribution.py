@@ -1,0 +1,80 @@
+"""Which atoms an answer hangs on: activation times gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from atom_lens.activations.backends import Backend
+from atom_lens.activations.positions import Positions
+from atom_lens.activations.prompts import Prompt
+from atom_lens.interventions.facts import BATCH, answer_logprob, answered, padded
+
+
+class Read(NamedTuple):
+    """What stands at the chosen token of every prompt, and how the log-odds of the answer depend on it.
+
+    Attributes:
+        x: activations.
+        gradient: of the log-odds of the answer, ln p / (1 - p), by the activation; nats per unit of activation.
+    """
+
+    x: Float[Tensor, "n d"]
+    gradient: Float[Tensor, "n d"]
+
+
+def read(
+    backend: Backend,
+    hook: str,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    positions: Positions = "subject_last",
+    prepend_bos: bool = True,
+) -> Read:
+    """Activations at `hook` and gradients of the answers, one forward and one backward pass per batch.
+
+    Raises:
+        ValueError: a prompt with more than one chosen token.
+    """
+    ordered = answered(backend.tokenizer, prompts, [[answer] for answer in answers], positions, prepend_bos)
+    xs: list[Tensor] = [torch.empty(0)] * len(prompts)
+    gradients = list(xs)
+    for start in range(0, len(ordered), BATCH):
+        part = ordered[start : start + BATCH]
+        batch = padded([(s.row, s.ids, s.chosen) for s in part], backend.device)
+        if not bool((batch.subject.sum(dim=1) == 1).all()):
+            raise ValueError(f"positions {positions!r} chooses several tokens of a prompt, attribution reads one")
+        kept: list[Tensor] = []
+
+        def keep(x: Tensor, past: int, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(x.detach().requires_grad_())
+            return kept[0]
+
+        detach = backend.attach(hook, keep)
+        try:
+            logits = backend.logits(batch.tokens, batch.mask, max(len(s.answers[0][1]) for s in part))
+        finally:
+            detach()
+        logprobs = logits.float().log_softmax(dim=-1)
+        logp = torch.stack(
+            [answer_logprob(logprobs[i, -len(s.answers[0][1]) :], s.answers[0][1]) for i, s in enumerate(part)]
+        )
+        log_odds = logp - torch.log1p(-logp.exp().clamp(max=1 - 1e-6))
+        (gradient,) = torch.autograd.grad(log_odds.sum(), kept)
+        for i, sequence in enumerate(part):
+            where = batch.subject[i].nonzero()[0, 0]
+            xs[sequence.row] = kept[0][i, where].detach().float().cpu()
+            gradients[sequence.row] = gradient[i, where].float().cpu()
+    return Read(torch.stack(xs), torch.stack(gradients))
+
+
+@torch.no_grad()
+def attribution(sae: SAE[Any], found: Read) -> Float[Tensor, "n F"]:
+    """To first order, what ablating each atom takes from the log-odds of the answer: z_j <gradient, d_j>, in nats."""
+    codes = sae.encode(found.x.to(sae.W_dec))
+    return codes * (found.gradient.to(sae.W_dec) @ sae.W_dec.T)

@@ -1,0 +1,181 @@
+"""Facts: prompts with a subject and a known answer, put to a model, clean or under edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from atom_lens.activations.backends import Backend
+from atom_lens.activations.positions import Positions, select_tokens
+from atom_lens.activations.prompts import Prompt
+
+BATCH = 64
+
+
+class Batch(NamedTuple):
+    """Some prompts with an answer begun, padded on the left.
+
+    Attributes:
+        rows: which prompts these are.
+        tokens, mask: token ids and which of them are real.
+        subject: where the chosen tokens of the subject are, the places to edit.
+    """
+
+    rows: Int[Tensor, " batch"]
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    subject: Bool[Tensor, "batch pos"]
+
+
+# Opens what is to be done to the model while a batch runs; None leaves it alone.
+Prepare = Callable[[Batch], Any]
+
+
+class Scores(NamedTuple):
+    """What a model makes of answers: log-probability of the whole answer, and whether greedy decoding gives it."""
+
+    logprob: Float[Tensor, "n answers"]
+    greedy: Bool[Tensor, "n answers"]
+
+
+class Answered(NamedTuple):
+    """A prompt with all of an answer but its last token, and the answers that can be scored on it."""
+
+    row: int
+    ids: list[int]
+    chosen: list[int]
+    answers: list[tuple[int, list[int]]]
+
+
+def tokenised(
+    tokenizer: Any, prompt: Prompt, answer: str, positions: Positions, prepend_bos: bool
+) -> tuple[list[int], list[int], list[int]]:
+    """Tokens of a prompt, of its answer after a blank, and which tokens of the prompt to edit."""
+    encoded = tokenizer(f"{prompt.text} {answer}", add_special_tokens=False, return_offsets_mapping=True)
+    bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
+    offsets = encoded["offset_mapping"]
+    n = sum(start < len(prompt.text) for start, _ in offsets)
+    chosen = select_tokens(prompt, [(0, 0)] * len(bos) + offsets[:n], positions)
+    return bos + encoded["input_ids"][:n], encoded["input_ids"][n:], chosen
+
+
+def ask(
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[str]],
+    edits: Mapping[str, Prepare | None],
+    positions: Positions = "subject_last",
+    prepend_bos: bool = True,
+) -> dict[str, Scores]:
+    """Score `answers` of every prompt, under every edit.
+
+    Args:
+        backend: the model.
+        prompts: n prompts.
+        answers: of every prompt the answers to score, as many for each.
+        edits: name -> what to do before a batch runs; None for the clean model.
+        positions: where `Batch.subject` points to.
+        prepend_bos: put the tokenizer's BOS before every prompt.
+
+    Returns:
+        name -> `Scores` of shape (n, answers).
+    """
+    ordered = answered(backend.tokenizer, prompts, answers, positions, prepend_bos)
+    shape = (len(prompts), max(map(len, answers)))
+    found = {name: Scores(torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)) for name in edits}
+    with tqdm(total=len(ordered) * len(edits), desc="Answers", unit="prompt") as bar, torch.no_grad():
+        for start in range(0, len(ordered), BATCH):
+            part = ordered[start : start + BATCH]
+            batch = padded([(s.row, s.ids, s.chosen) for s in part], backend.device)
+            keep = max(len(wanted) for s in part for _, wanted in s.answers)
+            for name, prepare in edits.items():
+                logprobs = _logits(backend, batch, keep, prepare).float().log_softmax(dim=-1)
+                for i, sequence in enumerate(part):
+                    for column, wanted in sequence.answers:
+                        tail = logprobs[i, -len(wanted) :]
+                        found[name].logprob[sequence.row, column] = answer_logprob(tail, wanted)
+                        found[name].greedy[sequence.row, column] = tail.argmax(dim=1).tolist() == wanted
+                bar.update(len(part))
+    return found
+
+
+def answered(
+    tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], positions: Positions, prepend_bos: bool
+) -> list[Answered]:
+    """Token sequences that score all `answers`, by length; answers of one token share the sequence of their prompt."""
+    sequences: dict[tuple[int, tuple[int, ...]], Answered] = {}
+    for row, (prompt, options) in enumerate(zip(prompts, answers, strict=True)):
+        for column, answer in enumerate(options):
+            ids, wanted, chosen = tokenised(tokenizer, prompt, answer, positions, prepend_bos)
+            key = (row, tuple(wanted[:-1]))
+            sequences.setdefault(key, Answered(row, ids + wanted[:-1], chosen, [])).answers.append((column, wanted))
+    return sorted(sequences.values(), key=lambda sequence: len(sequence.ids))
+
+
+def answer_logprob(logprobs: Float[Tensor, "tokens vocab"], wanted: list[int]) -> Float[Tensor, ""]:
+    """Log-probability of the whole answer from those of its tokens."""
+    return logprobs.gather(1, torch.tensor(wanted, device=logprobs.device)[:, None]).sum()
+
+
+def divergence(
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    edits: Mapping[str, Prepare],
+    positions: Positions = "subject_last",
+    prepend_bos: bool = True,
+    over: Literal["last", "all"] = "last",
+    max_tokens: int = 64,
+) -> dict[str, Float[Tensor, " n"]]:
+    """KL(clean || edited) of the next token, in nats, for every prompt and edit.
+
+    Args:
+        backend, prompts, edits, positions, prepend_bos: as of `ask`.
+        over: at the last token of the prompt, or the mean over all of them.
+        max_tokens: prompts are cut after these.
+    """
+    sequences = []
+    for row, prompt in enumerate(prompts):
+        ids, _, chosen = tokenised(backend.tokenizer, prompt, "", positions, prepend_bos)
+        sequences.append((row, ids[:max_tokens], [token for token in chosen if token < max_tokens]))
+    found = {name: torch.zeros(len(prompts)) for name in edits}
+    # The logits of all tokens are large: a vocabulary of 262,000 takes 1 MB per token.
+    size = BATCH if over == "last" else 4
+    ordered = sorted(sequences, key=lambda sequence: len(sequence[1]))
+    with tqdm(total=len(ordered) * len(edits), desc="Divergence", unit="prompt") as bar, torch.no_grad():
+        for start in range(0, len(ordered), size):
+            batch = padded(ordered[start : start + size], backend.device)
+            keep = batch.tokens.shape[1] if over == "all" else 1
+            clean = _logits(backend, batch, keep, None).float().log_softmax(dim=-1)
+            real = batch.mask[:, -keep:].bool()
+            for name, prepare in edits.items():
+                edited = _logits(backend, batch, keep, prepare).float().log_softmax(dim=-1)
+                per_token = (clean.exp() * (clean - edited)).sum(dim=-1).clamp(min=0)
+                found[name][batch.rows] = ((per_token * real).sum(dim=1) / real.sum(dim=1)).cpu()
+                bar.update(len(batch.rows))
+    return found
+
+
+def _logits(backend: Backend, batch: Batch, keep: int, prepare: Prepare | None) -> Float[Tensor, "batch keep vocab"]:
+    if prepare is None:
+        return backend.logits(batch.tokens, batch.mask, keep)
+    with prepare(batch):
+        return backend.logits(batch.tokens, batch.mask, keep)
+
+
+def padded(sequences: Sequence[tuple[int, list[int], list[int]]], device: torch.device) -> Batch:
+    """A batch of (row, token ids, tokens to edit)."""
+    longest = max(len(ids) for _, ids, _ in sequences)
+    tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask, subject = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    for i, (_, ids, chosen) in enumerate(sequences):
+        pad = longest - len(ids)
+        tokens[i, pad:] = torch.tensor(ids)
+        mask[i, pad:] = 1
+        subject[i, [pad + token for token in chosen]] = True
+    rows = torch.tensor([row for row, _, _ in sequences])
+    return Batch(rows, tokens.to(device), mask.to(device), subject.to(device))
