@@ -5,7 +5,7 @@ this package registers the architecture ``aip_tsae`` with sae-lens.
 """
 
 from atom_lens._version import __version__
-from atom_lens.activations import Harvest, Prompt, harvest
+from atom_lens.activations import Harvest, Prompt, harvest, open_model
 from atom_lens.evidence import Stability, evaluate, faithfulness, stability
 from atom_lens.geometry import AtomicInnerProduct, SecondMoment, angle_histogram
 from atom_lens.interventions import Splice, splice
@@ -34,6 +34,7 @@ __all__ = [
     "harvest",
     "load_atoms",
     "load_recipe",
+    "open_model",
     "splice",
     "stability",
     "train",

@@ -1,4 +1,4 @@
-"""The command line: ``atom-lens train | evaluate | compare | planted | shift``."""
+"""The command line: ``atom-lens train | evaluate | compare | intervene | planted | shift``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("recipe", help="YAML file, see recipes/")
     compare.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
     compare.add_argument("--out", default="runs", help="folder of run folders (default: runs)")
+
+    causal = command("intervene", "Edit codes in the live model: do answers change as they should? Resumes.")
+    causal.add_argument("recipe", help="YAML file, see recipes/intervene.yaml")
+    causal.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
+    causal.add_argument("--out", default="runs", help="folder of run folders (default: runs)")
 
     planted = command("planted", "Planted atoms: the theorem, its limits, and trained SAEs against the truth.")
     planted.add_argument("recipe", help="YAML file, see recipes/planted.yaml")
@@ -156,13 +161,30 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(f"\nwritten to {folder}")
 
 
+def _intervene(arguments: argparse.Namespace) -> None:
+    from atom_lens.experiments.intervene import intervene
+    from atom_lens.experiments.intervene_figures import intervene_table
+    from atom_lens.training import load_recipe
+
+    folder = intervene(load_recipe(arguments.recipe, arguments.overrides), arguments.out)
+    if not arguments.quiet:
+        print(f"\n{intervene_table(json.loads((folder / 'intervene.json').read_text()))}\n\nwritten to {folder}")
+
+
 def _planted(arguments: argparse.Namespace) -> None:
     from atom_lens.experiments.planted import load_planted, planted, planted_table
 
     _show(arguments, planted(load_planted(arguments.recipe, arguments.overrides)), planted_table)
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "compare": _compare, "planted": _planted, "shift": _shift}
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "intervene": _intervene,
+    "planted": _planted,
+    "shift": _shift,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import beartype  # noqa: F401 -- once nnsight is imported, beartype 0.22 can no longer be
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -89,7 +89,7 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
     redone = json.loads((folder / "compare.json").read_text())["hooks"][HOOK]
     assert [c["runs"] for c in redone["cells"]] == [c["runs"] for c in found["cells"]]
     code, _, error = run(command="compare", compare={**compare, "l0": [3]}, training=training)
-    assert code == 2 and "holds a comparison of another recipe" in error and error.count("\n") == 1
+    assert code == 2 and "holds a study of another recipe" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
     [
         ({"compare": {"units": ["atoms"]}}, "key compare.units.0 is 'atoms', allowed is 'neurons'"),
         ({"compare": {"l0": []}}, "key compare.l0 is []"),
-        ({"compare": {"features": [{"name": "x"}]}}, "compare.features 'x' needs either path, or both release"),
+        ({"compare": {"features": [{"name": "x"}]}}, "features 'x' needs either path, or both release"),
         ({"compare": {"units": ["neurons"], "features": [{"name": "x", "path": "no"}]}}, "no cfg.json in path 'no'"),
         ({"atoms": None}, "key atoms is missing"),
     ],

@@ -14,7 +14,7 @@ from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from scipy.stats import beta
 
-from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms
+from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms, splice
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import DEMO, find_model, load_model
 from atom_lens.activations.prompts import Prompt, cities
@@ -117,6 +117,57 @@ def test_spliced_logits_agree(demo: str, exported: Path) -> None:
         torch.testing.assert_close(by_nnsight, spliced, rtol=0, atol=1e-4)
         torch.testing.assert_close(with_error, clean, rtol=0, atol=1e-4)
         assert float((spliced - clean).abs().max()) > 0.1, "the splice did something"
+
+
+def test_splice_on_the_real_model(demo: str, exported: Path) -> None:
+    """Bridge and nnsight: nothing changes without an edit, and every edit does the same, padded and in generation."""
+    atoms, source = load_atoms(exported), find_model(DEMO)
+    bridge: Any = open_backend(source, "transformer_lens", torch.float32, "cpu")
+    traced: Any = open_backend(source, "nnsight", torch.float32, "cpu")
+    tokenizer = bridge.tokenizer
+    tokenizer.padding_side = "left"
+    padded = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    alone = tokenizer(TEXTS[:1], return_tensors="pt")
+    codes = atoms.encode(harvest(demo, ["Rome is", "Kyoto is", "Oslo is"], HOOK, "last")[HOOK]).detach()
+    edits: dict[str, Any] = {
+        "none": lambda s: s,
+        "same": lambda s: s.scale(None, 1.0),
+        "ablate": lambda s: s.ablate(positions=-1),
+        "scale": lambda s: s.scale(range(0, 1280, 2), 3.0, positions=[-2, -1]),
+        "set": lambda s: s.set([3, 4], 50.0, positions=-1),
+        "add": lambda s: s.add([5], 5000.0),
+        "keep only": lambda s: s.keep_only(range(40), positions=-1),
+        "swap": lambda s: s.swap(codes[0], positions=-1, items=[0]),
+        "exchange": lambda s: s.exchange(codes[0], codes[1]),
+        "patch": lambda s: s.patch(torch.zeros(640), positions=-1),
+    }
+    for batch in (padded, alone):
+        arguments = (batch.input_ids, batch.attention_mask, 1)
+        with torch.no_grad():
+            clean = {name: backend.logits(*arguments) for name, backend in (("lens", bridge), ("nnsight", traced))}
+            for name, edit in edits.items():
+                found = []
+                for backend in (bridge, traced):
+                    with splice(backend.model, atoms) as s:
+                        edit(s)
+                        found.append(backend.logits(*arguments))
+                torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4, msg=name)
+                if name in ("none", "same"):
+                    torch.testing.assert_close(found[0], clean["lens"], rtol=0, atol=1e-5)
+                    torch.testing.assert_close(found[1], clean["nnsight"], rtol=0, atol=1e-5)
+                else:
+                    assert float((found[0] - clean["lens"]).abs().max()) > 1e-3, name
+    ids, said = alone.input_ids, {}
+    for name in ("clean", "none", "same", "add"):
+        with splice(bridge.model, atoms) as s, splice(traced.model, atoms) as t:
+            for one in (s, t) if name != "clean" else ():
+                edits[name](one)
+            by_bridge = bridge.model.generate(ids, max_new_tokens=5, do_sample=False, verbose=False)
+            with traced.model.generate(ids, max_new_tokens=5, do_sample=False) as tracer:
+                by_nnsight = tracer.result.save()
+        assert torch.equal(by_bridge, by_nnsight)
+        said[name] = tokenizer.decode(by_bridge[0, ids.shape[1] :])
+    assert "Paris" in said["clean"] and said["clean"] == said["none"] == said["same"] != said["add"]
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

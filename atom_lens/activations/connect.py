@@ -9,7 +9,7 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 
 from atom_lens.activations import nnsight_backend, transformer_lens_backend
 from atom_lens.activations.backends import Backend, BackendName
-from atom_lens.activations.models import ModelSource, load_model, pick_device
+from atom_lens.activations.models import DTYPES, ModelSource, find_model, load_model, pick_device
 
 
 def open_backend(source: ModelSource, backend: BackendName, dtype: torch.dtype, device: str) -> Backend:
@@ -24,8 +24,34 @@ def open_backend(source: ModelSource, backend: BackendName, dtype: torch.dtype, 
     return module.from_transformers(model, tokenizer, source.name)
 
 
+def open_model(
+    name: str,
+    backend: BackendName = "auto",
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+) -> Any:
+    """A live model to run, harvest from and splice into: a TransformerBridge, or with "nnsight" an nnsight model.
+
+    Args:
+        name: as of `harvest`: Hub id, folder, ``.gguf``, or ``demo:gemma-3-270m``.
+        backend: "transformer_lens", "nnsight", or "auto" (TransformerLens).
+        revision, dtype, device: how it is loaded; eager attention, so that both backends compute the same.
+
+    Raises:
+        ValueError: an unknown model, backend or dtype, or an architecture that TransformerLens has no adapter for.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
+    opened: Any = open_backend(find_model(name, revision), backend, DTYPES[dtype], device)
+    return opened.model
+
+
 def wrap_backend(model: Any) -> Backend:
-    """The backend of a model that is already loaded: a bridge, a HookedTransformer, or an nnsight model."""
+    """The backend of a model that is already loaded: a bridge, a HookedTransformer, an nnsight model; or itself."""
+    if isinstance(model, Backend):
+        return model
     for module in (transformer_lens_backend, nnsight_backend):
         wrapped = module.wrap(model)
         if wrapped is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from scipy.stats import bootstrap
 from torch import Tensor
 
@@ -66,3 +67,31 @@ def intervals(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return {name: [float(found.low[i]), float(found.high[i])] for i, name in enumerate(FIGURES)}
+
+
+def mean_interval(values: Float[Tensor, " n"], seed: int = 0) -> dict[str, Any]:
+    """{"mean", "interval"}: the mean over independent witnesses, and its 95% percentile interval."""
+    found = _resampled((values.double().numpy(),), lambda v, axis: v.mean(axis=axis), seed)
+    return {"mean": float(values.double().mean()), "interval": found}
+
+
+def ratio_interval(above: Float[Tensor, " n"], below: Float[Tensor, " n"], seed: int = 0) -> dict[str, Any] | None:
+    """{"mean", "interval"} of mean(above) / mean(below) on the same witnesses; None where `below` is all zero."""
+    if not bool(below.abs().sum() > 0):
+        return None
+    pairs = (above.double().numpy(), below.double().numpy())
+    found = _resampled(pairs, lambda a, b, axis: a.mean(axis=axis) / np.maximum(b.mean(axis=axis), 1e-12), seed)
+    return {"mean": float(pairs[0].mean() / pairs[1].mean()), "interval": found}
+
+
+def _resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> list[float]:
+    found = bootstrap(
+        samples,
+        statistic,
+        n_resamples=_RESAMPLES,
+        paired=True,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return [float(found.low), float(found.high)]

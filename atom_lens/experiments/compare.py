@@ -6,21 +6,16 @@ on where it was.
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
 
 from atom_lens._files import write_json
-from atom_lens.activations.models import pick_device
 from atom_lens.evidence import identity, observe
 from atom_lens.evidence.bases import neurons, principal
 from atom_lens.evidence.bootstrap import intervals
@@ -28,35 +23,35 @@ from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Dictionary, Observation
 from atom_lens.evidence.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.evidence.report import versions
+from atom_lens.experiments.cells import Cell, claim, kept, pretrained
 from atom_lens.experiments.frontier import draw, to_csv
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.fit import Learner, fit_together
-from atom_lens.training.recipe import Features, Recipe, dump_recipe
+from atom_lens.training.recipe import Recipe
 from atom_lens.training.run import SplitActivations, harvest_for, split_activations
 from atom_lens.training.units import trained_unit, unit_learner
 
 logger = logging.getLogger(__name__)
-_Cell = dict[str, Any]
 
 
 def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
     """Measure every unit of `recipe.compare` at every hook; returns ``out/<name>`` with JSON, CSV and figures.
 
     Raises:
-        ValueError: the recipe lacks atoms or training, or the folder holds a comparison of another recipe.
+        ValueError: the recipe lacks atoms or training, or the folder holds a study of another recipe.
     """
     for section in ("atoms", "training"):
         if getattr(recipe, section) is None:
             raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, compare needs it")
     folder = Path(out) / recipe.name
-    _claim(folder, recipe)
+    claim(folder, recipe)
     prompts = recipe.prompts.read()
     found = harvest_for(recipe, prompts)
     hooks = {}
     for hook in found:
         split = split_activations(recipe, prompts, found, hook)
         aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge, f"{len(split.x)} training activations")
-        cells = [_kept(folder / "cells" / hook / f"{key}.json", make) for key, make in _cells(recipe, split, aip)]
+        cells = [kept(folder / "cells" / hook / f"{key}.json", make, _says) for key, make in _cells(recipe, split, aip)]
         assert recipe.atoms is not None
         hooks[hook] = {
             "n": len(split.x),
@@ -75,40 +70,14 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
     return folder
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """A folder is continued by the recipe that began it only."""
-    kept, text = folder / "recipe.yaml", dump_recipe(recipe)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_file())):
-        raise FileExistsError(f"output folder {str(folder)!r} is not empty: choose another name= or remove it")
-    if kept.is_file() and kept.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{str(folder)!r} holds a comparison of another recipe: choose another name= or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(text, encoding="utf-8")
-
-
-def _kept(path: Path, make: Callable[[], _Cell]) -> _Cell:
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    start = time.monotonic()
-    cell = make()
-    cell["seconds"] = time.monotonic() - start
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, cell)
+def _says(cell: Cell) -> str:
     run = cell["runs"][0]["heldout"]
-    logger.info(
-        "%-24s held-out R² %.3f, q* %.3f, L0 %.1f, %.0f s",
-        path.stem,
-        run["r2"],
-        run["q_star"],
-        run["l0"]["mean"],
-        cell["seconds"],
-    )
-    return cell
+    return f"held-out R² {run['r2']:.3f}, q* {run['q_star']:.3f}, L0 {run['l0']['mean']:.1f}"
 
 
 def _cells(
     recipe: Recipe, split: SplitActivations, aip: AtomicInnerProduct
-) -> Iterator[tuple[str, Callable[[], _Cell]]]:
+) -> Iterator[tuple[str, Callable[[], Cell]]]:
     """(name, what measures it), nulls first."""
     assert recipe.atoms is not None and recipe.training is not None
     n_atoms, training = recipe.atoms.capacity, recipe.training
@@ -127,11 +96,11 @@ def _cells(
     for features in recipe.compare.features:
         yield (
             f"features_{features.name}",
-            lambda features=features: _cell(features.name, None, [_pretrained(features, training.device)], split, aip),
+            lambda features=features: _cell(features.name, None, [pretrained(features, training.device)], split, aip),
         )
 
 
-def _trained(unit: str, level: float, recipe: Recipe, split: SplitActivations, aip: AtomicInnerProduct) -> _Cell:
+def _trained(unit: str, level: float, recipe: Recipe, split: SplitActivations, aip: AtomicInnerProduct) -> Cell:
     """All seeds of one unit at one sparsity, from one pass over the activations."""
     assert recipe.atoms is not None and recipe.training is not None
     training = recipe.training
@@ -160,7 +129,7 @@ def _start(learner: Learner, aip: AtomicInnerProduct) -> Float[Tensor, "F d"]:
 
 def _cell(
     unit: str, level: float | None, dictionaries: Sequence[Dictionary], split: SplitActivations, aip: AtomicInnerProduct
-) -> _Cell:
+) -> Cell:
     runs, alive = [], []
     for dictionary in dictionaries:
         seen = {"train": observe(dictionary, split.x, aip), "heldout": observe(dictionary, split.heldout, aip)}
@@ -173,7 +142,7 @@ def _cell(
     return {"unit": unit, "level": level, "runs": runs, "identity": same}
 
 
-def _null_cell(name: str, k: int, n_atoms: int, split: SplitActivations, aip: AtomicInnerProduct, seed: int) -> _Cell:
+def _null_cell(name: str, k: int, n_atoms: int, split: SplitActivations, aip: AtomicInnerProduct, seed: int) -> Cell:
     """A null at its best in either norm: R² of a Euclidean pursuit, all else of a pursuit under the metric."""
     generator = torch.Generator().manual_seed(seed)
     mean = split.x.mean(dim=0)
@@ -189,12 +158,3 @@ def _null_cell(name: str, k: int, n_atoms: int, split: SplitActivations, aip: At
 
 def _best(seen: Observation, residual: Float[Tensor, " n"]) -> dict[str, Any]:
     return {**seen.figures, "r2": explained(residual, seen.total)}
-
-
-def _pretrained(features: Features, device: str) -> SAE[Any]:
-    device = pick_device(device)
-    if features.path is not None:
-        if not (Path(features.path) / SAE_CFG_FILENAME).is_file():
-            raise ValueError(f"compare.features {features.name!r}: no {SAE_CFG_FILENAME} in path {features.path!r}")
-        return SAE.load_from_disk(features.path, device=device)
-    return SAE.from_pretrained(str(features.release), str(features.sae_id), device=device)

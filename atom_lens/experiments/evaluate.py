@@ -51,7 +51,7 @@ def evaluate_folder(
     found = harvest_for(recipe, prompts)
     if hook not in found:
         raise ValueError(f"the atoms' hook {hook!r} is not among the recipe's, allowed are {', '.join(found)}")
-    x, heldout, subjects = split_activations(recipe, prompts, found, hook)
+    x, heldout, subjects, *_ = split_activations(recipe, prompts, found, hook)
     metric = None if has_metric else AtomicInnerProduct.estimate(x, recipe.metric.ridge, "the recipe's training split")
     about = {
         "name": recipe.name,

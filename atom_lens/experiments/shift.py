@@ -26,8 +26,8 @@ def shift(recipe: Recipe) -> dict[str, Any]:
     there = harvest_for(recipe.model_copy(update={"positions": "all"}), texts)
     found = {}
     for hook in here:
-        x, heldout, _ = split_activations(recipe, prompts, here, hook)
-        other, other_heldout, _ = split_activations(recipe, texts, there, hook)
+        x, heldout, *_ = split_activations(recipe, prompts, here, hook)
+        other, other_heldout, *_ = split_activations(recipe, texts, there, hook)
         metric = AtomicInnerProduct.estimate(x, recipe.metric.ridge, "the prompts")
         other_metric = AtomicInnerProduct.estimate(other, recipe.metric.ridge, "other text")
         found[hook] = _angles(x, heldout, metric, other_metric)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from atom_lens.activations.backends import Backend
+from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions
 from atom_lens.activations.prompts import Prompt
 from atom_lens.interventions.facts import BATCH, answer_logprob, answered, padded
@@ -29,7 +29,7 @@ class Read(NamedTuple):
 
 
 def read(
-    backend: Backend,
+    model: Any,
     hook: str,
     prompts: Sequence[Prompt],
     answers: Sequence[str],
@@ -41,6 +41,7 @@ def read(
     Raises:
         ValueError: a prompt with more than one chosen token.
     """
+    backend = wrap_backend(model)
     ordered = answered(backend.tokenizer, prompts, [[answer] for answer in answers], positions, prepend_bos)
     xs: list[Tensor] = [torch.empty(0)] * len(prompts)
     gradients = list(xs)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
 from atom_lens.activations.backends import Backend
+from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions, select_tokens
 from atom_lens.activations.prompts import Prompt
 
@@ -65,7 +67,7 @@ def tokenised(
 
 
 def ask(
-    backend: Backend,
+    model: Any,
     prompts: Sequence[Prompt],
     answers: Sequence[Sequence[str]],
     edits: Mapping[str, Prepare | None],
@@ -75,7 +77,7 @@ def ask(
     """Score `answers` of every prompt, under every edit.
 
     Args:
-        backend: the model.
+        model: as of `splice`.
         prompts: n prompts.
         answers: of every prompt the answers to score, as many for each.
         edits: name -> what to do before a batch runs; None for the clean model.
@@ -85,6 +87,7 @@ def ask(
     Returns:
         name -> `Scores` of shape (n, answers).
     """
+    backend = wrap_backend(model)
     ordered = answered(backend.tokenizer, prompts, answers, positions, prepend_bos)
     shape = (len(prompts), max(map(len, answers)))
     found = {name: Scores(torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)) for name in edits}
@@ -107,14 +110,15 @@ def ask(
 def answered(
     tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], positions: Positions, prepend_bos: bool
 ) -> list[Answered]:
-    """Token sequences that score all `answers`, by length; answers of one token share the sequence of their prompt."""
+    """Token sequences that score all `answers`; answers of one token share the sequence of their prompt."""
     sequences: dict[tuple[int, tuple[int, ...]], Answered] = {}
     for row, (prompt, options) in enumerate(zip(prompts, answers, strict=True)):
         for column, answer in enumerate(options):
             ids, wanted, chosen = tokenised(tokenizer, prompt, answer, positions, prepend_bos)
             key = (row, tuple(wanted[:-1]))
             sequences.setdefault(key, Answered(row, ids + wanted[:-1], chosen, [])).answers.append((column, wanted))
-    return sorted(sequences.values(), key=lambda sequence: len(sequence.ids))
+    # Answers of like length together: only so many columns go through the unembedding, the dearest layer there is.
+    return sorted(sequences.values(), key=lambda sequence: (len(sequence.answers[0][1]), len(sequence.ids)))
 
 
 def answer_logprob(logprobs: Float[Tensor, "tokens vocab"], wanted: list[int]) -> Float[Tensor, ""]:
@@ -123,39 +127,34 @@ def answer_logprob(logprobs: Float[Tensor, "tokens vocab"], wanted: list[int]) -
 
 
 def divergence(
-    backend: Backend,
+    model: Any,
     prompts: Sequence[Prompt],
     edits: Mapping[str, Prepare],
     positions: Positions = "subject_last",
     prepend_bos: bool = True,
-    over: Literal["last", "all"] = "last",
     max_tokens: int = 64,
 ) -> dict[str, Float[Tensor, " n"]]:
-    """KL(clean || edited) of the next token, in nats, for every prompt and edit.
+    """KL(clean || edited) of the token that follows each prompt, in nats, under every edit.
 
     Args:
-        backend, prompts, edits, positions, prepend_bos: as of `ask`.
-        over: at the last token of the prompt, or the mean over all of them.
-        max_tokens: prompts are cut after these.
+        model, prompts, edits, positions, prepend_bos: as of `ask`.
+        max_tokens: longer prompts are cut after these.
     """
+    backend = wrap_backend(model)
     sequences = []
     for row, prompt in enumerate(prompts):
         ids, _, chosen = tokenised(backend.tokenizer, prompt, "", positions, prepend_bos)
         sequences.append((row, ids[:max_tokens], [token for token in chosen if token < max_tokens]))
     found = {name: torch.zeros(len(prompts)) for name in edits}
-    # The logits of all tokens are large: a vocabulary of 262,000 takes 1 MB per token.
-    size = BATCH if over == "last" else 4
     ordered = sorted(sequences, key=lambda sequence: len(sequence[1]))
     with tqdm(total=len(ordered) * len(edits), desc="Divergence", unit="prompt") as bar, torch.no_grad():
-        for start in range(0, len(ordered), size):
-            batch = padded(ordered[start : start + size], backend.device)
-            keep = batch.tokens.shape[1] if over == "all" else 1
-            clean = _logits(backend, batch, keep, None).float().log_softmax(dim=-1)
-            real = batch.mask[:, -keep:].bool()
+        for start in range(0, len(ordered), BATCH):
+            batch = padded(ordered[start : start + BATCH], backend.device)
+            clean = _logits(backend, batch, 1, None)[:, 0].float().log_softmax(dim=-1)
             for name, prepare in edits.items():
-                edited = _logits(backend, batch, keep, prepare).float().log_softmax(dim=-1)
-                per_token = (clean.exp() * (clean - edited)).sum(dim=-1).clamp(min=0)
-                found[name][batch.rows] = ((per_token * real).sum(dim=1) / real.sum(dim=1)).cpu()
+                edited = _logits(backend, batch, 1, prepare)[:, 0].float().log_softmax(dim=-1)
+                kl = kl_div(edited, clean, reduction="none", log_target=True).sum(dim=1)
+                found[name][batch.rows] = kl.clamp(min=0).cpu()
                 bar.update(len(batch.rows))
     return found
 

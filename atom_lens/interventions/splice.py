@@ -147,7 +147,7 @@ def splice(
             hooks, a model without hooks, a splice inside a running nnsight trace. While running: a width that does
             not fit, a position outside the prompt.
     """
-    backend = model if isinstance(model, Backend) else wrap_backend(model)
+    backend = wrap_backend(model)
     if not isinstance(atoms, Mapping):
         several = [atoms] if isinstance(atoms, SAE) else list(atoms)
         atoms = {}

@@ -164,7 +164,7 @@ class Features(Section):
     @model_validator(mode="after")
     def _one_place(self) -> Features:
         if (self.path is None) == (self.release is None) or (self.release is None) != (self.sae_id is None):
-            raise ValueError(f"compare.features {self.name!r} needs either path, or both release and sae_id")
+            raise ValueError(f"features {self.name!r} needs either path, or both release and sae_id")
         return self
 
 
@@ -193,10 +193,40 @@ class Compare(Section):
     features: list[Features] = []
 
 
+class Intervene(Section):
+    """Facts to intervene on; prompts need answers. The hook is the one with the highest ceiling on training facts.
+
+    `units` at the sparsities `l0` (ReLU SAEs: `l1`) are trained as in `compare`; `run` adds the atoms of a run folder.
+    """
+
+    units: list[Unit] = ["tsae_free", "topk_whitened"]
+    l0: list[Number] = Field([6.0, 32.0], min_length=1)
+    l1: list[Number] = Field([5.0], min_length=1)
+    run: str | None = None
+    features: list[Features] = []
+    facts: int = Field(240, ge=10, description="held-out facts that the model knows, at most")
+    scan: int = Field(100, ge=10, description="training facts on which the hook is chosen, at most")
+    doses: list[Number] = [0.25, 0.5, 0.75, 1.0, 2.0]
+    ks: list[int] = [1, 4, 16]
+    installed_k: int = Field(4, ge=1, description="atoms ablated where specificity is measured")
+    other_templates: list[str] = []
+
+    @model_validator(mode="after")
+    def _units_have_codes(self) -> Intervene:
+        for unit in self.units:
+            if unit in ("neurons", "principal"):
+                raise ValueError(f"intervene.units has {unit!r}, allowed are units with sparse codes")
+        for template in self.other_templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"intervene.other_templates has {template!r}, allowed are texts with one {{}}")
+        return self
+
+
 class Recipe(Section):
     """One study: model, prompts, hooks and positions, split, metric; atoms and training where some are trained.
 
-    `other_text` is what a metric from another distribution is estimated on (`atom-lens shift`).
+    `other_text` is what a metric from another distribution is estimated on (`atom-lens shift`), and what edits should
+    leave alone (`atom-lens intervene`).
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -212,6 +242,7 @@ class Recipe(Section):
     atoms: Atoms | None = None
     training: Training | None = None
     compare: Compare = Compare.model_validate({})
+    intervene: Intervene = Intervene.model_validate({})
     wandb: Wandb = Wandb()
     other_text: Prompts = PythonDocs(source="python_docs", limit=300)
 

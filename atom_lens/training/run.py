@@ -76,16 +76,22 @@ def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
 
 
 class SplitActivations(NamedTuple):
-    """Activations of one hook, float32. No subject is in both parts; `subjects` are those of the held-out rows."""
+    """Activations of one hook, float32. No subject is in both parts.
+
+    `subjects` are those of the held-out rows; `prompts` and `heldout_prompts` say which prompt each row comes from.
+    """
 
     x: Float[Tensor, "n d"]
     heldout: Float[Tensor, "m d"]
     subjects: list[str]
+    prompts: list[int]
+    heldout_prompts: list[int]
 
 
 def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str) -> SplitActivations:
     """Train and held-out activations at one hook, split by subject."""
-    groups = [prompts[i].group for i in found.rows[hook][:, 0].tolist()]
+    which = found.rows[hook][:, 0]
+    groups = [prompts[i].group for i in which.tolist()]
     out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed)
     x = found[hook].float()
     d = x.shape[1]
@@ -99,12 +105,13 @@ def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest,
             f"hook {hook!r} has {int((~out).sum())} training activations of width {d}, the metric needs at least {d}: "
             "give more prompts, or metric.ridge=oas"
         )
-    return SplitActivations(x[~out], x[out], [groups[i] for i in out.nonzero()[:, 0].tolist()])
+    subjects = [groups[i] for i in out.nonzero()[:, 0].tolist()]
+    return SplitActivations(x[~out], x[out], subjects, which[~out].tolist(), which[out].tolist())
 
 
 def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, folder: Path) -> dict[str, Any]:
     assert recipe.atoms is not None and recipe.training is not None
-    x, heldout, subjects = split_activations(recipe, prompts, found, hook)
+    x, heldout, subjects, *_ = split_activations(recipe, prompts, found, hook)
     dropped = found.dropped[hook]
     logger.info(
         "%s: %d training and %d held-out activations, %d massive rows dropped", hook, len(x), len(heldout), dropped

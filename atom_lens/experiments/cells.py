@@ -1,0 +1,54 @@
+"""Long studies go on where they were stopped: every cell is kept as soon as it is measured, for its recipe only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
+
+from atom_lens._files import write_json
+from atom_lens.activations.models import pick_device
+from atom_lens.training.recipe import Features, Recipe, dump_recipe
+
+logger = logging.getLogger(__name__)
+Cell = dict[str, Any]
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """A folder is continued by the recipe that began it only."""
+    kept, text = folder / "recipe.yaml", dump_recipe(recipe)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_file())):
+        raise FileExistsError(f"output folder {str(folder)!r} is not empty: choose another name= or remove it")
+    if kept.is_file() and kept.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{str(folder)!r} holds a study of another recipe: choose another name= or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(text, encoding="utf-8")
+
+
+def kept(path: Path, make: Callable[[], Cell], says: Callable[[Cell], str]) -> Cell:
+    """The cell at `path`, made and logged with what it `says` if it is not there yet."""
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    start = time.monotonic()
+    cell = make()
+    cell["seconds"] = time.monotonic() - start
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, cell)
+    logger.info("%-24s %s, %.0f s", path.stem, says(cell), cell["seconds"])
+    return cell
+
+
+def pretrained(features: Features, device: str) -> SAE[Any]:
+    """A pretrained sae-lens SAE, from a folder or from its registry."""
+    device = pick_device(device)
+    if features.path is not None:
+        if not (Path(features.path) / SAE_CFG_FILENAME).is_file():
+            raise ValueError(f"features {features.name!r}: no {SAE_CFG_FILENAME} in path {features.path!r}")
+        return SAE.load_from_disk(features.path, device=device)
+    return SAE.from_pretrained(str(features.release), str(features.sae_id), device=device)

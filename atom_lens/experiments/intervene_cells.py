@@ -1,0 +1,117 @@
+"""The figures of one dictionary: what edits of its codes do to facts, each with its 95% interval over facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from sae_lens import SAE
+from torch import Tensor
+
+from atom_lens.activations import Prompt
+from atom_lens.evidence.bootstrap import mean_interval, ratio_interval
+from atom_lens.interventions.causal import Evaluation, Swaps
+from atom_lens.interventions.facts import Scores, ask
+from atom_lens.interventions.splice import splice
+from atom_lens.training.recipe import Intervene
+
+
+def patched(model: Any, hook: str, pairs: Swaps, values: Float[Tensor, "n d"], **reading: Any) -> Scores:
+    """Answers with `values` in the place of A's activation."""
+    # A patch asks nothing of the atoms it is spliced with.
+    blank = SAE.from_dict({"architecture": "standard", "d_in": values.shape[1], "d_sae": 1})
+    edits = {"patch": lambda batch: splice(model, {hook: blank}).patch(values[batch.rows], positions=batch.subject)}
+    return ask(model, pairs.prompts, pairs.answers, edits, **reading)["patch"]
+
+
+def class_means(
+    model: Any, hook: str, pairs: Swaps, x: Float[Tensor, "n d"], labels: Sequence[str], seed: int, **reading: Any
+) -> dict[str, Any]:
+    """The strongest simple edit: the difference of the mean activations of both answers. It is told the answers.
+
+    Args:
+        model, hook, pairs: as of `Evaluation`.
+        x, labels: training activations and their answers; an answer without any takes the mean of all.
+        seed: of the intervals.
+        reading: positions and prepend_bos.
+    """
+    means = {}
+    for answer in {answer for both in pairs.answers for answer in both}:
+        rows = torch.tensor([label == answer for label in labels])
+        means[answer] = (x[rows] if bool(rows.any()) else x).mean(dim=0)
+    moved = pairs.seen.x + torch.stack([means[new] - means[old] for old, new in pairs.answers])
+    clean = ask(model, pairs.prompts, pairs.answers, {"none": None}, **reading)["none"]
+    return swapped(patched(model, hook, pairs, moved, **reading), clean, seed)
+
+
+def cell(evaluation: Evaluation, settings: Intervene, texts: Sequence[Prompt], seed: int) -> dict[str, Any]:
+    """Swaps, doses, ablations and divergences of one dictionary.
+
+    Args:
+        evaluation: the dictionary on its facts.
+        settings: doses, numbers of ablated atoms, other templates.
+        texts: what edits should leave alone; each fact's edits are installed on one of them.
+        seed: of the intervals.
+    """
+    scores, doses = evaluation.swap(settings.doses)
+    ablated = evaluation.ablate(settings.ks)
+    clean, pairs, k = scores["none"], evaluation.swaps, settings.installed_k
+    flips = {name: found.greedy[:, 1].float() for name, found in scores.items()}
+    rises = {name: _odds(found) - _odds(clean) for name, found in scores.items()}
+    divergences = {
+        "unrelated": evaluation.spared([texts[i % len(texts)] for i in range(len(pairs.prompts))], k, positions="all"),
+        "neighbours": evaluation.spared([pairs.prompts[i] for i in _neighbours(pairs)], k),
+    }
+    if settings.other_templates:
+        divergences["same_subject"] = evaluation.same_subject(settings.other_templates, k)
+    return {
+        "swap": {name: swapped(found, clean, seed) for name, found in scores.items()},
+        "of_ceiling": {
+            name: ratio_interval(flips[name], flips["patch"], seed) for name in ("swap", "replace", "exchange")
+        },
+        "random_share": ratio_interval(rises["random"], rises["swap"], seed),
+        "doses": {str(dose): swapped(found, clean, seed) for dose, found in doses.items()},
+        "monotone": mean_interval(_monotone(clean, doses).float(), seed),
+        "ablate": {
+            name: {
+                "drop": mean_interval((ablated["none"].logprob - found.logprob)[:, 0], seed),
+                "lost": mean_interval((~found.greedy[:, 0]).float(), seed),
+            }
+            for name, found in ablated.items()
+        },
+        "kl": {
+            where: {name: mean_interval(values, seed) for name, values in found.items()}
+            for where, found in divergences.items()
+        },
+    }
+
+
+def swapped(scores: Scores, clean: Scores, seed: int) -> dict[str, Any]:
+    """Share of answers flipped to B's, share kept at A's, and the rise of the log-odds of B over A in nats."""
+    return {
+        "flips": mean_interval(scores.greedy[:, 1].float(), seed),
+        "kept": mean_interval(scores.greedy[:, 0].float(), seed),
+        "log_odds": mean_interval(_odds(scores) - _odds(clean), seed),
+    }
+
+
+def _odds(scores: Scores) -> Float[Tensor, " n"]:
+    return scores.logprob[:, 1] - scores.logprob[:, 0]
+
+
+def _monotone(clean: Scores, doses: Mapping[float, Scores]) -> Bool[Tensor, " n"]:
+    """Facts whose log-odds of B over A rise with every dose from 0 to 1."""
+    steps = torch.stack([_odds(clean), *(_odds(doses[dose]) for dose in sorted(doses) if dose <= 1)])
+    return (steps.diff(dim=0) > 0).all(dim=0)
+
+
+def _neighbours(pairs: Swaps) -> list[int]:
+    """For every fact the next one whose answer is neither of its two, if there is one."""
+    answers = [own for own, _ in pairs.answers]
+    chosen = []
+    for i, both in enumerate(pairs.answers):
+        others = [(i + step) % len(answers) for step in range(1, len(answers))]
+        chosen.append(next((j for j in others if answers[j] not in both), others[0]))
+    return chosen

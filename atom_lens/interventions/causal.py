@@ -1,0 +1,225 @@
+"""Causal evaluation of atoms on facts: what edits of codes do to answers, beside what bounds and what mocks them.
+
+Every fact A has a partner B, another subject with another answer. Edits act at A's token, in the difference that they
+make; the whole activation of B in its place is the ceiling, random atoms with a change of the same norm are the null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from atom_lens.activations.connect import wrap_backend
+from atom_lens.activations.positions import Positions
+from atom_lens.activations.prompts import Prompt
+from atom_lens.interventions.attribution import Read, attribution, read
+from atom_lens.interventions.facts import Batch, Prepare, Scores, ask, divergence
+from atom_lens.interventions.splice import Splice, splice
+
+Doses = Mapping[float, Scores]
+
+
+class Swaps(NamedTuple):
+    """Facts and their partners.
+
+    Attributes:
+        prompts: about A, n of them.
+        answers: of every fact A's answer, then B's.
+        seen: activations at A's token, and the gradient of A's answer by them.
+        target: activations at B's token.
+    """
+
+    prompts: list[Prompt]
+    answers: list[tuple[str, str]]
+    seen: Read
+    target: Float[Tensor, "n d"]
+
+
+def pair(prompts: Sequence[Prompt], generator: torch.Generator) -> list[int]:
+    """For every fact another one with another answer, at random.
+
+    Raises:
+        ValueError: all facts have one answer.
+    """
+    answers = [prompt.answer for prompt in prompts]
+    if len(set(answers)) < 2:
+        raise ValueError(
+            f"the {len(prompts)} facts have {len(set(answers))} different answers, a swap needs at least 2"
+        )
+    partners = []
+    for answer in answers:
+        others = [i for i, other in enumerate(answers) if other != answer]
+        partners.append(others[int(torch.randint(len(others), (), generator=generator))])
+    return partners
+
+
+class Evaluation:
+    """Edits of one dictionary at one hook, on the same facts.
+
+    Args:
+        model: as of `splice`.
+        hook: where the atoms belong.
+        sae: the atoms.
+        swaps: the facts.
+        positions: which token of the subject; one per prompt.
+        prepend_bos: whether prompts begin with BOS.
+        seed: of the random atoms.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        hook: str,
+        sae: SAE[Any],
+        swaps: Swaps,
+        positions: Positions = "subject_last",
+        prepend_bos: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.backend, self.hook, self.sae, self.swaps = wrap_backend(model), hook, sae, swaps
+        self.reading: dict[str, Any] = {"positions": positions, "prepend_bos": prepend_bos}
+        self.generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.codes = sae.encode(swaps.seen.x.to(sae.W_dec))
+            self.target_codes = sae.encode(swaps.target.to(sae.W_dec))
+        self.attribution = attribution(sae, swaps.seen)
+
+    def at(self, do: Callable[[Splice, Batch], Splice], replace: bool = False) -> Prepare:
+        """An edit, ready to be opened for a batch."""
+        return lambda batch: do(splice(self.backend, {self.hook: self.sae}, replace=replace), batch)
+
+    def decoded(self, codes: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
+        """The change of the activation that a change of codes makes."""
+        return (codes @ self.sae.W_dec.detach()).cpu().float()
+
+    def random_like(self, change: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
+        """A change of as many atoms as `change` has, drawn at random, with the same norm in the activation."""
+        ranks = torch.rand(change.shape, generator=self.generator).argsort(dim=1).argsort(dim=1).to(change.device)
+        drawn = torch.randn(change.shape, generator=self.generator).to(change)
+        drawn = drawn * (ranks < (change != 0).sum(dim=1, keepdim=True))
+        norms = [self.decoded(codes).norm(dim=1, keepdim=True) for codes in (change, drawn)]
+        return drawn * (norms[0] / norms[1].clamp(min=1e-12)).to(change)
+
+    def swap(self, doses: Sequence[float]) -> tuple[dict[str, Scores], Doses]:
+        """B's code for A's: efficacy of every kind of swap, and of the swap at other doses.
+
+        Returns:
+            "none": no edit, the floor. "patch": B's whole activation, the ceiling. "swap": x + (z_B - z_A) D.
+            "replace": decode(z_B) alone. "exchange": by code, at every token, without being told where the subject is.
+            "random": as many random atoms, the same norm of change. "rest": what the swap leaves of the patch. And
+            dose -> scores of x + dose (z_B - z_A) D.
+        """
+        before, after, change = self.codes, self.target_codes, self.target_codes - self.codes
+        rest = self.swaps.target - self.decoded(change)
+        random = self.random_like(change)
+        names: dict[str, Prepare | None] = {
+            "none": None,
+            "patch": self.at(lambda s, b: s.patch(self.swaps.target[b.rows], positions=b.subject)),
+            "swap": self.at(lambda s, b: s.swap(after[b.rows], positions=b.subject)),
+            "replace": self.at(lambda s, b: s.patch(self._reconstructed[b.rows], positions=b.subject)),
+            "exchange": self.at(lambda s, b: s.exchange(before[b.rows], after[b.rows])),
+            "random": self.at(lambda s, b: s.add(None, random[b.rows], positions=b.subject)),
+            "rest": self.at(lambda s, b: s.patch(rest[b.rows], positions=b.subject)),
+        }
+        for dose in doses:
+            names[f"dose {dose}"] = self.at(
+                lambda s, b, dose=dose: s.add(None, dose * change[b.rows], positions=b.subject)
+            )
+        found = ask(self.backend, self.swaps.prompts, self.swaps.answers, names, **self.reading)
+        return found, {dose: found.pop(f"dose {dose}") for dose in doses}
+
+    @property
+    def _reconstructed(self) -> Float[Tensor, "n d"]:
+        with torch.no_grad():
+            self.sae.encode(self.swaps.target.to(self.sae.W_dec))  # decode() asks for the norm of what was encoded
+            return self.sae.decode(self.target_codes).cpu().float()
+
+    def strongest(self, score: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n F"]:
+        """1 for the k atoms of the largest score of every fact that fire there, else 0."""
+        fires = score.masked_fill(self.codes == 0, -torch.inf)
+        chosen = torch.zeros_like(score).scatter(1, fires.topk(min(k, score.shape[1]), dim=1).indices, 1.0)
+        return chosen * (self.codes != 0)
+
+    def ablate(self, ks: Sequence[int]) -> dict[str, Scores]:
+        """A's answer without its k strongest atoms: "attribution k", "activation k", and "random k" as a null.
+
+        The null changes as many random atoms, by the norm of what "attribution k" takes away.
+        """
+        names: dict[str, Prepare | None] = {"none": None}
+        for k in ks:
+            for name, score in (("attribution", self.attribution), ("activation", self.codes)):
+                factor = 1 - self.strongest(score, k)
+                names[f"{name} {k}"] = self.at(
+                    lambda s, b, factor=factor: s.scale(None, factor[b.rows], positions=b.subject)
+                )
+            random = self.random_like(self.strongest(self.attribution, k) * self.codes)
+            names[f"random {k}"] = self.at(lambda s, b, random=random: s.add(None, random[b.rows], positions=b.subject))
+        answers = [(answer,) for answer, _ in self.swaps.answers]
+        return ask(self.backend, self.swaps.prompts, answers, names, **self.reading)
+
+    def installed(self, k: int) -> dict[str, Prepare]:
+        """Edits that act at every token of any prompt: exchange A for B by code, ablate A's k strongest atoms.
+
+        "random" exchanges as many other atoms, drawn at random for every fact.
+        """
+        before, after = self.codes, self.target_codes
+        factor = 1 - self.strongest(self.attribution, k)
+        shuffled = torch.rand(before.shape, generator=self.generator).argsort(dim=1).to(before.device)
+        mocked = before.gather(1, shuffled), after.gather(1, shuffled)
+        return {
+            "exchange": self.at(lambda s, b: s.exchange(before[b.rows], after[b.rows])),
+            "ablate": self.at(lambda s, b: s.scale(None, factor[b.rows])),
+            "random": self.at(lambda s, b: s.exchange(mocked[0][b.rows], mocked[1][b.rows])),
+        }
+
+    def spared(self, prompts: Sequence[Prompt], k: int, **reading: Any) -> dict[str, Float[Tensor, " n"]]:
+        """KL of the next token of `prompts`, the i-th under what is installed for the i-th fact (`installed`)."""
+        return divergence(self.backend, prompts, self.installed(k), **{**self.reading, **reading})
+
+    def same_subject(self, templates: Sequence[str], k: int) -> dict[str, Float[Tensor, " n"]]:
+        """KL of other prompts about A, averaged over `templates`, with edits at A's token."""
+        factor = 1 - self.strongest(self.attribution, k)
+        names: dict[str, Prepare] = {
+            "patch": self.at(lambda s, b: s.patch(self.swaps.target[b.rows], positions=b.subject)),
+            "swap": self.at(lambda s, b: s.swap(self.target_codes[b.rows], positions=b.subject)),
+            "ablate": self.at(lambda s, b: s.scale(None, factor[b.rows], positions=b.subject)),
+        }
+        parts = [
+            divergence(
+                self.backend,
+                [Prompt.fill(template, str(prompt.subject)) for prompt in self.swaps.prompts],
+                names,
+                **self.reading,
+            )
+            for template in templates
+        ]
+        return {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in names}
+
+
+def known(
+    model: Any, prompts: Sequence[Prompt], positions: Positions = "subject_last", prepend_bos: bool = True
+) -> list[int]:
+    """Which prompts the model completes with their answer, greedily and to its last token."""
+    answers = [(str(prompt.answer),) for prompt in prompts]
+    scores = ask(model, prompts, answers, {"none": None}, positions, prepend_bos)["none"]
+    return scores.greedy[:, 0].nonzero()[:, 0].tolist()
+
+
+def swaps(
+    model: Any,
+    hook: str,
+    prompts: Sequence[Prompt],
+    generator: torch.Generator,
+    positions: Positions = "subject_last",
+    prepend_bos: bool = True,
+) -> Swaps:
+    """Facts paired, and read at `hook`."""
+    partners = pair(prompts, generator)
+    seen = read(model, hook, prompts, [str(p.answer) for p in prompts], positions, prepend_bos)
+    answers = [(str(p.answer), str(prompts[j].answer)) for p, j in zip(prompts, partners, strict=True)]
+    return Swaps(list(prompts), answers, seen, seen.x[partners])

@@ -1,0 +1,296 @@
+"""Facts, attribution and the causal evaluation, against plain transformers and a dictionary that is exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from atom_lens import Prompt, splice
+from atom_lens.activations.backends import Backend
+from atom_lens.activations.connect import open_backend
+from atom_lens.activations.models import find_model
+from atom_lens.cli import main
+from atom_lens.evidence.bootstrap import mean_interval, ratio_interval
+from atom_lens.interventions.attribution import attribution, read
+from atom_lens.interventions.causal import Evaluation, known, pair, swaps
+from atom_lens.interventions.facts import ask, divergence
+
+HOOK = "blocks.1.hook_resid_post"
+SUBJECTS = ["Paris", "New York", "San Francisco", "Rome", "Oslo", "Lyon"]
+ANSWERS = ["France", "Italy", "the capital", "France", "of Italy", "in"]
+FACTS = [Prompt.fill("{} is a city in the", s, a) for s, a in zip(SUBJECTS, ANSWERS, strict=True)]
+
+
+@pytest.fixture(scope="module", params=["transformer_lens", "nnsight"])
+def backend(request: pytest.FixtureRequest, tiny: str) -> Backend:
+    return open_backend(find_model(tiny), request.param, torch.float32, "cpu")
+
+
+def exact_sae(d: int = 16) -> SAE[Any]:
+    """±e_i as atoms: every activation has an exact code of d atoms."""
+    sae = StandardSAE(StandardSAEConfig(d_in=d, d_sae=2 * d, metadata=SAEMetadata(hook_name=HOOK)))
+    sae.W_dec.data = torch.cat([torch.eye(d), -torch.eye(d)])
+    sae.W_enc.data = sae.W_dec.data.T.contiguous()
+    sae.b_enc.data.zero_()
+    sae.b_dec.data.fill_(0.001)
+    return sae
+
+
+def reference_logprobs(tiny: str, text: str, answer: str, change: Any = None) -> tuple[float, bool]:
+    """One prompt at a time, no padding, plain transformers."""
+    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    begin, end = (tokenizer(t, add_special_tokens=False).input_ids for t in (text, answer))
+    if change is not None:
+        model.model.layers[1].register_forward_hook(lambda m, i, o: change(o))
+    with torch.no_grad():
+        logprobs = model(torch.tensor([[1, *begin, *end]])).logits[0].log_softmax(-1)[len(begin) :]
+    pairs = list(zip(logprobs, end, strict=False))
+    return sum(float(lp[token]) for lp, token in pairs), all(int(lp.argmax()) == token for lp, token in pairs)
+
+
+def test_answers_are_scored_as_transformers_scores_them(tiny: str, backend: Backend) -> None:
+    """Whole answers of several tokens, padded batches, clean and under an edit at the subject."""
+    sae = exact_sae()
+    edits = {
+        "clean": None,
+        "ablated": lambda batch: splice(backend, sae).ablate(positions=batch.subject),
+    }
+    found = ask(backend, FACTS, [(p.answer, "Oslo") for p in FACTS], edits)
+    last = {"New York": 2, "San Francisco": 2}
+
+    for row, prompt in enumerate(FACTS):
+
+        def blank(x: torch.Tensor, prompt: Prompt = prompt) -> torch.Tensor:
+            x = x.clone()
+            x[0, last.get(str(prompt.subject), 1)] = 0.001
+            return x
+
+        for column, answer in enumerate((str(prompt.answer), "Oslo")):
+            for name, change in (("clean", None), ("ablated", blank)):
+                logprob, greedy = reference_logprobs(tiny, prompt.text, answer, change)
+                assert float(found[name].logprob[row, column]) == pytest.approx(logprob, abs=1e-4)
+                assert bool(found[name].greedy[row, column]) == greedy
+    assert float((found["clean"].logprob - found["ablated"].logprob).abs().min()) > 0
+
+
+def test_known_are_the_greedy_answers(tiny: str, backend: Backend) -> None:
+    expected = [i for i, p in enumerate(FACTS) if reference_logprobs(tiny, p.text, str(p.answer))[1]]
+    assert known(backend, FACTS) == expected
+
+
+def test_divergence(tiny: str, backend: Backend) -> None:
+    """KL of the next token, by its definition on the logits of both models."""
+    sae, texts = exact_sae(), [Prompt("Rome is a city"), Prompt("the capital of France is in Italy")]
+    found = divergence(
+        backend,
+        texts,
+        {"off": lambda batch: splice(backend, sae).ablate(), "same": lambda b: splice(backend, sae)},
+        "all",
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    for row, prompt in enumerate(texts):
+        ids = torch.tensor([[1, *tokenizer(prompt.text, add_special_tokens=False).input_ids]])
+        with torch.no_grad():
+            p = model(ids).logits[0, -1].double().softmax(-1)
+            handle = model.model.layers[1].register_forward_hook(lambda m, i, o: torch.full_like(o, 0.001))
+            q = model(ids).logits[0, -1].double().softmax(-1)
+            handle.remove()
+        expected = float((p * (p / q).log()).sum())
+        assert float(found["off"][row]) == pytest.approx(expected, rel=1e-3, abs=1e-6) and expected > 0
+    assert float(found["same"].abs().max()) < 1e-6
+
+
+def test_attribution_is_the_derivative(backend: Backend) -> None:
+    """Activation times gradient: against a small scaling of each atom in the spliced model."""
+    sae = exact_sae()
+    seen = read(backend, HOOK, FACTS, [str(p.answer) for p in FACTS])
+    found = attribution(sae, seen)
+    step = 0.02
+
+    def log_odds(factor: torch.Tensor) -> torch.Tensor:
+        edits = {"scaled": lambda b: splice(backend, sae).scale(None, factor, positions=b.subject)}
+        logp = ask(backend, FACTS, [(p.answer,) for p in FACTS], edits)["scaled"].logprob[:, 0].double()
+        return logp - torch.log1p(-logp.exp())
+
+    for atom in (int(found.abs().sum(0).argmax()), 3, 20):
+        factor = torch.ones(32)
+        factor[atom] += step
+        up = log_odds(factor)
+        factor[atom] -= 2 * step
+        slope = (up - log_odds(factor)) / (2 * step)
+        torch.testing.assert_close(found[:, atom].double(), slope, rtol=0.02, atol=2e-4)
+    assert float(found.abs().max()) > 1e-3
+
+
+def test_an_exact_dictionary_reaches_the_ceiling(backend: Backend) -> None:
+    """Where codes are exact, swapping codes is swapping activations, and what is left out changes nothing."""
+    sae = exact_sae()
+    pairs = swaps(backend, HOOK, FACTS, torch.Generator().manual_seed(0))
+    assert all(own != other for own, other in pairs.answers)
+    evaluation = Evaluation(backend, HOOK, sae, pairs)
+    found, doses = evaluation.swap([0.5, 1.0])
+    patch = found["patch"].logprob
+    for name, like in (("swap", "patch"), ("replace", "patch"), ("rest", "none")):
+        torch.testing.assert_close(found[name].logprob, found[like].logprob, rtol=0, atol=1e-4)
+    torch.testing.assert_close(doses[1.0].logprob, patch, rtol=0, atol=1e-4)
+    assert float((patch - found["none"].logprob).abs().max()) > 1e-3
+    assert float((found["random"].logprob - patch).abs().max()) > 1e-3
+    everything = evaluation.ablate([1, 16])
+    torch.testing.assert_close(
+        everything["attribution 16"].logprob, everything["activation 16"].logprob, rtol=0, atol=1e-4
+    )
+    others = evaluation.same_subject(["the capital of {} is"], 2)
+    torch.testing.assert_close(others["swap"], others["patch"], rtol=0, atol=1e-5)
+    installed = evaluation.spared(FACTS, 2)
+    assert set(installed) == {"exchange", "ablate", "random"} and all(len(kl) == 6 for kl in installed.values())
+
+
+def test_the_null_has_the_same_norm_and_number(backend: Backend) -> None:
+    pairs = swaps(backend, HOOK, FACTS, torch.Generator().manual_seed(0))
+    evaluation = Evaluation(backend, HOOK, exact_sae(), pairs)
+    change = evaluation.target_codes - evaluation.codes
+    random = evaluation.random_like(change)
+    assert torch.equal((random != 0).sum(1), (change != 0).sum(1))
+    torch.testing.assert_close(evaluation.decoded(random).norm(dim=1), evaluation.decoded(change).norm(dim=1))
+    strongest = evaluation.strongest(evaluation.codes, 3)
+    assert torch.equal(strongest.sum(1), torch.full((6,), 3.0))
+    for row in range(6):
+        assert set(strongest[row].nonzero()[:, 0].tolist()) == set(evaluation.codes[row].topk(3).indices.tolist())
+
+
+def test_intervals() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 2
+    found = mean_interval(values)
+    low, high = found["interval"]
+    assert found["mean"] == pytest.approx(float(values.mean()))
+    assert low == pytest.approx(float(values.mean() - 1.96 * values.std() / 20), abs=0.03)
+    assert high == pytest.approx(float(values.mean() + 1.96 * values.std() / 20), abs=0.03)
+    ratio = ratio_interval(values, 2 * values)
+    assert ratio is not None and ratio["mean"] == pytest.approx(0.5) and ratio["interval"] == pytest.approx([0.5, 0.5])
+    assert ratio_interval(values, torch.zeros(400)) is None
+
+
+def test_pairs_need_two_answers() -> None:
+    with pytest.raises(ValueError, match="the 2 facts have 1 different answers, a swap needs at least 2"):
+        pair([Prompt("Rome", "Rome", answer="Italy"), Prompt("Oslo", "Oslo", answer="Italy")], torch.Generator())
+
+
+@pytest.fixture(scope="module")
+def talking(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model, made to answer in whole words."""
+    folder = tmp_path_factory.mktemp("talking")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    pieces = [i for word, i in tokenizer.get_vocab().items() if not word.isalpha()]
+    with torch.no_grad():
+        model.lm_head.weight[pieces] = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def study(model_folder: str, folder: Path) -> Path:
+    """A recipe whose answers are what the model says, so that it knows every fact."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())
+    rows = []
+    for subject in (f"{first} {second}" for first in words[:24] for second in words[-16:]):
+        ids = tokenizer(f"the city of {subject} is", add_special_tokens=False).input_ids
+        with torch.no_grad():
+            said = tokenizer.decode(model(torch.tensor([[1, *ids]])).logits[0, -1].argmax()).strip()
+        rows.append({"template": "the city of {} is", "subject": subject, "answer": said})
+    (folder / "facts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "texts.txt").write_text("\n".join(f"the capital of {word} is in Italy" for word in words[:10]))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"""
+name: causal
+model: {{name: {json.dumps(model_folder)}}}
+prompts: {{source: jsonl, path: {json.dumps(str(folder / "facts.jsonl"))}}}
+other_text: {{source: text, path: {json.dumps(str(folder / "texts.txt"))}}}
+hooks: [blocks.0.hook_resid_post, blocks.1.hook_resid_post]
+massive_ratio: null
+atoms: {{capacity: 32, target_l0: 4}}
+training: {{steps: 60, batch_size: 64}}
+intervene:
+  units: [tsae_tied, topk]
+  l0: [4]
+  facts: 30
+  scan: 20
+  ks: [1, 2]
+  doses: [0.5, 1]
+  installed_k: 2
+  other_templates: ["the capital of {{}} is"]
+"""
+    )
+    return recipe
+
+
+def test_the_study(talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = study(talking, tmp_path)
+    assert main(["intervene", str(recipe), "--out", str(tmp_path / "runs")]) == 0
+    printed = capsys.readouterr().out
+    assert "ceiling: whole activation of B" in printed and "floor: no edit" in printed
+    folder = tmp_path / "runs" / "causal"
+    found = json.loads((folder / "intervene.json").read_text())
+    assert found["n_facts"] >= 20 and found["hook"] in found["scan"]
+    assert [cell["name"] for cell in found["cells"]] == ["tsae_tied-4", "topk-4"]
+    for cell in found["cells"]:
+        assert cell["swap"]["none"]["kept"]["mean"] == 1 and cell["swap"]["none"]["flips"]["mean"] == 0
+        assert cell["swap"]["patch"]["log_odds"]["mean"] > cell["swap"]["random"]["log_odds"]["mean"]
+        assert set(cell["ablate"]) == {
+            "none",
+            *(f"{r} {k}" for r in ("attribution", "activation", "random") for k in (1, 2)),
+        }
+        for figures in cell["kl"].values():
+            assert all(f["mean"] >= 0 and f["interval"][0] <= f["mean"] <= f["interval"][1] for f in figures.values())
+    assert (folder / "intervene.png").stat().st_size > 10_000
+    stamp = (folder / "cells" / "topk-4.json").stat().st_mtime_ns
+    (folder / "cells" / "tsae_tied-4.json").unlink()
+    assert main(["intervene", str(recipe), "--quiet", "--out", str(tmp_path / "runs")]) == 0
+    again = json.loads((folder / "intervene.json").read_text())
+    assert (folder / "cells" / "topk-4.json").stat().st_mtime_ns == stamp, "what was measured is kept"
+    for part in (found, again):
+        for cell in part["cells"]:
+            cell.pop("seconds")
+    assert again == found, "the same recipe and seed gives the same figures"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("intervene.units=[neurons]", "intervene.units has 'neurons', allowed are units with sparse codes"),
+        ("intervene.other_templates=[none]", "intervene.other_templates has 'none', allowed are texts with one {}"),
+        ("intervene.facts=1", "key intervene.facts is 1, allowed is greater than or equal to 10"),
+        ("positions=span", "positions is 'span', intervene allows subject_last and last"),
+        ("atoms=null", "key atoms is missing in recipe 'causal', intervene needs it"),
+        ("prompts={source: python_docs, limit: 30}", "lack a subject or an answer, intervene needs both"),
+        ("hooks=[blocks.9.hook_resid_post]", "asks for layer 9, the model has layers 0 to 2"),
+    ],
+)
+def test_bad_recipes(
+    talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    recipe = study(talking, tmp_path)
+    assert main(["intervene", str(recipe), override, "--quiet", "--out", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_model_that_knows_nothing(talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = study(talking, tmp_path)
+    facts = tmp_path / "facts.jsonl"
+    rows = [json.loads(line) | {"answer": "Oslo Oslo Oslo"} for line in facts.read_text().splitlines()]
+    facts.write_text("\n".join(map(json.dumps, rows)))
+    assert main(["intervene", str(recipe), "--quiet", "--out", str(tmp_path / "runs")]) == 2
+    assert "answers, intervene needs at least 10" in capsys.readouterr().err
