@@ -9,7 +9,7 @@ from atom_lens.activations import Harvest, Prompt, harvest, open_model
 from atom_lens.evidence import Stability, evaluate, faithfulness, stability
 from atom_lens.geometry import AtomicInnerProduct, SecondMoment, angle_histogram
 from atom_lens.interventions import Splice, splice
-from atom_lens.sharing import aip_converter, load_atoms
+from atom_lens.sharing import Published, aip_converter, load_atoms, publish
 from atom_lens.training import Recipe, fit, load_recipe, train
 from atom_lens.tsae import TSAE, TSAEConfig, TSAETraining, TSAETrainingConfig
 
@@ -18,6 +18,7 @@ __all__ = [
     "AtomicInnerProduct",
     "Harvest",
     "Prompt",
+    "Published",
     "Recipe",
     "SecondMoment",
     "Splice",
@@ -35,6 +36,7 @@ __all__ = [
     "load_atoms",
     "load_recipe",
     "open_model",
+    "publish",
     "splice",
     "stability",
     "train",

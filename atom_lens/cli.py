@@ -1,4 +1,4 @@
-"""The command line: ``atom-lens train | evaluate | compare | intervene | planted | shift``."""
+"""The command line: ``atom-lens train | evaluate | compare | intervene | planted | publish | shift``."""
 
 from __future__ import annotations
 
@@ -57,6 +57,14 @@ def parser() -> argparse.ArgumentParser:
     planted.add_argument("recipe", help="YAML file, see recipes/planted.yaml")
     planted.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
     planted.add_argument("--json", type=Path, help="also write the figures to this file")
+
+    share = command("publish", "Publish a run on the Hugging Face Hub: atoms, evidence and a card, in one commit.")
+    share.add_argument("run", help="run folder")
+    share.add_argument("repo", help="user/name, created where it does not exist")
+    share.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    share.add_argument("--hook", action="append", default=[], help="name or glob of a hook; repeat (default: all)")
+    share.add_argument("--private", action="store_true", help="for a repository that is created now")
+    share.add_argument("--dry-run", action="store_true", help="say what would be published, change nothing")
 
     shift = command("shift", "Angles between activations: Euclidean, and under metrics from the same and other text.")
     shift.add_argument("recipe", help="YAML file, see recipes/")
@@ -177,12 +185,29 @@ def _planted(arguments: argparse.Namespace) -> None:
     _show(arguments, planted(load_planted(arguments.recipe, arguments.overrides)), planted_table)
 
 
+def _publish(arguments: argparse.Namespace) -> None:
+    from atom_lens.sharing import publish
+
+    if arguments.overrides:
+        raise ValueError(f"unrecognized argument {arguments.overrides[0]!r}, publish takes a run folder and user/name")
+    found = publish(
+        arguments.run, arguments.repo, hooks=arguments.hook, private=arguments.private, dry_run=arguments.dry_run
+    )
+    if arguments.dry_run or not arguments.quiet:
+        for name, size in found.files.items():
+            print(f"{size:>12,}  {name}")
+        total = sum(found.files.values())
+        print(f"{total:>12,}  bytes in {len(found.files)} files, and README.md{'' if found.url else ':'}")
+        print(f"published: {found.url}" if found.url else f"\n{found.card}\nnothing was published (dry run)")
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
     "intervene": _intervene,
     "planted": _planted,
+    "publish": _publish,
     "shift": _shift,
 }
 

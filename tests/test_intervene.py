@@ -19,7 +19,7 @@ from atom_lens.activations.models import find_model
 from atom_lens.cli import main
 from atom_lens.evidence.bootstrap import mean_interval, ratio_interval
 from atom_lens.interventions.attribution import attribution, read
-from atom_lens.interventions.causal import Evaluation, known, pair, swaps
+from atom_lens.interventions.causal import Evaluation, known, pair, swaps, third
 from atom_lens.interventions.facts import ask, divergence
 
 HOOK = "blocks.1.hook_resid_post"
@@ -144,6 +144,10 @@ def test_an_exact_dictionary_reaches_the_ceiling(backend: Backend) -> None:
     torch.testing.assert_close(doses[1.0].logprob, patch, rtol=0, atol=1e-4)
     assert float((patch - found["none"].logprob).abs().max()) > 1e-3
     assert float((found["random"].logprob - patch).abs().max()) > 1e-3
+    other = evaluation.other_like(evaluation.target_codes - evaluation.codes)
+    towards = pairs.seen.x[third(pairs)] - pairs.seen.x
+    cosine = torch.cosine_similarity(evaluation.decoded(other), towards)
+    torch.testing.assert_close(cosine, torch.ones(len(cosine)), rtol=0, atol=1e-4)
     everything = evaluation.ablate([1, 16])
     torch.testing.assert_close(
         everything["attribution 16"].logprob, everything["activation 16"].logprob, rtol=0, atol=1e-4
@@ -151,7 +155,7 @@ def test_an_exact_dictionary_reaches_the_ceiling(backend: Backend) -> None:
     others = evaluation.same_subject(["the capital of {} is"], 2)
     torch.testing.assert_close(others["swap"], others["patch"], rtol=0, atol=1e-5)
     installed = evaluation.spared(FACTS, 2)
-    assert set(installed) == {"exchange", "ablate", "random"} and all(len(kl) == 6 for kl in installed.values())
+    assert set(installed) == {"exchange", "ablate", "steer"} and all(len(kl) == 6 for kl in installed.values())
 
 
 def test_the_null_has_the_same_norm_and_number(backend: Backend) -> None:
@@ -177,11 +181,17 @@ def test_intervals() -> None:
     ratio = ratio_interval(values, 2 * values)
     assert ratio is not None and ratio["mean"] == pytest.approx(0.5) and ratio["interval"] == pytest.approx([0.5, 0.5])
     assert ratio_interval(values, torch.zeros(400)) is None
+    rare = torch.zeros(40)
+    rare[:2] = 1
+    assert ratio_interval(rare / 2, rare) is None, "a ratio to what may be zero says nothing"
 
 
 def test_pairs_need_two_answers() -> None:
     with pytest.raises(ValueError, match="the 2 facts have 1 different answers, a swap needs at least 2"):
         pair([Prompt("Rome", "Rome", answer="Italy"), Prompt("Oslo", "Oslo", answer="Italy")], torch.Generator())
+    guineas = [Prompt("Conakry", "Conakry", answer="Guinea"), Prompt("Bissau", "Bissau", answer="Guinea-Bissau")]
+    with pytest.raises(ValueError, match="answer 'Guinea' begins all others, or they it"):
+        pair(guineas, torch.Generator())
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +258,7 @@ def test_the_study(talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for cell in found["cells"]:
         assert cell["swap"]["none"]["kept"]["mean"] == 1 and cell["swap"]["none"]["flips"]["mean"] == 0
         assert cell["swap"]["patch"]["log_odds"]["mean"] > cell["swap"]["random"]["log_odds"]["mean"]
+        assert set(cell["train"]) == {"none", "patch", "swap", "replace"}
         assert set(cell["ablate"]) == {
             "none",
             *(f"{r} {k}" for r in ("attribution", "activation", "random") for k in (1, 2)),

@@ -57,41 +57,41 @@ def intervals(
         values = [figure(seen, rows) - (figure(null, rows) if null else 0.0) for figure in FIGURES.values()]
         return np.asarray(values)
 
-    found = bootstrap(
-        (np.arange(len(rows_of)),),
-        statistic,
-        n_resamples=_RESAMPLES,
-        vectorized=False,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    found = _resampled((np.arange(len(rows_of)),), statistic, seed, vectorized=False)
     return {name: [float(found.low[i]), float(found.high[i])] for i, name in enumerate(FIGURES)}
 
 
 def mean_interval(values: Float[Tensor, " n"], seed: int = 0) -> dict[str, Any]:
     """{"mean", "interval"}: the mean over independent witnesses, and its 95% percentile interval."""
     found = _resampled((values.double().numpy(),), lambda v, axis: v.mean(axis=axis), seed)
-    return {"mean": float(values.double().mean()), "interval": found}
+    return {"mean": float(values.double().mean()), "interval": [float(found.low), float(found.high)]}
 
 
 def ratio_interval(above: Float[Tensor, " n"], below: Float[Tensor, " n"], seed: int = 0) -> dict[str, Any] | None:
-    """{"mean", "interval"} of mean(above) / mean(below) on the same witnesses; None where `below` is all zero."""
-    if not bool(below.abs().sum() > 0):
+    """{"mean", "interval"} of mean(above) / mean(below) on the same witnesses.
+
+    None where mean(below) cannot be told from zero: its own interval reaches 0, and the ratio would mean nothing.
+    """
+    if mean_interval(below, seed)["interval"][0] <= 0:
         return None
     pairs = (above.double().numpy(), below.double().numpy())
-    found = _resampled(pairs, lambda a, b, axis: a.mean(axis=axis) / np.maximum(b.mean(axis=axis), 1e-12), seed)
-    return {"mean": float(pairs[0].mean() / pairs[1].mean()), "interval": found}
+    # A resample may still miss every witness that `below` counts; it then says nothing about the ratio.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = _resampled(pairs, lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis), seed)
+    return {"mean": float(pairs[0].mean() / pairs[1].mean()), "interval": [float(found.low), float(found.high)]}
 
 
-def _resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> list[float]:
-    found = bootstrap(
+def _resampled(
+    samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int, vectorized: bool = True
+) -> Any:
+    """scipy's percentile interval: `.low`, `.high`."""
+    return bootstrap(
         samples,
         statistic,
         n_resamples=_RESAMPLES,
         paired=True,
+        vectorized=vectorized,
         confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return [float(found.low), float(found.high)]

@@ -43,7 +43,7 @@ def evaluate_folder(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     folder = atoms_folder(path, hook)
-    _check_split(folder, recipe)
+    check_split(folder, recipe)
     has_metric = (folder / AIP_FILENAME).is_file()
     atoms = load_atoms(folder) if has_metric else SAE.load_from_disk(folder)
     hook = str(atoms.cfg.metadata.hook_name)
@@ -65,7 +65,7 @@ def evaluate_folder(
     return evaluate(atoms, x, heldout, metric, groups=subjects, seed=seed, about=about)
 
 
-def _check_split(folder: Path, recipe: Recipe) -> None:
+def check_split(folder: Path, recipe: Recipe) -> None:
     """Atoms that know their recipe are not measured on another split: its held-out subjects may have trained them."""
     try:
         own = load_recipe(recipe_beside(folder))

@@ -6,7 +6,8 @@ The hook is chosen by the ceiling on training facts; everything reported is on f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from atom_lens.activations.models import DTYPES, find_model
 from atom_lens.evidence import observe
 from atom_lens.evidence.report import versions
 from atom_lens.experiments.cells import Cell, claim, kept, pretrained
+from atom_lens.experiments.evaluate import check_split
 from atom_lens.experiments.intervene_cells import cell, class_means, patched, swapped
 from atom_lens.experiments.intervene_figures import draw
 from atom_lens.geometry import AtomicInnerProduct
@@ -66,6 +68,7 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
     assert training is not None
     split, facts = splits[hook], [prompts[i] for i in scan["facts"]]
     pairs = swaps(backend, hook, facts, _generator(recipe), **_reading(recipe))
+    seen = swaps(backend, hook, [prompts[i] for i in scan["train_facts"]], _generator(recipe), **_reading(recipe))
     labels = [str(prompts[i].answer) for i in split.prompts]
     means = kept(
         folder / "cells" / "class_means.json",
@@ -73,10 +76,13 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
         lambda cell: f"flips {cell['flips']['mean']:.3f}",
     )
     cells = []
-    for name, make in _units(recipe, hook, split):
+    for name, make in _units(recipe, hook, split).items():
         path = folder / "cells" / f"{name}.json"
         cells.append(
-            {"name": name, **kept(path, lambda make=make: _cell(recipe, backend, hook, pairs, split, make()), _says)}
+            {
+                "name": name,
+                **kept(path, lambda make=make: _cell(recipe, backend, hook, pairs, seen, split, make()), _says),
+            }
         )
     result = {
         "schema_version": 1,
@@ -86,7 +92,6 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
         "n": len(split.x),
         "n_facts": len(facts),
         "n_answers": len({prompt.answer for prompt in facts}),
-        "known": scan["known"],
         "scan": scan["hooks"],
         "class_means": means,
         "cells": cells,
@@ -106,48 +111,68 @@ def _reading(recipe: Recipe) -> dict[str, Any]:
     return {"positions": recipe.positions, "prepend_bos": recipe.prepend_bos}
 
 
-def _known(recipe: Recipe, backend: Backend, prompts: Sequence[Prompt], rows: Sequence[int], wanted: int) -> list[int]:
-    """The first `wanted` of `rows` whose answer the model knows."""
+def _known(recipe: Recipe, backend: Backend, prompts: Sequence[Prompt], rows: set[int], wanted: int) -> list[int]:
+    """`wanted` of `rows` whose answer the model knows, drawn at random: sources may begin with the most famous."""
+    ordered = sorted(rows)
+    drawn = [ordered[i] for i in torch.randperm(len(ordered), generator=_generator(recipe)).tolist()]
     found: list[int] = []
-    for start in range(0, len(rows), 256):
-        part = rows[start : start + 256]
-        hits = known(backend, [prompts[i] for i in part], **_reading(recipe))
-        found += [part[i] for i in hits]
+    for start in range(0, len(drawn), 256):
+        part = drawn[start : start + 256]
+        found += [part[i] for i in known(backend, [prompts[i] for i in part], **_reading(recipe))]
         if len(found) >= wanted:
             break
     if len(found) < 10:
-        raise ValueError(f"the model knows {len(found)} of {len(rows)} answers, intervene needs at least 10")
+        raise ValueError(f"the model knows {len(found)} of {len(drawn)} answers, intervene needs at least 10")
     return found[:wanted]
 
 
 def _scan(
     recipe: Recipe, backend: Backend, prompts: Sequence[Prompt], splits: dict[str, SplitActivations]
 ) -> dict[str, Any]:
-    """Facts of both sides, and the ceiling of every hook on training facts: whole activations swapped."""
+    """Facts of both sides, and the ceiling of every hook on training facts: whole activations swapped.
+
+    A prompt counts for a side that it lies on at every hook: dropped massive rows may split hooks differently.
+    """
     assert recipe.training is not None
     settings, seed = recipe.intervene, recipe.training.seed
-    first = next(iter(splits.values()))
-    train = _known(recipe, backend, prompts, sorted(set(first.prompts)), settings.scan)
-    facts = _known(recipe, backend, prompts, sorted(set(first.heldout_prompts)), settings.facts)
+    sides = [
+        set.intersection(*(set(rows) for rows in side)) for side in zip(*(s[3:] for s in splits.values()), strict=True)
+    ]
+    train = _known(recipe, backend, prompts, sides[0], 2 * settings.scan)
+    facts = _known(recipe, backend, prompts, sides[1], settings.facts)
+    # The facts that choose the hook are not those that stand beside the held-out ones.
+    choosing, beside = train[: (len(train) + 1) // 2], train[(len(train) + 1) // 2 :]
     hooks = {}
     for hook in splits:
-        pairs = swaps(backend, hook, [prompts[i] for i in train], _generator(recipe), **_reading(recipe))
+        pairs = swaps(backend, hook, [prompts[i] for i in choosing], _generator(recipe), **_reading(recipe))
         scores = patched(backend, hook, pairs, pairs.target, **_reading(recipe))
         hooks[hook] = swapped(scores, scores, seed)["flips"]
     best = max(hooks, key=lambda hook: hooks[hook]["mean"])
-    return {"hook": best, "hooks": hooks, "facts": facts, "known": {"train": len(train), "heldout": len(facts)}}
+    return {"hook": best, "hooks": hooks, "facts": facts, "train_facts": beside}
 
 
-def _units(recipe: Recipe, hook: str, split: SplitActivations) -> Iterator[tuple[str, Callable[[], SAE[Any]]]]:
-    """(name, what gives the dictionary)."""
+def _units(recipe: Recipe, hook: str, split: SplitActivations) -> dict[str, Callable[[], SAE[Any]]]:
+    """name -> what gives the dictionary.
+
+    Raises:
+        ValueError: a run or pretrained features of another hook, a run with another split, or two of one name.
+    """
     settings = recipe.intervene
+    units: list[tuple[str, Callable[[], SAE[Any]]]] = []
     for unit in settings.units:
         for level in settings.l1 if unit.startswith("relu") else settings.l0:
-            yield f"{unit}-{level:g}", lambda unit=unit, level=level: _trained(recipe, unit, level, split)
+            units.append((f"{unit}-{level:g}", partial(_trained, recipe, unit, level, split)))
+    loaded = {f"features_{features.name}": pretrained(features, "auto") for features in settings.features}
     if settings.run is not None:
-        yield Path(settings.run).name, lambda: load_atoms(str(settings.run), hook=hook)
-    for features in settings.features:
-        yield f"features_{features.name}", lambda features=features: pretrained(features, "auto")
+        check_split(Path(settings.run), recipe)
+        loaded[f"run_{Path(settings.run).name}"] = load_atoms(settings.run, hook=hook)
+    for name, sae in loaded.items():
+        if sae.cfg.metadata.hook_name != hook:
+            raise ValueError(f"{name} belongs to hook {sae.cfg.metadata.hook_name!r}, the facts are asked at {hook!r}")
+        units.append((name, lambda sae=sae: sae))
+    if len(dict(units)) < len(units) or len(loaded) < len(settings.features) + (settings.run is not None):
+        raise ValueError(f"two units of recipe {recipe.name!r} have one name: {', '.join(name for name, _ in units)}")
+    return dict(units)
 
 
 def _trained(recipe: Recipe, unit: str, level: float, split: SplitActivations) -> SAE[Any]:
@@ -159,15 +184,18 @@ def _trained(recipe: Recipe, unit: str, level: float, split: SplitActivations) -
     return trained_unit(learner, aip)
 
 
-def _cell(recipe: Recipe, backend: Backend, hook: str, pairs: Swaps, split: SplitActivations, sae: SAE[Any]) -> Cell:
+def _cell(
+    recipe: Recipe, backend: Backend, hook: str, pairs: Swaps, seen: Swaps, split: SplitActivations, sae: SAE[Any]
+) -> Cell:
     assert recipe.training is not None
     seed = recipe.training.seed
     aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge)
-    seen = observe(sae, split.heldout, aip).figures
-    evaluation = Evaluation(backend, hook, sae.to(backend.device), pairs, seed=seed, **_reading(recipe))
+    figures = observe(sae, split.heldout, aip).figures
+    sae.to(backend.device)
+    heldout, train = (Evaluation(backend, hook, sae, facts, seed=seed, **_reading(recipe)) for facts in (pairs, seen))
     return {
-        "heldout": {key: seen[key] for key in ("r2", "r2_aip", "q_star", "l0")},
-        **cell(evaluation, recipe.intervene, recipe.other_text.read(), seed),
+        "heldout": {key: figures[key] for key in ("r2", "r2_aip", "q_star", "l0")},
+        **cell(heldout, train, recipe.intervene, recipe.other_text.read(), seed),
     }
 
 

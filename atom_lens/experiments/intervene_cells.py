@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
 from atom_lens.activations import Prompt
 from atom_lens.evidence.bootstrap import mean_interval, ratio_interval
-from atom_lens.interventions.causal import Evaluation, Swaps
+from atom_lens.interventions.causal import Evaluation, Swaps, third
 from atom_lens.interventions.facts import Scores, ask
 from atom_lens.interventions.splice import splice
 from atom_lens.training.recipe import Intervene
@@ -46,34 +46,39 @@ def class_means(
     return swapped(patched(model, hook, pairs, moved, **reading), clean, seed)
 
 
-def cell(evaluation: Evaluation, settings: Intervene, texts: Sequence[Prompt], seed: int) -> dict[str, Any]:
+def cell(
+    evaluation: Evaluation, train: Evaluation, settings: Intervene, texts: Sequence[Prompt], seed: int
+) -> dict[str, Any]:
     """Swaps, doses, ablations and divergences of one dictionary.
 
     Args:
-        evaluation: the dictionary on its facts.
+        evaluation: the dictionary on facts about held-out subjects.
+        train: the same on facts about subjects that it was trained on, for swaps alone.
         settings: doses, numbers of ablated atoms, other templates.
         texts: what edits should leave alone; each fact's edits are installed on one of them.
         seed: of the intervals.
     """
     scores, doses = evaluation.swap(settings.doses)
+    memorised, _ = train.swap(kinds=("none", "patch", "swap", "replace"))
     ablated = evaluation.ablate(settings.ks)
     clean, pairs, k = scores["none"], evaluation.swaps, settings.installed_k
     flips = {name: found.greedy[:, 1].float() for name, found in scores.items()}
-    rises = {name: _odds(found) - _odds(clean) for name, found in scores.items()}
     divergences = {
-        "unrelated": evaluation.spared([texts[i % len(texts)] for i in range(len(pairs.prompts))], k, positions="all"),
-        "neighbours": evaluation.spared([pairs.prompts[i] for i in _neighbours(pairs)], k),
+        "unrelated": evaluation.spared(
+            [texts[i % len(texts)] for i in range(len(pairs.prompts))], k, positions="all", max_tokens=32
+        ),
+        "neighbours": evaluation.spared([pairs.prompts[i] for i in third(pairs)], k),
     }
     if settings.other_templates:
         divergences["same_subject"] = evaluation.same_subject(settings.other_templates, k)
     return {
         "swap": {name: swapped(found, clean, seed) for name, found in scores.items()},
+        "train": {name: swapped(found, memorised["none"], seed) for name, found in memorised.items()},
         "of_ceiling": {
             name: ratio_interval(flips[name], flips["patch"], seed) for name in ("swap", "replace", "exchange")
         },
-        "random_share": ratio_interval(rises["random"], rises["swap"], seed),
         "doses": {str(dose): swapped(found, clean, seed) for dose, found in doses.items()},
-        "monotone": mean_interval(_monotone(clean, doses).float(), seed),
+        "monotone": _monotone(clean, doses, seed),
         "ablate": {
             name: {
                 "drop": mean_interval((ablated["none"].logprob - found.logprob)[:, 0], seed),
@@ -101,17 +106,10 @@ def _odds(scores: Scores) -> Float[Tensor, " n"]:
     return scores.logprob[:, 1] - scores.logprob[:, 0]
 
 
-def _monotone(clean: Scores, doses: Mapping[float, Scores]) -> Bool[Tensor, " n"]:
-    """Facts whose log-odds of B over A rise with every dose from 0 to 1."""
-    steps = torch.stack([_odds(clean), *(_odds(doses[dose]) for dose in sorted(doses) if dose <= 1)])
-    return (steps.diff(dim=0) > 0).all(dim=0)
-
-
-def _neighbours(pairs: Swaps) -> list[int]:
-    """For every fact the next one whose answer is neither of its two, if there is one."""
-    answers = [own for own, _ in pairs.answers]
-    chosen = []
-    for i, both in enumerate(pairs.answers):
-        others = [(i + step) % len(answers) for step in range(1, len(answers))]
-        chosen.append(next((j for j in others if answers[j] not in both), others[0]))
-    return chosen
+def _monotone(clean: Scores, doses: Mapping[float, Scores], seed: int) -> dict[str, Any] | None:
+    """Share of facts whose log-odds of B over A rise with every dose from 0 to 1; None without such doses."""
+    chosen = [_odds(doses[dose]) for dose in sorted(doses) if 0 < dose <= 1]
+    if not chosen:
+        return None
+    rising = (torch.stack([_odds(clean), *chosen]).diff(dim=0) > 0).all(dim=0)
+    return mean_interval(rising.float(), seed)

@@ -14,9 +14,9 @@ _ROWS = {
     "replace": "swap and drop the error, decode(z_B)",
     "exchange": "exchange by code, every token",
     "random": "null: random atoms, same norm",
+    "other": "null: a third subject's code, same norm",
     "rest": "what the swap leaves out",
 }
-_KL = {"exchange": "exchange", "ablate": "ablate", "random": "null"}
 
 
 def _show(figure: Mapping[str, Any] | None, digits: int = 3) -> str:
@@ -44,6 +44,8 @@ def intervene_table(result: Mapping[str, Any]) -> str:
         k = f"{cell['heldout']['l0']['mean']:.1f}"
         for name, label in _ROWS.items():
             cells.append(_swap_row(f"{cell['name']}: {label}", k, cell["swap"][name], cell["of_ceiling"].get(name)))
+        for name in ("patch", "swap", "replace"):
+            cells.append(_swap_row(f"{cell['name']}: {name}, subjects it was trained on", k, cell["train"][name], None))
     blocks.append(aligned(cells))
     for cell in result["cells"]:
         blocks.append(_details(cell))
@@ -90,11 +92,12 @@ def verdict(result: Mapping[str, Any]) -> str:
         if not reached:
             lines.append(f"{cell['name']}: the ceiling is zero, nothing can be said.")
             continue
-        null = cell["swap"]["random"]["flips"]["mean"] / cell["swap"]["patch"]["flips"]["mean"]
+        rises = {name: cell["swap"][name]["log_odds"]["mean"] for name in ("swap", "random", "other")}
         lines.append(
             f"{cell['name']} (K {cell['heldout']['l0']['mean']:.1f}, q* {cell['heldout']['q_star']:.3f}): swaps reach "
             f"{reached['swap']:.0%} of the ceiling's flips, {reached['replace']:.0%} without the error term, "
-            f"{reached['exchange']:.0%} by code alone; random atoms {null:.0%}; "
+            f"{reached['exchange']:.0%} by code alone; log-odds of B over A rise by {rises['swap']:.2f} nats, with "
+            f"random atoms of the same norm {rises['random']:.2f}, with a third subject's code {rises['other']:.2f}; "
             f"KL on unrelated text {cell['kl']['unrelated']['exchange']['mean']:.4f}."
         )
     return "\n".join(lines)
@@ -107,8 +110,13 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     bars, doses, ablations = figure.subplots(1, 3)
     names = [cell["name"] for cell in result["cells"]]
-    kinds = ("swap", "replace", "exchange", "random")
-    labels = {"swap": "swap", "replace": "swap, error dropped", "exchange": "by code, every token", "random": "null"}
+    kinds = ("swap", "replace", "exchange", "other")
+    labels = {
+        "swap": "swap",
+        "replace": "swap, error dropped",
+        "exchange": "by code, every token",
+        "other": "null: a third subject",
+    }
     for i, kind in enumerate(kinds):
         values = [cell["swap"][kind]["flips"] for cell in result["cells"]]
         means = [value["mean"] for value in values]
@@ -123,7 +131,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             0.2,
             yerr=spread,
             label=labels[kind],
-            color="0.6" if kind == "random" else f"C{i}",
+            color="0.6" if kind == "other" else f"C{i}",
             error_kw={"linewidth": 1},
         )
     if result["cells"]:
@@ -160,7 +168,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     ablations.set(
         xlabel="atoms ablated", ylabel="drop of ln p(A), nats", title="Ablating A's strongest atoms", xscale="log"
     )
-    ablations.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    if result["cells"]:
+        ks = sorted({int(name.split()[1]) for name in result["cells"][0]["ablate"] if name != "none"})
+        ablations.set_xticks(ks, [str(k) for k in ks])
     ablations.minorticks_off()
     for panel in (doses, ablations):
         panel.legend(fontsize=7, frameon=False)

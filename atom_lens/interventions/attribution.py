@@ -28,6 +28,7 @@ class Read(NamedTuple):
     gradient: Float[Tensor, "n d"]
 
 
+@torch.enable_grad()
 def read(
     model: Any,
     hook: str,
@@ -74,8 +75,10 @@ def read(
     return Read(torch.stack(xs), torch.stack(gradients))
 
 
-@torch.no_grad()
 def attribution(sae: SAE[Any], found: Read) -> Float[Tensor, "n F"]:
     """To first order, what ablating each atom takes from the log-odds of the answer: z_j <gradient, d_j>, in nats."""
-    codes = sae.encode(found.x.to(sae.W_dec))
-    return codes * (found.gradient.to(sae.W_dec) @ sae.W_dec.T)
+    with torch.enable_grad():
+        codes = sae.encode(found.x.to(sae.W_dec)).detach().requires_grad_()
+        # Through decode() itself: some SAEs of sae-lens scale what they decode.
+        (slope,) = torch.autograd.grad((sae.decode(codes) * found.gradient.to(sae.W_dec)).sum(), codes)
+    return (codes * slope).detach()

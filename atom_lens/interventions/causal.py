@@ -22,6 +22,7 @@ from atom_lens.interventions.facts import Batch, Prepare, Scores, ask, divergenc
 from atom_lens.interventions.splice import Splice, splice
 
 Doses = Mapping[float, Scores]
+KINDS = ("none", "patch", "swap", "replace", "exchange", "random", "other", "rest")
 
 
 class Swaps(NamedTuple):
@@ -53,9 +54,16 @@ def pair(prompts: Sequence[Prompt], generator: torch.Generator) -> list[int]:
         )
     partners = []
     for answer in answers:
-        others = [i for i, other in enumerate(answers) if other != answer]
+        # An answer that begins another one (Guinea, Guinea-Bissau) would count as both.
+        others = [i for i, other in enumerate(answers) if not _begins(str(answer), str(other))]
+        if not others:
+            raise ValueError(f"answer {answer!r} begins all others, or they it: a swap needs another answer")
         partners.append(others[int(torch.randint(len(others), (), generator=generator))])
     return partners
+
+
+def _begins(one: str, other: str) -> bool:
+    return one.startswith(other) or other.startswith(one)
 
 
 class Evaluation:
@@ -64,7 +72,7 @@ class Evaluation:
     Args:
         model: as of `splice`.
         hook: where the atoms belong.
-        sae: the atoms.
+        sae: the atoms; one that rescales its input at run time is refused, its codes mean another change each time.
         swaps: the facts.
         positions: which token of the subject; one per prompt.
         prepend_bos: whether prompts begin with BOS.
@@ -84,18 +92,22 @@ class Evaluation:
         self.backend, self.hook, self.sae, self.swaps = wrap_backend(model), hook, sae, swaps
         self.reading: dict[str, Any] = {"positions": positions, "prepend_bos": prepend_bos}
         self.generator = torch.Generator().manual_seed(seed)
+        if (scaling := sae.cfg.normalize_activations) in ("layer_norm", "constant_norm_rescale"):
+            raise ValueError(f"the SAE at {hook!r} has normalize_activations {scaling!r}, allowed are SAEs without")
         with torch.no_grad():
             self.codes = sae.encode(swaps.seen.x.to(sae.W_dec))
             self.target_codes = sae.encode(swaps.target.to(sae.W_dec))
+            self.reconstructed = sae.decode(self.target_codes).cpu().float()
         self.attribution = attribution(sae, swaps.seen)
 
     def at(self, do: Callable[[Splice, Batch], Splice], replace: bool = False) -> Prepare:
         """An edit, ready to be opened for a batch."""
         return lambda batch: do(splice(self.backend, {self.hook: self.sae}, replace=replace), batch)
 
-    def decoded(self, codes: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
+    @torch.no_grad()
+    def decoded(self, change: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
         """The change of the activation that a change of codes makes."""
-        return (codes @ self.sae.W_dec.detach()).cpu().float()
+        return (self.sae.decode(change) - self.sae.decode(torch.zeros_like(change))).cpu().float()
 
     def random_like(self, change: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
         """A change of as many atoms as `change` has, drawn at random, with the same norm in the activation."""
@@ -105,39 +117,46 @@ class Evaluation:
         norms = [self.decoded(codes).norm(dim=1, keepdim=True) for codes in (change, drawn)]
         return drawn * (norms[0] / norms[1].clamp(min=1e-12)).to(change)
 
-    def swap(self, doses: Sequence[float]) -> tuple[dict[str, Scores], Doses]:
+    def other_like(self, change: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
+        """The change towards the code of a third subject, whose answer is neither A's nor B's, with the same norm."""
+        towards = self.codes[third(self.swaps)] - self.codes
+        norms = [self.decoded(codes).norm(dim=1, keepdim=True) for codes in (change, towards)]
+        return towards * (norms[0] / norms[1].clamp(min=1e-12)).to(change)
+
+    def swap(self, doses: Sequence[float] = (), kinds: Sequence[str] = KINDS) -> tuple[dict[str, Scores], Doses]:
         """B's code for A's: efficacy of every kind of swap, and of the swap at other doses.
+
+        Args:
+            doses: factors of the difference of codes.
+            kinds: which of the kinds below.
 
         Returns:
             "none": no edit, the floor. "patch": B's whole activation, the ceiling. "swap": x + (z_B - z_A) D.
             "replace": decode(z_B) alone. "exchange": by code, at every token, without being told where the subject is.
-            "random": as many random atoms, the same norm of change. "rest": what the swap leaves of the patch. And
+            "random": as many random atoms, the same norm of change. "other": towards a third subject's code, the same
+            norm. "rest": what the swap leaves of the patch. And
             dose -> scores of x + dose (z_B - z_A) D.
         """
         before, after, change = self.codes, self.target_codes, self.target_codes - self.codes
         rest = self.swaps.target - self.decoded(change)
-        random = self.random_like(change)
-        names: dict[str, Prepare | None] = {
+        random, other = self.random_like(change), self.other_like(change)
+        every: dict[str, Prepare | None] = {
             "none": None,
             "patch": self.at(lambda s, b: s.patch(self.swaps.target[b.rows], positions=b.subject)),
             "swap": self.at(lambda s, b: s.swap(after[b.rows], positions=b.subject)),
-            "replace": self.at(lambda s, b: s.patch(self._reconstructed[b.rows], positions=b.subject)),
+            "replace": self.at(lambda s, b: s.patch(self.reconstructed[b.rows], positions=b.subject)),
             "exchange": self.at(lambda s, b: s.exchange(before[b.rows], after[b.rows])),
             "random": self.at(lambda s, b: s.add(None, random[b.rows], positions=b.subject)),
+            "other": self.at(lambda s, b: s.add(None, other[b.rows], positions=b.subject)),
             "rest": self.at(lambda s, b: s.patch(rest[b.rows], positions=b.subject)),
         }
+        names = {kind: every[kind] for kind in kinds}
         for dose in doses:
             names[f"dose {dose}"] = self.at(
                 lambda s, b, dose=dose: s.add(None, dose * change[b.rows], positions=b.subject)
             )
         found = ask(self.backend, self.swaps.prompts, self.swaps.answers, names, **self.reading)
         return found, {dose: found.pop(f"dose {dose}") for dose in doses}
-
-    @property
-    def _reconstructed(self) -> Float[Tensor, "n d"]:
-        with torch.no_grad():
-            self.sae.encode(self.swaps.target.to(self.sae.W_dec))  # decode() asks for the norm of what was encoded
-            return self.sae.decode(self.target_codes).cpu().float()
 
     def strongest(self, score: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n F"]:
         """1 for the k atoms of the largest score of every fact that fire there, else 0."""
@@ -163,18 +182,16 @@ class Evaluation:
         return ask(self.backend, self.swaps.prompts, answers, names, **self.reading)
 
     def installed(self, k: int) -> dict[str, Prepare]:
-        """Edits that act at every token of any prompt: exchange A for B by code, ablate A's k strongest atoms.
+        """Edits that act at every token of any prompt, BOS included: exchange A for B by code, ablate A's k strongest.
 
-        "random" exchanges as many other atoms, drawn at random for every fact.
+        "steer" adds the change from A to B everywhere, whatever the code: what the key of an exchange is worth.
         """
-        before, after = self.codes, self.target_codes
+        before, after, change = self.codes, self.target_codes, self.target_codes - self.codes
         factor = 1 - self.strongest(self.attribution, k)
-        shuffled = torch.rand(before.shape, generator=self.generator).argsort(dim=1).to(before.device)
-        mocked = before.gather(1, shuffled), after.gather(1, shuffled)
         return {
             "exchange": self.at(lambda s, b: s.exchange(before[b.rows], after[b.rows])),
+            "steer": self.at(lambda s, b: s.add(None, change[b.rows])),
             "ablate": self.at(lambda s, b: s.scale(None, factor[b.rows])),
-            "random": self.at(lambda s, b: s.exchange(mocked[0][b.rows], mocked[1][b.rows])),
         }
 
     def spared(self, prompts: Sequence[Prompt], k: int, **reading: Any) -> dict[str, Float[Tensor, " n"]]:
@@ -182,7 +199,10 @@ class Evaluation:
         return divergence(self.backend, prompts, self.installed(k), **{**self.reading, **reading})
 
     def same_subject(self, templates: Sequence[str], k: int) -> dict[str, Float[Tensor, " n"]]:
-        """KL of other prompts about A, averaged over `templates`, with edits at A's token."""
+        """KL of other prompts about A, averaged over `templates`, with edits at A's token.
+
+        Not all of it is damage: B's other facts differ from A's, and a whole patch changes them too.
+        """
         factor = 1 - self.strongest(self.attribution, k)
         names: dict[str, Prepare] = {
             "patch": self.at(lambda s, b: s.patch(self.swaps.target[b.rows], positions=b.subject)),
@@ -199,6 +219,16 @@ class Evaluation:
             for template in templates
         ]
         return {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in names}
+
+
+def third(pairs: Swaps) -> list[int]:
+    """For every fact the next one whose answer is neither of its two; the next one at all where there is none."""
+    answers = [own for own, _ in pairs.answers]
+    chosen = []
+    for i, both in enumerate(pairs.answers):
+        others = [(i + step) % len(answers) for step in range(1, len(answers))]
+        chosen.append(next((j for j in others if answers[j] not in both), others[0]))
+    return chosen
 
 
 def known(

@@ -132,19 +132,27 @@ def divergence(
     edits: Mapping[str, Prepare],
     positions: Positions = "subject_last",
     prepend_bos: bool = True,
-    max_tokens: int = 64,
+    max_tokens: int = 1024,
 ) -> dict[str, Float[Tensor, " n"]]:
     """KL(clean || edited) of the token that follows each prompt, in nats, under every edit.
 
     Args:
         model, prompts, edits, positions, prepend_bos: as of `ask`.
         max_tokens: longer prompts are cut after these.
+
+    Raises:
+        ValueError: a prompt whose chosen tokens lie beyond `max_tokens`, so that an edit there would act nowhere.
     """
     backend = wrap_backend(model)
     sequences = []
     for row, prompt in enumerate(prompts):
         ids, _, chosen = tokenised(backend.tokenizer, prompt, "", positions, prepend_bos)
-        sequences.append((row, ids[:max_tokens], [token for token in chosen if token < max_tokens]))
+        kept = [token for token in chosen if token < max_tokens]
+        if not kept:
+            raise ValueError(
+                f"the chosen tokens of {prompt.text!r} lie beyond its first {max_tokens}: raise max_tokens"
+            )
+        sequences.append((row, ids[:max_tokens], kept))
     found = {name: torch.zeros(len(prompts)) for name in edits}
     ordered = sorted(sequences, key=lambda sequence: len(sequence[1]))
     with tqdm(total=len(ordered) * len(edits), desc="Divergence", unit="prompt") as bar, torch.no_grad():

@@ -1,0 +1,70 @@
+"""The model card: what a reader of the Hub should know, made from the reports of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from atom_lens._version import __version__
+from atom_lens.evidence.reading import certificates_text, reading, table
+
+_BEGIN, _END = "<!-- written by atom-lens -->", "<!-- end of what atom-lens wrote -->"
+_TAGS = ["saelens", "atom-lens", "sparse-autoencoder", "mechanistic-interpretability"]
+
+
+def run_card(reports: Mapping[str, Mapping[str, Any]], repo_id: str) -> str:
+    """The README.md of a run: metadata, how to load, and every hook's table with held-out data and nulls.
+
+    Args:
+        reports: hook -> report.json.
+        repo_id: where the atoms are published.
+    """
+    first = next(iter(reports.values()), None)
+    base = str(first["model"]) if first else None
+    data = ModelCardData(
+        library_name="saelens",
+        tags=_TAGS,
+        # A local folder, a GGUF file or the demo model is nothing the Hub could link to.
+        base_model=base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+    )
+    hooks = list(reports)
+    example = hooks[0] if hooks else "blocks.9.hook_resid_post"
+    parts = [
+        f"# {repo_id.split('/')[1]}",
+        f"Atoms of `{base}`: threshold sparse autoencoders in the atomic inner product "
+        "([arXiv 2509.20784](https://arxiv.org/abs/2509.20784)), made with atom-lens "
+        f"{__version__}. Figures are of training data, of data no training saw, and of dictionaries that know nothing.",
+        "```python\n"
+        "from sae_lens import SAE  # alone\n"
+        f'sae = SAE.from_pretrained("{repo_id}", "{example}")\n\n'
+        "from atom_lens import load_atoms  # with the metric, as atoms.aip\n"
+        f'atoms = load_atoms("{repo_id}", hook="{example}")\n'
+        "```",
+    ]
+    for hook, report in reports.items():
+        parts += [
+            f"## {hook}",
+            f"{report['d_sae']} atoms of width {report['d_in']}, read at `{report['positions']}`.",
+            f"```\n{table(report)}\n\n{certificates_text(report)}\n```",
+            reading(report),
+        ]
+    body = "\n\n".join(parts)
+    return f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n{body}\n{_END}\n"
+
+
+def merged_card(card: str, old: str | None) -> str:
+    """`card`, with what `old` says beside it: other text and other metadata stay as they are."""
+    if old is None:
+        return card
+    new, before = ModelCard(card, ignore_metadata_errors=True), ModelCard(old, ignore_metadata_errors=True)
+    metadata = {**before.data.to_dict(), **{k: v for k, v in new.data.to_dict().items() if v is not None}}
+    metadata["tags"] = list(dict.fromkeys([*(before.data.get("tags") or []), *_TAGS]))
+    ours = new.text.strip()
+    pattern = re.compile(re.escape(_BEGIN) + ".*" + re.escape(_END), flags=re.DOTALL)
+    text = (
+        pattern.sub(lambda _: ours, before.text) if pattern.search(before.text) else f"{before.text.strip()}\n\n{ours}"
+    )
+    return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text.strip()}\n"

@@ -1,0 +1,206 @@
+"""Publishing and loading back: a real huggingface_hub client against a server that keeps real bytes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from hub import Hub
+from sae_lens import SAE
+
+from atom_lens import load_atoms, publish, train
+from atom_lens.cli import main
+from atom_lens.training.recipe import check_recipe
+
+TOKEN = "hf_" + "secret" * 6
+HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over two hooks with two seeds."""
+    folder = tmp_path_factory.mktemp("published")
+    letters = "abcdefghij"
+    subjects = [a + b for a in letters for b in letters][:80]
+    lines = [json.dumps({"template": "{} is a city in", "subject": s}) for s in subjects]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    recipe = {
+        "name": "two",
+        "model": {"name": tiny, "device": "cpu"},
+        "prompts": {"source": "jsonl", "path": str(folder / "prompts.jsonl")},
+        "hooks": HOOKS,
+        "atoms": {"capacity": 32, "target_l0": 2.0},
+        "training": {"steps": 20, "batch_size": 16, "device": "cpu", "seeds": 2, "nulls": False},
+    }
+    return train(check_recipe(recipe), out=folder)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub of our own; the client keeps its files in a folder of the test."""
+    server = Hub()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.close()
+
+
+def bytes_of(run: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name != "log.txt"
+    }
+
+
+def test_publish_and_load_back(hub: Hub, run: Path) -> None:
+    found = publish(run, "user/two", private=True)
+    commit, tree = hub.tree("user/two")
+    assert found.url == f"{hub.url}/user/two/commit/{commit}"
+    assert len(hub.trees["user/two"]) == 2, "one commit after the empty one"
+    assert hub.private["user/two"]
+    assert {name: content for name, content in tree.items() if name != "README.md"} == bytes_of(run)
+    assert set(found.files) == set(bytes_of(run)), "the log stays at home"
+    for hook in HOOKS:
+        ours, theirs = load_atoms(run, hook=hook), load_atoms("user/two", hook=hook)
+        for name, value in ours.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[name])
+        plain = SAE.from_pretrained("user/two", hook)
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(plain(x), SAE.load_from_disk(run / hook)(x))
+    asked = [path for _, path in hub.requests if "resolve" in path]
+    assert not any("seed-1" in path or "report" in path for path in asked), "only what loading needs is fetched"
+
+
+def test_a_second_publish_sends_what_changed(hub: Hub, run: Path, tmp_path: Path) -> None:
+    publish(run, "user/two")
+    sent = len(hub.uploaded)
+    assert len(set(hub.uploaded)) == len(
+        {content for name, content in bytes_of(run).items() if name.endswith(".safetensors")}
+    )
+    publish(run, "user/two")
+    assert len(hub.uploaded) == sent and len(hub.trees["user/two"]) == 2, "nothing changed: no bytes, no commit"
+    copy = tmp_path / "two"
+    for name, content in bytes_of(run).items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(content)
+    atoms = load_atoms(copy, hook=HOOKS[0])
+    atoms.W_dec.data *= 2
+    atoms.save_model(copy / HOOKS[0])
+    publish(copy, "user/two")
+    assert len(hub.uploaded) == sent + 1 and len(hub.trees["user/two"]) == 3
+    first = f"{2:040x}"
+    old = load_atoms("user/two", hook=HOOKS[0], revision=first)
+    assert torch.equal(old.W_dec * 2, load_atoms("user/two", hook=HOOKS[0]).W_dec)
+
+
+def test_a_readme_is_merged(hub: Hub, run: Path) -> None:
+    publish(run, "user/two")
+    hub.trees["user/two"][-1]["README.md"] = (
+        b"---\nlicense: mit\ntags:\n- mine\n---\n\nMy words.\n\n<!-- written by atom-lens -->\nold\n"
+        b"<!-- end of what atom-lens wrote -->\n\nMore words.\n"
+    )
+    publish(run, "user/two")
+    text = hub.tree("user/two")[1]["README.md"].decode()
+    assert text.index("My words.") < text.index("held-out") < text.index("More words.") and "\nold\n" not in text
+    card = huggingface_hub.ModelCard(text)
+    assert card.data.license == "mit" and card.data.library_name == "saelens"
+    assert card.data.tags[:1] == ["mine"] and "atom-lens" in card.data.tags
+    hub.trees["user/two"][-1]["README.md"] = b"Only words, no metadata."
+    publish(run, "user/two")
+    text = hub.tree("user/two")[1]["README.md"].decode()
+    assert "Only words, no metadata." in text and huggingface_hub.ModelCard(text).data.library_name == "saelens"
+
+
+def test_cut_connections(hub: Hub, run: Path) -> None:
+    """A connection cut at each request in turn: the repository is whole, old or new, and a rerun completes it."""
+    publish(run, "user/count")
+    n_requests = len(hub.requests)
+    expected = hub.tree("user/count")[1]
+    for cut in range(n_requests):
+        repo = f"user/cut{cut}"
+        hub.cut_at = len(hub.requests) + cut
+        hub.blobs.clear()
+        try:
+            publish(run, repo)
+        except ValueError as error:
+            assert "was not published and is as it was before" in str(error)
+            assert repo not in hub.trees or hub.tree(repo)[1] == {}
+        hub.cut_at = None
+        publish(run, repo)
+        tree = hub.tree(repo)[1]
+        assert {k: v for k, v in tree.items() if k != "README.md"} == {
+            k: v for k, v in expected.items() if k != "README.md"
+        }
+
+
+def test_dry_run_and_hooks(
+    hub: Hub, run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["publish", str(run), "user/two", "--dry-run", "--hook", "blocks.2.*"]) == 0
+    printed = capsys.readouterr().out
+    assert "blocks.2.hook_resid_post/seed-1/aip.safetensors" in printed and "blocks.1" not in printed.split("---")[0]
+    assert "library_name: saelens" in printed and "nothing was published" in printed
+    assert hub.requests == []
+    with caplog.at_level(logging.DEBUG):
+        assert main(["publish", str(run), "user/two", "--hook", "blocks.2.*"]) == 0
+    captured = capsys.readouterr()
+    assert f"published: {hub.url}/user/two/commit/" in captured.out
+    kept = hub.tree("user/two")[1]
+    assert "blocks.1.hook_resid_post/cfg.json" not in kept
+    assert f"Bearer {TOKEN}" in hub.authorization
+    assert TOKEN not in captured.out + captured.err + caplog.text
+    assert all(TOKEN.encode() not in content for content in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "two"], "repo_id is 'two', allowed is 'user/name'"),
+        (["RUN", "user/two/three"], "repo_id is 'user/two/three', allowed is 'user/name'"),
+        (["nowhere", "user/two"], "no run at 'nowhere'"),
+        (["RUN", "user/two", "--hook", "blocks.7.*"], "hook 'blocks.7.*' is not in"),
+    ],
+)
+def test_bad_input(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["publish", *(str(run) if word == "RUN" else word for word in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and hub.requests == []
+
+
+def test_loading_what_is_not_there(hub: Hub, run: Path) -> None:
+    with pytest.raises(ValueError, match="'user/none' is neither a folder nor a repository that the Hub gives"):
+        load_atoms("user/none")
+    publish(run, "user/two")
+    with pytest.raises(ValueError, match="'user/two' holds atoms of 2 hooks, choose hook= of blocks.1.hook_resid_post"):
+        load_atoms("user/two")
+    with pytest.raises(ValueError, match="hook 'blocks.9' is not in 'user/two', allowed are"):
+        load_atoms("user/two", hook="blocks.9")
+    assert load_atoms("user/two", hook="blocks.2.*").cfg.metadata.hook_name == HOOKS[1]
+    with pytest.raises(ValueError, match="only a repository has revisions"):
+        load_atoms(run, hook=HOOKS[0], revision="main")
+
+
+def test_a_hub_that_refuses(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hub import _Handler
+
+    def refuse(self: Any) -> None:
+        self.begin()
+        self.answer({"error": "You don't have the rights"}, 403)
+
+    monkeypatch.setattr(_Handler, "do_POST", refuse)
+    with pytest.raises(ValueError, match=r"'user/two' was not published and is as it was before: .*403") as caught:
+        publish(run, "user/two")
+    assert TOKEN not in str(caught.value)
