@@ -35,6 +35,7 @@ else:
     settings = Atoms(capacity=1280, target_l0=16.0, encoder="tied", loss_norm=0.25, noise=0.1, bandwidth=0.1)
     about = {"model_name": "demo:gemma-3-270m", "hook_name": HOOK, "prepend_bos": True}
     atoms, _ = fit(x, AtomicInnerProduct.estimate(x), settings, Training(steps=options.steps, lr=3e-3), about)
+atoms.to("cpu")  # where activations are read to; a splice brings them to the model
 
 # What fires on Paris, and which other cities each of these atoms fires on most.
 paris, tokyo = (Prompt.fill(TEMPLATE, name) for name in ("Paris", "Tokyo"))

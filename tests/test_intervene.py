@@ -112,8 +112,9 @@ def test_divergence(tiny: str, backend: Backend) -> None:
 def test_attribution_is_the_derivative(backend: Backend) -> None:
     """Activation times gradient: against a small scaling of each atom in the spliced model."""
     sae = exact_sae()
-    seen = read(backend, HOOK, FACTS, [str(p.answer) for p in FACTS])
-    found = attribution(sae, seen)
+    with torch.no_grad():  # as many notebooks begin
+        seen = read(backend, HOOK, FACTS, [str(p.answer) for p in FACTS])
+        found = attribution(sae, seen)
     step = 0.02
 
     def log_odds(factor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfig
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -280,6 +290,19 @@ def test_heads(tiny: str) -> None:
     torch.testing.assert_close(after[hook], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_sae_of_heads_is_left_as_it_was(tiny: str) -> None:
+    """Used on heads of width 8 before, within and after a splice; sae-lens remembers that width in the SAE."""
+    hooked, hook = open_model("hooked", tiny).model, "blocks.1.attn.hook_z"
+    sae = make_sae(hook, reshape_activations="hook_z")
+    with torch.no_grad():
+        z = hooked.run_with_cache(TOKENS)[1][hook]
+        before = sae(z)
+        with splice(hooked, sae) as s:
+            s.ablate([1])
+            hooked(TOKENS)
+        assert torch.equal(sae(z), before) and before.shape == z.shape
+
+
 def test_gradients_flow(live: Model) -> None:
     """Through the spliced activation, the codes and the values of an edit: against finite differences."""
     sae, amount = make_sae(), torch.zeros(2, requires_grad=True)
@@ -380,6 +403,29 @@ def test_users_own_hooks_live_beside(tiny: str) -> None:
         assert torch.equal(again, edited) and torch.equal(bridge(TOKENS), edited)
         _, cache = bridge.run_with_cache(TOKENS)
         assert torch.equal(seen[0], cache[HOOK])
+        bridge.reset_hooks()
+        assert torch.equal(bridge(TOKENS), edited), "many notebooks reset hooks before a run"
+    with splice(bridge, sae) as s:
+        assert torch.equal(bridge(TOKENS), bridge(TOKENS)) and not bridge.hook_dict["blocks.1.hook_out"].fwd_hooks[1:]
+    assert not bridge.hook_dict["blocks.1.hook_out"].fwd_hooks
+
+
+def test_integer_masks_are_masks(tiny: str) -> None:
+    """An attention mask, or (tokens == id).long(), means the same as its booleans; a tensor of columns is columns."""
+    bridge, sae = open_model("bridge", tiny).model, make_sae()
+    mask = torch.zeros_like(TOKENS)
+    mask[0, 3] = 1
+    found = []
+    for positions in (mask, mask.bool()):
+        with torch.no_grad(), splice(bridge, sae) as s:
+            s.patch(torch.ones(16), positions=positions)
+            found.append(bridge.run_with_cache(TOKENS)[1][HOOK])
+    assert torch.equal(found[0], found[1]) and int((found[0] == 1).all(dim=-1).sum()) == 1
+    for positions in (torch.tensor([2, 3]), [2, 3]):
+        with torch.no_grad(), splice(bridge, sae) as s:
+            s.ablate(positions=positions)
+            found.append(bridge(TOKENS))
+    assert torch.equal(found[2], found[3])
 
 
 def test_bad_input(tiny: str) -> None:
@@ -409,6 +455,11 @@ def test_bad_input(tiny: str) -> None:
     )
     with pytest.raises(ValueError, match=f"writes to '{LATER}': a splice takes SAEs that write where they read"):
         splice(bridge, transcoder)
+    with splice(bridge, sae) as s, pytest.raises(ValueError, match="this splice is open already"), s:
+        pass
+    batch = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=16, d_sae=8, k=2))
+    with pytest.raises(ValueError, match="architecture 'batchtopk', whose codes depend on other tokens or items"):
+        splice(bridge, {HOOK: batch})
     with splice(bridge, [sae, make_sae(LATER)]) as s:
         with pytest.raises(ValueError, match=f"hook is None, atoms are spliced at {HOOK}, {LATER}"):
             s.ablate(1)

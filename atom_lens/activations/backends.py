@@ -72,6 +72,8 @@ def forward_arguments(model: torch.nn.Module, mask: Int[Tensor, "batch pos"], ke
 
 def cached_tokens(arguments: Mapping[str, Any]) -> int:
     """Tokens in the KV cache that a transformers model, or a block of a HookedTransformer, is called with."""
+    if (position := arguments.get("cache_position")) is not None:
+        return int(position[0])
     if (cache := arguments.get("past_key_values")) is not None:
         return int(cache.get_seq_length())
     entry = arguments.get("past_kv_cache_entry")

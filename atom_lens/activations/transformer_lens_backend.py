@@ -95,13 +95,20 @@ class TransformerLensBackend:
             past = cached_tokens(kwargs)
 
         # A bridge hands its cache to the transformers model, a HookedTransformer to each of its blocks.
-        entry = self.model.original_model if isinstance(self.model, TransformerBridge) else self.model.blocks[0]
+        entry = (
+            self.model.original_model
+            if isinstance(self.model, TransformerBridge)
+            else self.model.blocks[layer_of(hook)]
+        )
         noting = entry.register_forward_pre_hook(note_past, with_kwargs=True)
-        point.add_hook(lambda tensor, *, hook: change(tensor, past), level=level)
+        # Permanent: reset_hooks(), which many notebooks call, would take it off in the middle of a block.
+        point.add_hook(lambda tensor, *, hook: change(tensor, past), is_permanent=True, level=level)
 
         def detach() -> None:
             noting.remove()
-            point.remove_hooks("fwd", level=level)
+            for handle in [handle for handle in point.fwd_hooks if handle.context_level == level]:
+                handle.hook.remove()
+                point.fwd_hooks.remove(handle)
 
         return detach
 

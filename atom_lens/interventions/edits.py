@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# None: every position, also those that generation adds. Columns of the prompt, negative ones from its end. Or a mask.
-Positions = int | Sequence[int] | Bool[Tensor, "batch pos"] | None
+# None: every position, also those that generation adds. Columns of the prompt, negative ones from its end. Or a mask
+# of shape (batch, pos).
+Positions = int | Sequence[int] | Tensor | None
 # One number; one per chosen atom, (k,); or one per item of the batch and chosen atom, (batch, k).
 Value = float | int | Tensor
 
@@ -41,14 +42,14 @@ class Place:
             columns = torch.ones(batch, length, dtype=torch.bool, device=device)
         elif generating:
             columns = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        elif isinstance(self.positions, Tensor):
+        elif isinstance(self.positions, Tensor) and self.positions.ndim == 2:
             if tuple(self.positions.shape) != (batch, total):
                 raise ValueError(
                     f"positions is a mask of shape {tuple(self.positions.shape)}, the prompt has {(batch, total)}"
                 )
-            columns = self.positions[:, past:].to(device)
+            columns = self.positions[:, past:].to(device, torch.bool)
         else:
-            wanted = [self.positions] if isinstance(self.positions, int) else list(self.positions)
+            wanted = [self.positions] if isinstance(self.positions, int) else [int(p) for p in self.positions]
             for position in wanted:
                 if not -total <= position < total:
                     raise ValueError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -29,8 +29,12 @@ class _Site:
     patches: list[tuple[Tensor, Place]] = field(default_factory=list)
 
 
+# Trained BatchTopK SAEs are saved as jumprelu; while they train they choose across the batch.
+_ACROSS_ROWS = ("temporal", "batchtopk", "matryoshka_batchtopk")
+
+
 class Splice:
-    """Atoms in a model, made by `splice`. Edits hold until `clear` or the end of the ``with`` block.
+    """Atoms in a model, made by `splice`. Edits act while its ``with`` block is open, until `clear` takes them back.
 
     An edit acts through the difference it makes, x + decode(z') - decode(z): what the atoms do not explain stays as
     it is, and an ablation is not cancelled by an error term. Edits of one hook act in the order they were given.
@@ -41,6 +45,7 @@ class Splice:
         self.replace = replace
         self._sites = {hook: _Site(sae) for hook, sae in atoms.items()}
         self._open = ExitStack()
+        self._is_open = False
 
     @property
     def hooks(self) -> list[str]:
@@ -50,15 +55,19 @@ class Splice:
     def __enter__(self) -> Splice:
         if self.backend.tracing:
             raise ValueError("a splice was opened inside a running nnsight trace: open the splice first, then trace")
+        if self._is_open:
+            raise ValueError("this splice is open already: make another one with splice() to nest them")
         with ExitStack() as attached:
             for hook, site in self._sites.items():
                 attached.callback(self.backend.attach(hook, _change(hook, site, self.replace)))
             self._open = attached.pop_all()
+        self._is_open = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_open = False
         self._open.close()
 
     def apply(self, edit: Edit, hook: str | None = None) -> Splice:
@@ -161,6 +170,11 @@ def splice(
     for hook, sae in atoms.items():
         if expand_hooks([hook], backend.hooks, backend.n_layers) != [hook]:
             raise ValueError(f"hook {hook!r} is a pattern, a splice takes names")
+        if (architecture := sae.cfg.architecture()) in _ACROSS_ROWS:
+            raise ValueError(
+                f"the SAE at {hook!r} has architecture {architecture!r}, whose codes depend on other tokens or items: "
+                "a splice takes SAEs that encode each activation by itself"
+            )
         if (writes := sae.cfg.metadata.hook_name_out) and writes != sae.cfg.metadata.hook_name:
             raise ValueError(
                 f"the SAE at {hook!r} writes to {writes!r}: a splice takes SAEs that write where they read"
@@ -205,14 +219,24 @@ def _edited(
     chosen: Sequence[tuple[Edit, Tensor]],
     replace: bool,
 ) -> Float[Tensor, "rows d"]:
-    read = x.to(sae.W_dec)
-    # In its hook_z mode sae-lens merges the last two dimensions of what it reads: give it heads of full width.
-    heads = sae.hook_z_reshaping_mode
-    codes = new = sae.encode(read[:, None] if heads else read)
-    for edit, rows in chosen:
-        new = torch.where(rows.to(new.device)[:, None], edit(new, items.to(new.device)), new)
-    # Both in one call: sae-lens forgets the norm that it divided by once it has decoded.
-    after, before = sae.decode(torch.stack([new, codes]))
-    if heads:
-        after, before = after[:, 0], before[:, 0]
+    with _flat(sae):
+        codes = new = sae.encode(x.to(sae.W_dec))
+        for edit, rows in chosen:
+            new = torch.where(rows.to(new.device)[:, None], edit(new, items.to(new.device)), new)
+        # Both in one call: sae-lens forgets the norm that it divided by once it has decoded.
+        after, before = sae.decode(torch.stack([new, codes]))
     return after.to(x) if replace else x + (after - before).to(x)
+
+
+@contextmanager
+def _flat(sae: SAE[Any]) -> Iterator[None]:
+    """An SAE of hook_z merges heads by itself and remembers their width: rows are merged here, it is left as it was."""
+    names = ("hook_z_reshaping_mode", "reshape_fn_in", "reshape_fn_out", "d_head")
+    kept = {name: getattr(sae, name) for name in names if hasattr(sae, name)}
+    if sae.hook_z_reshaping_mode:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(sae, name, value)
