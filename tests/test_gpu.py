@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import shifted
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 
-from atom_lens import AtomicInnerProduct, evaluate, fit, harvest, stability
+from atom_lens import AtomicInnerProduct, Prompt, evaluate, fit, harvest, open_model, splice, stability
+from atom_lens.interventions import attribution, read
 from atom_lens.training.recipe import Atoms, Training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -44,3 +47,22 @@ def test_harvest(tiny: str, tmp_path) -> None:
         torch.testing.assert_close(
             on_gpu["blocks.1.hook_resid_post"], on_cpu["blocks.1.hook_resid_post"], rtol=1e-3, atol=1e-3
         )
+
+
+def test_splice_and_attribution(tiny: str) -> None:
+    """Atoms on either device in a model on the GPU do what they do on the CPU."""
+    hook, facts = "blocks.1.hook_resid_post", [Prompt.fill("{} is a city in the", name) for name in ("Rome", "Oslo")]
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=16, d_sae=40, metadata=SAEMetadata(hook_name=hook)))
+    sae.W_enc.data.normal_(std=20, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[1, 20, 31, 42, 5]])
+    found = []
+    for model_device, atoms_device in (("cpu", "cpu"), ("cuda", "cpu"), ("cuda", "cuda")):
+        model = open_model(tiny, device=model_device)
+        sae.to(atoms_device)
+        with torch.no_grad(), splice(model, sae) as s:
+            s.ablate(range(10), positions=-1).add([3], torch.tensor([5.0]))
+            logits = model(tokens.to(model_device)).cpu()
+        found.append((logits, attribution(sae, read(model, hook, facts, ["Italy", "of Italy"])).cpu()))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
