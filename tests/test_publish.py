@@ -16,7 +16,7 @@ from sae_lens import SAE
 
 from atom_lens import load_atoms, publish, train
 from atom_lens.cli import main
-from atom_lens.training.recipe import check_recipe
+from atom_lens.training.recipe_file import check_recipe
 
 TOKEN = "hf_" + "secret" * 6
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]

@@ -14,7 +14,8 @@ from sae_lens.constants import SAE_CFG_FILENAME
 
 from atom_lens._files import write_json
 from atom_lens.activations.models import pick_device
-from atom_lens.training.recipe import Features, Recipe, dump_recipe
+from atom_lens.training.recipe import Features, Recipe
+from atom_lens.training.recipe_file import dump_recipe
 
 logger = logging.getLogger(__name__)
 Cell = dict[str, Any]

@@ -5,14 +5,15 @@ The hook is chosen by the ceiling on training facts; everything reported is on f
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from sae_lens import SAE
+from torch import Tensor
 
 from atom_lens._files import write_json
 from atom_lens.activations import Prompt
@@ -32,8 +33,6 @@ from atom_lens.training.fit import fit_together
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.run import SplitActivations, harvest_for, split_activations
 from atom_lens.training.units import trained_unit, unit_learner
-
-logger = logging.getLogger(__name__)
 
 
 def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
@@ -75,13 +74,16 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
         lambda: class_means(backend, hook, pairs, split.x, labels, training.seed, **_reading(recipe)),
         lambda cell: f"flips {cell['flips']['mean']:.3f}",
     )
+    aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge)
     cells = []
-    for name, make in _units(recipe, hook, split).items():
+    for name, make in _units(recipe, hook, split, aip).items():
         path = folder / "cells" / f"{name}.json"
         cells.append(
             {
                 "name": name,
-                **kept(path, lambda make=make: _cell(recipe, backend, hook, pairs, seen, split, make()), _says),
+                **kept(
+                    path, lambda make=make: _cell(recipe, backend, hook, pairs, seen, split.heldout, aip, make()), _says
+                ),
             }
         )
     result = {
@@ -151,7 +153,9 @@ def _scan(
     return {"hook": best, "hooks": hooks, "facts": facts, "train_facts": beside}
 
 
-def _units(recipe: Recipe, hook: str, split: SplitActivations) -> dict[str, Callable[[], SAE[Any]]]:
+def _units(
+    recipe: Recipe, hook: str, split: SplitActivations, aip: AtomicInnerProduct
+) -> dict[str, Callable[[], SAE[Any]]]:
     """name -> what gives the dictionary.
 
     Raises:
@@ -161,7 +165,7 @@ def _units(recipe: Recipe, hook: str, split: SplitActivations) -> dict[str, Call
     units: list[tuple[str, Callable[[], SAE[Any]]]] = []
     for unit in settings.units:
         for level in settings.l1 if unit.startswith("relu") else settings.l0:
-            units.append((f"{unit}-{level:g}", partial(_trained, recipe, unit, level, split)))
+            units.append((f"{unit}-{level:g}", partial(_trained, recipe, unit, level, split, aip)))
     loaded = {f"features_{features.name}": pretrained(features, "auto") for features in settings.features}
     if settings.run is not None:
         check_split(Path(settings.run), recipe)
@@ -175,27 +179,32 @@ def _units(recipe: Recipe, hook: str, split: SplitActivations) -> dict[str, Call
     return dict(units)
 
 
-def _trained(recipe: Recipe, unit: str, level: float, split: SplitActivations) -> SAE[Any]:
+def _trained(recipe: Recipe, unit: str, level: float, split: SplitActivations, aip: AtomicInnerProduct) -> SAE[Any]:
     assert recipe.atoms is not None and recipe.training is not None
     training = recipe.training
-    aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge)
     learner = unit_learner(unit, level, split.x, aip, recipe.atoms, training.device, training.seed)
     fit_together({"x": split.x}, {unit: learner}, training)
     return trained_unit(learner, aip)
 
 
 def _cell(
-    recipe: Recipe, backend: Backend, hook: str, pairs: Swaps, seen: Swaps, split: SplitActivations, sae: SAE[Any]
+    recipe: Recipe,
+    backend: Backend,
+    hook: str,
+    pairs: Swaps,
+    seen: Swaps,
+    heldout: Float[Tensor, "n d"],
+    aip: AtomicInnerProduct,
+    sae: SAE[Any],
 ) -> Cell:
     assert recipe.training is not None
     seed = recipe.training.seed
-    aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge)
-    figures = observe(sae, split.heldout, aip).figures
+    figures = observe(sae, heldout, aip).figures
     sae.to(backend.device)
-    heldout, train = (Evaluation(backend, hook, sae, facts, seed=seed, **_reading(recipe)) for facts in (pairs, seen))
+    asked, train = (Evaluation(backend, hook, sae, facts, seed=seed, **_reading(recipe)) for facts in (pairs, seen))
     return {
         "heldout": {key: figures[key] for key in ("r2", "r2_aip", "q_star", "l0")},
-        **cell(heldout, train, recipe.intervene, recipe.other_text.read(), seed),
+        **cell(asked, train, recipe.intervene, recipe.other_text.read(), seed),
     }
 
 

@@ -28,7 +28,8 @@ from atom_lens.evidence.reading import aligned
 from atom_lens.evidence.window import ThresholdWindow, threshold_window
 from atom_lens.geometry import AtomicInnerProduct, unit_rows
 from atom_lens.training.fit import fit_together
-from atom_lens.training.recipe import Atoms, Number, Section, Training, Unit, load_section
+from atom_lens.training.recipe import Atoms, Number, Section, Training, Unit
+from atom_lens.training.recipe_file import load_section
 from atom_lens.training.units import trained_unit, unit_learner
 from atom_lens.tsae import TSAE, TSAEConfig
 

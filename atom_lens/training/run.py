@@ -19,7 +19,8 @@ from atom_lens.activations import Harvest, Prompt, harvest
 from atom_lens.evidence import evaluate, identity, observe, table
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.controls import fit_with_controls
-from atom_lens.training.recipe import Recipe, dump_recipe, load_recipe
+from atom_lens.training.recipe import Recipe
+from atom_lens.training.recipe_file import dump_recipe, load_recipe
 from atom_lens.training.split import heldout_rows
 from atom_lens.tsae import TSAE
 
