@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, synced, then renamed."""
+"""Files that are whole or absent: written under a temporary name, synced, then renamed; and read with suspicion."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -24,6 +27,23 @@ def _disk_full_is_an_oserror(path: Path) -> Iterator[None]:
         raise
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and keeps their names by itself
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file beside `path`; it becomes `path` on success and vanishes on failure."""
@@ -34,13 +54,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _disk_full_is_an_oserror(path):
             yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
         # mkstemp makes files for the owner alone; give the file the mode any other new file would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
         temporary.replace(path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,16 +75,105 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         with _disk_full_is_an_oserror(path):
             yield temporary
-        temporary.chmod(0o755)
+        mask = _umask()
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                file = Path(folder) / name
+                file.chmod(0o666 & ~mask)
+                _sync(file)
+            Path(folder).chmod(0o777 & ~mask)
+            _sync(Path(folder))
         try:
             temporary.rename(path)
         except OSError as error:
             raise FileExistsError(f"folder {str(path)!r} came into being meanwhile, it is left as it is") from error
+        _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock on what is written at `path`, ``.<name>.lock`` beside it; the kernel drops it with its process.
+
+    The lock's empty file stays: removing it would let two processes hold locks of the same name.
+
+    Raises:
+        ValueError: another process holds it, and this one is not to `wait`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.parent / f".{path.name}.lock")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise ValueError(f"another process works on {str(path)!r}: wait for it, or choose another name=") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what a killed process left half-written in `folder`: temporary files, or those of `name` alone.
+
+    Only whoever holds the lock on what is written there may call this.
+    """
+    for path in folder.glob(f".{name}.*" if name else ".*"):
+        if path.suffix == ".lock":
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN), whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def regular_file(path: Path, limit: int | None = None) -> int:
+    """The size of a file; anything that is not a file (a pipe would wait for ever) or above `limit` is refused.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is no regular file, or longer than `limit` bytes.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{str(path)!r} does not exist") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{str(path)!r} is not a regular file")
+    if limit is not None and found.st_size > limit:
+        raise ValueError(f"{str(path)!r} has {found.st_size} bytes, allowed are up to {limit}")
+    return found.st_size
+
+
+def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
+    """Read a strict JSON mapping: no NaN, no key twice, no depth or length beyond reason.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is anything else.
+    """
+    regular_file(path, limit)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refused)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not strict JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(value).__name__}, a mapping is needed")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"a key of {', '.join(made)} stands twice")
+    return made
+
+
+def _refused(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atom_lens._files import replacing
+from atom_lens._files import regular_file, replacing
 
 Ridge = float | Literal["oas"]
 # Held-out Gaussian likelihood of the demo model's activations is best near this (docs/training.md).
@@ -149,13 +149,16 @@ class AtomicInnerProduct:
         """Rebuild a metric from the eigen-decomposition of the (already regularised) second moment.
 
         Raises:
-            ValueError: shapes do not fit, or the values are not finite and positive.
+            ValueError: shapes do not fit, the values are not finite, positive and ascending, or the vectors are
+                not orthonormal.
         """
         d = values.numel()
         if values.shape != (d,) or vectors.shape != (d, d):
             raise ValueError(f"eigenvalues {tuple(values.shape)} and eigenvectors {tuple(vectors.shape)} do not fit")
         if not (torch.isfinite(values).all() and torch.isfinite(vectors).all() and (values > 0).all()):
             raise ValueError("the metric is not finite and positive")
+        if (values.diff() < 0).any():
+            raise ValueError("the eigenvalues of the metric do not ascend")
         made = object.__new__(cls)
         made.n, made.ridge, made.source = n, ridge, source
         made.eigenvalues, made.eigenvectors = values.double(), vectors.double()
@@ -229,17 +232,32 @@ class AtomicInnerProduct:
             ValueError: the file holds no metric, or one that is not finite and positive.
         """
         path = Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"no metric at {path}")
         try:
+            regular_file(path)
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["atom_lens"])
+                if about["format"] != _FORMAT:
+                    raise ValueError(f"its format is {about['format']!r}, known is {_FORMAT!r}")
+                if sorted(file.keys()) != ["eigenvalues", "eigenvectors"]:
+                    raise ValueError(f"it holds {', '.join(sorted(file.keys()))}")
+                # Shapes and types are read before any tensor is: they are what a hostile file lies about.
+                d = file.get_slice("eigenvalues").get_shape()
+                if len(d) != 1 or file.get_slice("eigenvectors").get_shape() != [*d, *d]:
+                    raise ValueError("eigenvalues and eigenvectors do not fit")
+                if {file.get_slice(name).get_dtype() for name in file.keys()} != {"F64"}:  # noqa: SIM118
+                    raise ValueError("a metric is float64")
                 values, vectors = file.get_tensor("eigenvalues"), file.get_tensor("eigenvectors")
-            if about["format"] != _FORMAT:
-                raise ValueError(f"its format is {about['format']!r}, known is {_FORMAT!r}")
-            return cls.from_eigen(values, vectors, int(about["n"]), float(about["ridge"]), str(about["source"]))
+            n, ridge, source = about["n"], about["ridge"], about["source"]
+            if type(n) is not int or n < 0 or not math.isfinite(ridge) or ridge < 0 or not isinstance(source, str):
+                raise ValueError(f"n is {n!r}, ridge {ridge!r} and source {source!r}")
+            made = cls.from_eigen(values, vectors, n, float(ridge), source)
+            if not torch.allclose(vectors.T @ vectors, torch.eye(len(values), dtype=torch.float64), atol=1e-8):
+                raise ValueError("the eigenvectors are not orthonormal")
         except Exception as error:
             raise ValueError(f"{path} is not a metric saved by atom_lens: {error}") from error
+        return made
 
     def __repr__(self) -> str:
         return (
@@ -282,11 +300,15 @@ class AngleHistogram:
     def pairs(self) -> int:
         return int(self.counts.sum())
 
+    def quantile(self, share: float) -> float:
+        """Middle of the bin that holds the quantile of `share`, 0 to 1."""
+        k = int((self.counts.cumsum(0) >= share * self.pairs).nonzero()[0])
+        return float(self.edges[k] + self.edges[k + 1]) / 2
+
     @property
     def median(self) -> float:
         """Middle of the bin that holds the median."""
-        k = int((self.counts.cumsum(0) * 2 >= self.pairs).nonzero()[0])
-        return float(self.edges[k] + self.edges[k + 1]) / 2
+        return self.quantile(0.5)
 
 
 def angle_histogram(

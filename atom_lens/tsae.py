@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
     SAE_TRAINING_CLASS_REGISTRY,
@@ -28,6 +29,7 @@ from sae_lens.training.activation_scaler import ActivationWhitening
 from torch import Tensor
 from typing_extensions import override
 
+from atom_lens._manifest import sealed_folder
 from atom_lens.geometry import AtomicInnerProduct
 
 ARCHITECTURE = "aip_tsae"
@@ -116,10 +118,14 @@ class TSAE(JumpReLUSAE):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Write a plain ``jumprelu`` folder that sae-lens loads alone, and the metric beside it."""
-        written = super().save_model(path)
-        self.aip.save(Path(path) / AIP_FILENAME)
-        return written
+        """Write a plain ``jumprelu`` folder that sae-lens loads alone, the metric beside it, and a manifest."""
+        path = Path(path)
+        if not self.cfg.metadata.aip:
+            self.aip = self.aip  # say in the config, too, that there is none
+        with sealed_folder(path) as folder:
+            super().save_model(folder)
+            self.aip.save(folder / AIP_FILENAME)
+        return path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
 
 
 @dataclass

@@ -1,0 +1,128 @@
+"""Sealed folders: a manifest with the length and hash of every file, checked before a file is read (docs/format.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atom_lens._files import new_folder, read_json, regular_file, write_json
+
+MANIFEST = "manifest.json"
+LOG = "log.txt"
+FORMAT = 1
+
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=255)]
+
+
+class Strict(BaseModel):
+    """What is read from files that others wrote: unknown keys, wrong types and infinities are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+AnyStrict = TypeVar("AnyStrict", bound=Strict)
+
+
+class _File(Strict):
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(Strict):
+    """`manifest.json`: the schema version, and every file that lies directly in its folder."""
+
+    format: int = Field(ge=FORMAT, le=FORMAT)
+    files: dict[_Name, _File]
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of the files that lie directly in `folder`; hidden files and the log are not of it."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name not in (MANIFEST, LOG) and not path.name.startswith(".")
+    }
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
+
+
+@contextmanager
+def sealed_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files become those of `path`, sealed: all of them or, on failure, none.
+
+    Files of the same names are replaced where `path` exists; a process killed then leaves a seal that does not fit.
+    """
+    if not path.is_dir() or not any(path.iterdir()):
+        with new_folder(path) as temporary:
+            yield temporary
+            seal(temporary)
+        return
+    staged = path / ".staged"
+    try:
+        with new_folder(staged) as temporary:
+            yield temporary
+        for file in staged.iterdir():
+            file.replace(path / file.name)
+        seal(path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def manifest_of(folder: Path) -> Manifest:
+    """The manifest of `folder`, checked.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not what docs/format.md asks for.
+    """
+    found = read_json(folder / MANIFEST)
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{str(folder / MANIFEST)!r}: format is {found.get('format')!r}, known is {FORMAT}")
+    return parsed(Manifest, found, folder / MANIFEST)
+
+
+def verify(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Check `names`, or all files of the manifest, against their lengths and hashes.
+
+    Raises:
+        FileNotFoundError: a file, or the manifest, is not there.
+        ValueError: the manifest does not list a file, or a file is not as it was when it was written.
+    """
+    files = manifest_of(folder).files
+    for name in files if names is None else names:
+        if name not in files:
+            raise ValueError(f"{str(folder / MANIFEST)!r} does not list {name}, so it cannot be trusted")
+        path = folder / name
+        size = regular_file(path)
+        if size != files[name].bytes:
+            raise ValueError(f"{str(path)!r} has {size} bytes, {files[name].bytes} were written: it is cut or replaced")
+        if _sha256(path) != files[name].sha256:
+            raise ValueError(f"{str(path)!r} is not what was written: its SHA-256 differs from the manifest")
+
+
+def parsed(kind: type[AnyStrict], data: Any, path: Path) -> AnyStrict:
+    """`data`, read from `path`, as a `kind`; the first thing wrong with it is a ValueError of one sentence."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"{str(path)!r}: key {key} is {_shown(problem['input'])}: {problem['msg']}") from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
