@@ -1,4 +1,4 @@
-"""The command line: ``atom-lens train | evaluate | compare | intervene | planted | publish | shift``."""
+"""The command line: ``atom-lens train | evaluate | compare | convert | intervene | planted | publish | shift``."""
 
 from __future__ import annotations
 
@@ -62,9 +62,25 @@ def parser() -> argparse.ArgumentParser:
     share.add_argument("run", help="run folder")
     share.add_argument("repo", help="user/name, created where it does not exist")
     share.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
-    share.add_argument("--hook", action="append", default=[], help="name or glob of a hook; repeat (default: all)")
+    share.add_argument(
+        *("--layer", "--hook"),
+        dest="hooks",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="layer numbers, names or globs of hooks (default: all)",
+    )
+    share.add_argument("--license", help="of the atoms, as the Hub abbreviates it, e.g. mit")
     share.add_argument("--private", action="store_true", help="for a repository that is created now")
     share.add_argument("--dry-run", action="store_true", help="say what would be published, change nothing")
+
+    change = command("convert", "Write atoms, or a dictionary of another library, as an sae-lens folder.")
+    change.add_argument("source", help="folder, file or user/name of ours or another library")
+    change.add_argument("out", help="the new folder")
+    change.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    change.add_argument("--hook", help="which dictionary, where there are several: a name, a glob or a layer")
+    change.add_argument("--dtype", help="of the weights: float32, bfloat16 or float16 (default: theirs)")
+    change.add_argument("--threshold", default="auto", choices=["auto", "plain", "log"], help="of bare weights")
 
     shift = command("shift", "Angles between activations: Euclidean, and under metrics from the same and other text.")
     shift.add_argument("recipe", help="YAML file, see recipes/")
@@ -98,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"atom-lens {arguments.command}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"atom-lens {arguments.command}: interrupted, nothing was written", file=sys.stderr)
+        goes_on = arguments.command in ("train", "compare", "intervene")
+        after = "the same command goes on from what is kept" if goes_on else "nothing was written"
+        print(f"atom-lens {arguments.command}: interrupted, {after}", file=sys.stderr)
         return 130
     return 0
 
@@ -185,13 +203,36 @@ def _planted(arguments: argparse.Namespace) -> None:
     _show(arguments, planted(load_planted(arguments.recipe, arguments.overrides)), planted_table)
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from sae_lens import SAE
+
+    from atom_lens.sharing import convert
+
+    _no_overrides(arguments, "a source and a new folder")
+    out = convert(
+        arguments.source, arguments.out, hook=arguments.hook, dtype=arguments.dtype, threshold=arguments.threshold
+    )
+    if not arguments.quiet:
+        cfg = SAE.load_from_disk(out).cfg
+        print(f"{cfg.architecture()}, {cfg.d_sae} x {cfg.d_in}, {cfg.dtype}: written to {out}")
+
+
+def _no_overrides(arguments: argparse.Namespace, takes: str) -> None:
+    if arguments.overrides:
+        raise ValueError(f"unrecognized argument {arguments.overrides[0]!r}, {arguments.command} takes {takes}")
+
+
 def _publish(arguments: argparse.Namespace) -> None:
     from atom_lens.sharing import publish
 
-    if arguments.overrides:
-        raise ValueError(f"unrecognized argument {arguments.overrides[0]!r}, publish takes a run folder and user/name")
+    _no_overrides(arguments, "a run folder and user/name")
     found = publish(
-        arguments.run, arguments.repo, hooks=arguments.hook, private=arguments.private, dry_run=arguments.dry_run
+        arguments.run,
+        arguments.repo,
+        hooks=arguments.hooks,
+        private=arguments.private,
+        license=arguments.license,
+        dry_run=arguments.dry_run,
     )
     if arguments.dry_run or not arguments.quiet:
         for name, size in found.files.items():
@@ -205,6 +246,7 @@ _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
+    "convert": _convert,
     "intervene": _intervene,
     "planted": _planted,
     "publish": _publish,

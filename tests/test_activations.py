@@ -292,7 +292,7 @@ def test_nan_activations(tmp_path) -> None:
     model.save_pretrained(folder)
     with pytest.raises(ValueError, match=r"hook 'blocks.1.hook_resid_post' gave NaN or infinite activations"):
         harvest(str(folder), PROMPTS, "blocks.1.hook_resid_post", store=tmp_path / "store")
-    assert not (tmp_path / "store").exists()
+    assert not list((tmp_path / "store").glob("[!.]*"))
 
 
 def test_refuses_devices_and_hooks_that_are_not_there(tiny: str, tmp_path) -> None:

@@ -18,7 +18,7 @@ from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import DTYPES, cache_folder, find_model
 from atom_lens.activations.positions import Positions, tokens_to_read
 from atom_lens.activations.prompts import Prompt, as_prompts
-from atom_lens.activations.store import read_store, store_key, write_store
+from atom_lens.activations.store import Stored, store_key, stored
 from atom_lens.geometry import massive_rows
 
 
@@ -98,20 +98,15 @@ def harvest(
         source = find_model(model, revision)
         key = store_key(source, prompts, patterns, positions, DTYPES[dtype], max_tokens, backend, prepend_bos, unique)
         folder = (Path(store) if store is not None else cache_folder() / "activations") / key
-        if folder.is_dir():
-            rows, values, about = read_store(folder)
-            found.prepend_bos = about["prepend_bos"]
-            found.from_store = True
-        else:
+
+        def run() -> Stored:
             runner = open_backend(source, backend, DTYPES[dtype], device)
-            rows, values, found.prepend_bos = _run(runner, prompts, patterns, **reading)
-            about = {
-                "model": source.name,
-                "revision": source.revision,
-                "positions": positions,
-                "prepend_bos": found.prepend_bos,
-            }
-            write_store(folder, rows, values, about)
+            rows, values, bos = _run(runner, prompts, patterns, **reading)
+            about = {"model": source.name, "revision": source.revision, "positions": positions, "prepend_bos": bos}
+            return rows, values, about
+
+        (rows, values, about), found.from_store = stored(folder, run)
+        found.prepend_bos = about["prepend_bos"]
     else:
         rows, values, found.prepend_bos = _run(wrap_backend(model), prompts, patterns, **reading)
     for hook, x in values.items():

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from atom_lens._files import new_folder
+from atom_lens._files import locked, new_folder, sweep
 
 DEMO = "demo:gemma-3-270m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,8 +119,15 @@ def _converted(gguf: Path) -> Path:
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache_folder() / "models" / f"{gguf.stem}-{key}"
-    if folder.is_dir():
-        return folder
+    if not folder.is_dir():
+        with locked(folder, wait=True):
+            if not folder.is_dir():
+                sweep(folder.parent, folder.name)
+                _convert(gguf, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -134,7 +141,6 @@ def _converted(gguf: Path) -> Path:
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return folder
 
 
 def _folder_fingerprint(folder: Path) -> str:

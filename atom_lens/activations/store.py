@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from datasets import Dataset, load_from_disk
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atom_lens._files import new_folder
+from atom_lens._files import locked, new_folder, read_json, sweep, write_json
 from atom_lens.activations.models import ModelSource
 from atom_lens.activations.prompts import Prompt
 
@@ -51,6 +51,22 @@ def store_key(
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
 
 
+# Rows, activations by hook, and what is known about them.
+Stored = tuple[Tensor, dict[str, Tensor], dict[str, Any]]
+
+
+def stored(folder: Path, make: Callable[[], Stored]) -> tuple[Stored, bool]:
+    """What `folder` keeps, or else what `make` gives, kept from now on; True where nothing had to be made."""
+    if not folder.is_dir():
+        with locked(folder, wait=True):  # whoever comes second waits, and reads what the first has written
+            if not folder.is_dir():
+                sweep(folder.parent, folder.name)
+                made = make()
+                write_store(folder, *made)
+                return made, False
+    return read_store(folder), True
+
+
 def write_store(
     folder: Path,
     rows: Int[Tensor, "n 2"],
@@ -63,12 +79,9 @@ def write_store(
         # Fixed-size lists over the tensor's own memory: no copy, and Arrow keeps the width.
         columns[hook] = pa.FixedSizeListArray.from_arrays(pa.array(x.contiguous().flatten().numpy()), x.shape[1])
     dataset = Dataset(pa.table(columns))
-    try:
-        with new_folder(folder) as temporary:
-            dataset.save_to_disk(temporary)
-            (temporary / "about.json").write_text(json.dumps(about, indent=2))
-    except FileExistsError:
-        return  # another process was faster with the same activations
+    with new_folder(folder) as temporary:
+        dataset.save_to_disk(temporary)
+        write_json(temporary / "about.json", about)
 
 
 def read_store(folder: Path) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]], dict[str, Any]]:
@@ -77,5 +90,5 @@ def read_store(folder: Path) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor
     assert isinstance(dataset, Dataset)
     rows = torch.from_numpy(np.stack([dataset["prompt"][:], dataset["token"][:]], axis=1)).long()
     hooks = [name for name in dataset.column_names if name not in ("prompt", "token")]
-    about = json.loads((folder / "about.json").read_text())
+    about = read_json(folder / "about.json")
     return rows, {hook: torch.from_numpy(np.array(dataset[hook][:])) for hook in hooks}, about

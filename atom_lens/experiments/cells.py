@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 
-from atom_lens._files import write_json
+from atom_lens._files import locked, replacing, sweep, write_json
+from atom_lens._manifest import seal
 from atom_lens.activations.models import pick_device
 from atom_lens.training.recipe import Features, Recipe
 from atom_lens.training.recipe_file import dump_recipe
@@ -21,15 +23,27 @@ logger = logging.getLogger(__name__)
 Cell = dict[str, Any]
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
-    """A folder is continued by the recipe that began it only."""
+@contextmanager
+def claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
+    """A folder is continued by the recipe that began it only, and by one process at a time."""
+    with locked(folder):
+        _claim(folder, recipe)
+        yield
+        seal(folder)
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
     kept, text = folder / "recipe.yaml", dump_recipe(recipe)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_file())):
         raise FileExistsError(f"output folder {str(folder)!r} is not empty: choose another name= or remove it")
     if kept.is_file() and kept.read_text(encoding="utf-8") != text:
         raise ValueError(f"{str(folder)!r} holds a study of another recipe: choose another name= or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(text, encoding="utf-8")
+    sweep(folder)
+    for cells in folder.glob("*/"):
+        sweep(cells)
+    with replacing(kept) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def kept(path: Path, make: Callable[[], Cell], says: Callable[[Cell], str]) -> Cell:

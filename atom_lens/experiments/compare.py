@@ -23,7 +23,7 @@ from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Dictionary, Observation
 from atom_lens.evidence.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.evidence.report import versions
-from atom_lens.experiments.cells import Cell, claim, kept, pretrained
+from atom_lens.experiments.cells import Cell, claimed, kept, pretrained
 from atom_lens.experiments.frontier import draw, to_csv
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.fit import Learner, fit_together
@@ -44,7 +44,12 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
         if getattr(recipe, section) is None:
             raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, compare needs it")
     folder = Path(out) / recipe.name
-    claim(folder, recipe)
+    with claimed(folder, recipe):
+        _compare(recipe, folder)
+    return folder
+
+
+def _compare(recipe: Recipe, folder: Path) -> None:
     prompts = recipe.prompts.read()
     found = harvest_for(recipe, prompts)
     hooks = {}
@@ -67,7 +72,6 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
     to_csv(result, folder / "compare.csv")
     for hook in hooks:
         draw(hooks[hook], f"{hook} of {recipe.model.name}", folder / f"{hook}.png")
-    return folder
 
 
 def _says(cell: Cell) -> str:

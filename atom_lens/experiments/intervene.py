@@ -22,7 +22,7 @@ from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import DTYPES, find_model
 from atom_lens.evidence import observe
 from atom_lens.evidence.report import versions
-from atom_lens.experiments.cells import Cell, claim, kept, pretrained
+from atom_lens.experiments.cells import Cell, claimed, kept, pretrained
 from atom_lens.experiments.evaluate import check_split
 from atom_lens.experiments.intervene_cells import cell, class_means, patched, swapped
 from atom_lens.experiments.intervene_figures import draw
@@ -51,7 +51,12 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
     if any(prompt.answer is None or prompt.subject is None for prompt in prompts):
         raise ValueError(f"prompts of recipe {recipe.name!r} lack a subject or an answer, intervene needs both")
     folder = Path(out) / recipe.name
-    claim(folder, recipe)
+    with claimed(folder, recipe):
+        _intervene(recipe, prompts, folder)
+    return folder
+
+
+def _intervene(recipe: Recipe, prompts: Sequence[Prompt], folder: Path) -> None:
     found = harvest_for(recipe, prompts)
     settings = recipe.model
     backend = open_backend(
@@ -101,7 +106,6 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
     }
     write_json(folder / "intervene.json", result)
     draw(result, folder / "intervene.png")
-    return folder
 
 
 def _generator(recipe: Recipe) -> torch.Generator:

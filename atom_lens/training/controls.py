@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def fit_with_controls(
     wandb: Wandb | None = None,
     run_name: str | None = None,
     ridge: Ridge = "oas",
+    checkpoint: Path | None = None,
 ) -> Fitted:
     """Train `training.seeds` TSAEs and, unless `training.nulls` is off, the trained nulls, in one pass.
 
@@ -58,6 +60,7 @@ def fit_with_controls(
         aip: the metric of `x`.
         atoms, training: of the recipe.
         metadata, wandb, run_name: as in `fit`.
+        checkpoint: as in `fit_together`.
         ridge: of the metric of the shuffled activations.
     """
     learners: dict[str, Learner] = {
@@ -82,7 +85,7 @@ def fit_with_controls(
         device, seed = training.device, training.seed
         learners["frozen"] = tsae_learner(x, aip, free, device, seed=seed, freeze_decoder=True)
         learners["shuffled"] = tsae_learner(rows, empty["shuffled"][2], atoms, device, seed=seed, stream="shuffled")
-    sparsity = fit_together(streams, learners, training, wandb, run_name)
+    sparsity = fit_together(streams, learners, training, wandb, run_name, checkpoint)
     nulls = {name: TrainedNull(finish(learners[name], what[2]), *what) for name, what in empty.items()}
     seeds = [name for name in learners if name not in nulls]
     return Fitted([finish(learners[name], aip) for name in seeds], [sparsity[name] for name in seeds], nulls, start)

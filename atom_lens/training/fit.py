@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from atom_lens.activations.models import pick_device
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.training.checkpoint import Batches, Checkpoints
 from atom_lens.training.recipe import Atoms, Training, Wandb
 from atom_lens.tsae import TSAE, TSAETraining, TSAETrainingConfig
 
@@ -32,25 +34,13 @@ class Learner:
     whitening: ActivationWhitening | None = None
 
 
-def shuffled_batches(
-    streams: Mapping[str, Float[Tensor, "n _"]], batch_size: int, generator: torch.Generator
-) -> Iterator[dict[str, Float[Tensor, "batch _"]]]:
-    """Endless batches, the same rows of every stream, each row once per epoch; a batch may straddle two epochs."""
-    n = len(next(iter(streams.values())))
-    left = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(left) < batch_size:
-            left = torch.cat([left, torch.randperm(n, generator=generator)])
-        yield {name: x[left[:batch_size]] for name, x in streams.items()}
-        left = left[batch_size:]
-
-
 def fit_together(
     streams: Mapping[str, Float[Tensor, "n _"]],
     learners: Mapping[str, Learner],
     training: Training,
     wandb: Wandb | None = None,
     run_name: str | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Float[Tensor, " F"]]:
     """Train all `learners` in one pass over the activations; whitening and scaling are folded in at the end.
 
@@ -60,12 +50,15 @@ def fit_together(
         training: steps, batch size, learning rate; its seed orders the rows.
         wandb: where the trainer logs to.
         run_name: the name of the run there.
+        checkpoint: file to keep the state of the training in every `training.checkpoint_minutes`; a training that finds
+            one goes on from there, to the same bits. Removed by whoever keeps the result.
 
     Returns:
         The log10 firing frequency of every atom over the last tenth of training, shape (F,) each.
     """
     device = pick_device(training.device)
     n = len(next(iter(streams.values())))
+    batches = Batches(streams, training.batch_size, training.seed)
     with _wandb_run(wandb, run_name) as logging:
         trainer = MultiSAETrainer(
             SAETrainerConfig(
@@ -84,10 +77,17 @@ def fit_together(
             ),
             {name: learner.sae for name, learner in learners.items()},
             {name: learner.stream for name, learner in learners.items()},
-            shuffled_batches(streams, training.batch_size, torch.Generator().manual_seed(training.seed)),
+            batches,
         )
         for name, learner in learners.items():
             trainer.trainers[name].activation_scaler.whitening = learner.whitening
+        if checkpoint is not None:
+            about = {
+                "training": training.model_dump(),
+                "learners": {name: learner.sae.cfg.to_dict() for name, learner in learners.items()},
+            }
+            batches.checkpoints = Checkpoints(checkpoint, trainer, batches, training.checkpoint_minutes, about)
+            batches.checkpoints.restore()
         trainer.fit()
     return {name: one.log_feature_sparsity for name, one in trainer.trainers.items()}
 

@@ -145,6 +145,7 @@ class Training(Section):
     device: str = "auto"
     seed: int = 0
     seeds: int = Field(1, ge=1, description="runs from independent starts, trained in one pass")
+    checkpoint_minutes: Number = Field(5.0, ge=0, description="between checkpoints that a stopped run goes on from")
     nulls: bool = Field(True, description="also train the frozen-decoder and the shuffled-coordinates null")
 
 

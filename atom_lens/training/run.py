@@ -14,11 +14,13 @@ from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atom_lens._files import new_folder, write_json
+from atom_lens._files import new_folder, read_json, write_json
+from atom_lens._manifest import LOG, sealed_folder
 from atom_lens.activations import Harvest, Prompt, harvest
 from atom_lens.evidence import evaluate, identity, observe, table
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.controls import fit_with_controls
+from atom_lens.training.folder import CHECKPOINT, run_folder
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.recipe_file import dump_recipe, load_recipe
 from atom_lens.training.split import heldout_rows
@@ -31,6 +33,8 @@ IDENTITY_FILENAME = "identity.safetensors"
 def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str | Path = "runs") -> Path:
     """Run a recipe; returns the run folder, which appears whole at the end or not at all.
 
+    A run that was stopped goes on from its last checkpoint when it is called again, and ends with the same bits.
+
     Args:
         recipe: a `Recipe`, or the path of a YAML file.
         overrides: ``section.key=value``, applied to a recipe that is read from a file.
@@ -42,19 +46,22 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     folder = Path(out) / recipe.name
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"output folder {str(folder)!r} is not empty: choose another name= or remove it")
     for section in ("atoms", "training"):
         if getattr(recipe, section) is None:
             raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, train needs it")
-    prompts = recipe.prompts.read()
-    found = harvest_for(recipe, prompts)
-    with new_folder(folder) as temporary, _logging_to(temporary / "log.txt"):
-        logger.info("harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store)
-        reports = {hook: _one_hook(recipe, prompts, found, hook, temporary / hook) for hook in found}
-        (temporary / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    with run_folder(folder, dump_recipe(recipe)) as work:
+        prompts = recipe.prompts.read()
+        found = harvest_for(recipe, prompts)
+        with _logging_to(work / LOG):
+            logger.info(
+                "harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store
+            )
+            for hook in found:
+                if not (work / hook).is_dir():
+                    _one_hook(recipe, prompts, found, hook, work / hook)
+        reports = {hook: read_json(work / hook / "report.json") for hook in found}
         single = len(reports) == 1
-        write_json(temporary / "report.json", next(iter(reports.values())) if single else {"hooks": reports})
+        write_json(work / "report.json", next(iter(reports.values())) if single else {"hooks": reports})
     return folder
 
 
@@ -110,7 +117,7 @@ def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest,
     return SplitActivations(x[~out], x[out], subjects, which[~out].tolist(), which[out].tolist())
 
 
-def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, folder: Path) -> dict[str, Any]:
+def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, folder: Path) -> None:
     assert recipe.atoms is not None and recipe.training is not None
     x, heldout, subjects, *_ = split_activations(recipe, prompts, found, hook)
     dropped = found.dropped[hook]
@@ -126,8 +133,19 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
         "prepend_bos": found.prepend_bos,
         "model_class_name": "TransformerBridge",
     }
+    checkpoint = folder.with_name(folder.name + CHECKPOINT)
+    resumed = checkpoint.exists()
     fitted = fit_with_controls(
-        x, heldout, aip, recipe.atoms, recipe.training, metadata, recipe.wandb, recipe.name, recipe.metric.ridge
+        x,
+        heldout,
+        aip,
+        recipe.atoms,
+        recipe.training,
+        metadata,
+        recipe.wandb,
+        recipe.name,
+        recipe.metric.ridge,
+        checkpoint,
     )
     atoms = fitted.runs[0]
     trained = time.monotonic()
@@ -149,7 +167,8 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
             "seconds": {"harvest": found.seconds, "metric": estimated - start, "train": trained - estimated},
         },
     )
-    report["seconds"]["train_rows_per_second"] = n_rows / (trained - estimated)
+    if not resumed:  # the steps of a process that was stopped took time that nobody measured
+        report["seconds"]["train_rows_per_second"] = n_rows / (trained - estimated)
     found_l0, wanted = report["train"]["l0"]["mean"], recipe.atoms.target_l0
     if abs(found_l0 - wanted) > 0.25 * wanted:
         why = ", the activations need no more" if found_l0 < wanted and report["train"]["r2_aip"] > 0.9 else ""
@@ -160,11 +179,11 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
         same = identity([run.W_dec.detach() for run in fitted.runs], aip, alive)
         report["identity"] = {**same.figures, "pw_mcc_start": fitted.start_pw_mcc}
         scores = same.scores
-    save_atoms(atoms, folder, report, fitted.sparsity[0], *scores[:1])
-    for seed, run in enumerate(fitted.runs[1:], start=1):
-        save_atoms(run, folder / f"seed-{seed}", None, fitted.sparsity[seed], scores[seed])
     logger.debug("%s:\n%s", hook, table(report))
-    return report
+    with new_folder(folder) as temporary:
+        save_atoms(atoms, temporary, report, fitted.sparsity[0], *scores[:1])
+        for seed, run in enumerate(fitted.runs[1:], start=1):
+            save_atoms(run, temporary / f"seed-{seed}", None, fitted.sparsity[seed], scores[seed])
 
 
 @contextmanager
@@ -192,9 +211,10 @@ def save_atoms(
     identity_scores: Float[Tensor, " F"] | None = None,
 ) -> None:
     """An atoms folder: sae-lens' files, the metric, the report, and of every atom how well other runs agree on it."""
-    atoms.save_model(folder)
-    save_file({"sparsity": sparsity.float().cpu().contiguous()}, folder / SPARSITY_FILENAME)
-    if identity_scores is not None:
-        save_file({"identity": identity_scores.float().cpu().contiguous()}, folder / IDENTITY_FILENAME)
-    if report is not None:
-        write_json(folder / "report.json", report)
+    with sealed_folder(folder) as temporary:
+        atoms.save_model(temporary)
+        save_file({"sparsity": sparsity.float().cpu().contiguous()}, temporary / SPARSITY_FILENAME)
+        if identity_scores is not None:
+            save_file({"identity": identity_scores.float().cpu().contiguous()}, temporary / IDENTITY_FILENAME)
+        if report is not None:
+            write_json(temporary / "report.json", report)

@@ -1,0 +1,217 @@
+"""Checkpoints: all that a training depends on, in one safetensors file, so that it goes on bit for bit.
+
+sae-lens' own trainer state is a pickle and knows neither the order of the data nor our generators.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activation_scaler import ActivationWhitening
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from atom_lens._files import regular_file, replacing
+from atom_lens.tsae import TSAETraining
+
+logger = logging.getLogger(__name__)
+_FORMAT = "atom_lens.checkpoint.1"
+
+
+class Batches:
+    """Endless batches, the same rows of every stream, each row once per epoch; a batch may straddle two epochs.
+
+    Attributes:
+        left: rows of this epoch that are still to come.
+        generator: shuffles the next epoch.
+        checkpoints: kept between two steps, if any.
+    """
+
+    def __init__(self, streams: Mapping[str, Float[Tensor, "n _"]], batch_size: int, seed: int) -> None:
+        self.streams, self.batch_size = streams, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.left = torch.empty(0, dtype=torch.long)
+        self.checkpoints: Checkpoints | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Float[Tensor, "batch _"]]:
+        # The trainer asks for a batch between two steps: the one moment when its state is whole.
+        if self.checkpoints is not None:
+            self.checkpoints.keep_if_due()
+        while len(self.left) < self.batch_size:
+            n = len(next(iter(self.streams.values())))
+            self.left = torch.cat([self.left, torch.randperm(n, generator=self.generator)])
+        rows, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
+        return {name: x[rows] for name, x in self.streams.items()}
+
+
+class Checkpoints:
+    """Checkpoints of one training in one file, replaced whole every so often.
+
+    Args:
+        path: of the file.
+        trainer: of all learners.
+        batches: that it reads.
+        minutes: between two checkpoints; 0 keeps one before every step.
+        about: what the training is; only the same goes on.
+    """
+
+    def __init__(
+        self, path: Path, trainer: MultiSAETrainer, batches: Batches, minutes: float, about: Mapping[str, Any]
+    ) -> None:
+        self.path, self.trainer, self.batches, self.seconds = path, trainer, batches, 60 * minutes
+        streams = {name: _fingerprint(x) for name, x in batches.streams.items()}
+        self.about = json.loads(json.dumps({**about, "streams": streams}))
+        self.here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": trainer.cfg.device}
+        self.last = time.monotonic()
+
+    def keep_if_due(self) -> None:
+        """Keep a checkpoint if the last is old enough and the trainer stands between two of its steps."""
+        steps = self.trainer.n_training_steps
+        # Where sae-lens has just emptied its firing counts, going on would divide by their zero.
+        if steps == 0 or steps % self.trainer.cfg.feature_sampling_window == 0:
+            return
+        if time.monotonic() - self.last >= self.seconds:
+            self.keep()
+            self.last = time.monotonic()
+
+    def keep(self) -> None:
+        """Write the file."""
+        tensors: dict[str, Tensor] = {}
+        learners = {name: _state(trainer) for name, trainer in self.trainer.trainers.items()}
+        state = {"left": self.batches.left, "generator": self.batches.generator.get_state(), "learners": learners}
+        text = json.dumps({"format": _FORMAT, "about": self.about, "here": self.here, "state": _packed(state, tensors)})
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, {"atom_lens": text, "sha256": _digest(text, tensors)})
+
+    def restore(self) -> bool:
+        """Put trainer and data where the file says, if there is one.
+
+        Raises:
+            ValueError: it is damaged, or of another training.
+        """
+        if not self.path.exists():
+            return False
+        regular_file(self.path)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            text = metadata["atom_lens"]
+            if _digest(text, tensors) != metadata["sha256"]:
+                raise ValueError("its SHA-256 is not the one that was written")
+            found = json.loads(text)
+            if found["format"] != _FORMAT:
+                raise ValueError(f"its format is {found['format']!r}, known is {_FORMAT!r}")
+        except Exception as error:
+            raise ValueError(f"checkpoint {str(self.path)!r} is damaged, remove it to start over: {error}") from error
+        for key, value in self.about.items():
+            if found["about"].get(key) != value:
+                raise ValueError(f"checkpoint {str(self.path)!r} is of another training, its {key} differ: remove it")
+        if found["here"] != self.here:
+            logger.warning("the checkpoint is of %s, here is %s: the last bits may differ", found["here"], self.here)
+        state = _unpacked(found["state"], tensors)
+        self.batches.left = state["left"]
+        self.batches.generator.set_state(state["generator"])
+        for name, trainer in self.trainer.trainers.items():
+            _restore(trainer, state["learners"][name])
+        one = next(iter(self.trainer.trainers.values()))
+        self.trainer.n_training_steps, self.trainer.n_training_samples = one.n_training_steps, one.n_training_samples
+        logger.info("going on from step %d", one.n_training_steps)
+        return True
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+_COUNTS = (
+    "n_training_steps",
+    "n_training_samples",
+    "started_fine_tuning",
+    "act_freq_scores",
+    "n_forward_passes_since_fired",
+    "n_frac_active_samples",
+)
+
+
+def _state(trainer: Any) -> dict[str, Any]:
+    """What one of sae-lens' trainers holds: weights, optimizer, schedules, scaling, counts, and our generator."""
+    scaler = trainer.activation_scaler
+    return {
+        "weights": dict(trainer.sae.state_dict()),
+        "noise": trainer.sae.generator.get_state() if isinstance(trainer.sae, TSAETraining) else None,
+        "optimizer": trainer.optimizer.state_dict(),
+        "lr_scheduler": trainer.lr_scheduler.state_dict(),
+        "coefficients": {name: one.state_dict() for name, one in trainer.coefficient_schedulers.items()},
+        "scaling": scaler.scaling_factor,
+        "whitening": None if scaler.whitening is None else vars(scaler.whitening),
+        **{name: getattr(trainer, name) for name in _COUNTS},
+    }
+
+
+def _restore(trainer: Any, state: dict[str, Any]) -> None:
+    sae: TrainingSAE[Any] = trainer.sae
+    device = sae.device
+    sae.load_state_dict(state["weights"])
+    if isinstance(sae, TSAETraining):
+        sae.generator.set_state(state["noise"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    for name, one in trainer.coefficient_schedulers.items():
+        one.load_state_dict(state["coefficients"][name])
+    trainer.activation_scaler.scaling_factor = state["scaling"]
+    whitening = state["whitening"]
+    trainer.activation_scaler.whitening = None if whitening is None else ActivationWhitening(**whitening)
+    for name in _COUNTS:
+        value = state[name]
+        setattr(trainer, name, value.to(device) if isinstance(value, Tensor) else value)
+
+
+def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, with its tensors put aside under numbers."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):  # pairs, as JSON would turn the optimizer's numbers into text
+        return {"pairs": [[key, _packed(one, tensors)] for key, one in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_packed(one, tensors) for one in value]}
+    return value
+
+
+def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, inside),) = value.items()
+    if kind == "tensor":
+        return tensors[inside]
+    if kind == "pairs":
+        return {key: _unpacked(one, tensors) for key, one in inside}
+    return [_unpacked(one, tensors) for one in inside]
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _fingerprint(x: Float[Tensor, "n d"]) -> str:
+    """Tells activations apart by their shape and up to 4,096 rows spread over them."""
+    rows = x[:: max(1, len(x) // 4096)].float().cpu().contiguous()
+    return hashlib.sha256(str(tuple(x.shape)).encode() + rows.numpy().tobytes()).hexdigest()
