@@ -9,7 +9,7 @@ from atom_lens.activations import Harvest, Prompt, harvest, open_model
 from atom_lens.evidence import Stability, evaluate, faithfulness, stability
 from atom_lens.geometry import AtomicInnerProduct, SecondMoment, angle_histogram
 from atom_lens.interventions import Splice, splice
-from atom_lens.sharing import Published, aip_converter, load_atoms, publish
+from atom_lens.sharing import Published, aip_converter, convert, load_atoms, publish
 from atom_lens.training import Recipe, fit, load_recipe, train
 from atom_lens.tsae import TSAE, TSAEConfig, TSAETraining, TSAETrainingConfig
 
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "aip_converter",
     "angle_histogram",
+    "convert",
     "evaluate",
     "faithfulness",
     "fit",

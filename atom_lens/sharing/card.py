@@ -1,4 +1,4 @@
-"""The model card: what a reader of the Hub should know, made from the reports of a run."""
+"""The model card: what a reader of the Hub should know, made from the reports and the recipe of a run."""
 
 from __future__ import annotations
 
@@ -10,25 +10,42 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from atom_lens._version import __version__
 from atom_lens.evidence.reading import certificates_text, reading, table
+from atom_lens.training.recipe import HubDataset, Recipe
 
+FIGURE = "evidence.png"
 _BEGIN, _END = "<!-- written by atom-lens -->", "<!-- end of what atom-lens wrote -->"
 _TAGS = ["saelens", "atom-lens", "sparse-autoencoder", "mechanistic-interpretability"]
+_CITATION = """```bibtex
+@misc{atoms2025,
+  title = {Towards Atoms of Large Language Models},
+  year = {2025},
+  eprint = {2509.20784},
+  archivePrefix = {arXiv}
+}
+```"""
 
 
-def run_card(reports: Mapping[str, Mapping[str, Any]], repo_id: str) -> str:
-    """The README.md of a run: metadata, how to load, and every hook's table with held-out data and nulls.
+def run_card(
+    reports: Mapping[str, Mapping[str, Any]], repo_id: str, recipe: Recipe | None = None, license: str | None = None
+) -> str:
+    """The README.md of a run: metadata, how to load, and every hook's table and figure with held-out data and nulls.
 
     Args:
-        reports: hook -> report.json.
+        reports: hook -> report.json; each has its figure beside it in the repository.
         repo_id: where the atoms are published.
+        recipe: of the run, which names its data.
+        license: of the atoms, as the Hub abbreviates it; None says nothing about it.
     """
     first = next(iter(reports.values()), None)
     base = str(first["model"]) if first else None
+    prompts = recipe.prompts if recipe else None
     data = ModelCardData(
         library_name="saelens",
         tags=_TAGS,
         # A local folder, a GGUF file or the demo model is nothing the Hub could link to.
         base_model=base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        datasets=[prompts.path] if isinstance(prompts, HubDataset) else None,
+        license=license,
     )
     hooks = list(reports)
     example = hooks[0] if hooks else "blocks.9.hook_resid_post"
@@ -40,7 +57,7 @@ def run_card(reports: Mapping[str, Mapping[str, Any]], repo_id: str) -> str:
         "```python\n"
         "from sae_lens import SAE  # alone\n"
         f'sae = SAE.from_pretrained("{repo_id}", "{example}")\n\n'
-        "from atom_lens import load_atoms  # with the metric, as atoms.aip\n"
+        "from atom_lens import load_atoms  # checked against the manifest, with the metric as atoms.aip\n"
         f'atoms = load_atoms("{repo_id}", hook="{example}")\n'
         "```",
     ]
@@ -49,8 +66,13 @@ def run_card(reports: Mapping[str, Mapping[str, Any]], repo_id: str) -> str:
             f"## {hook}",
             f"{report['d_sae']} atoms of width {report['d_in']}, read at `{report['positions']}`.",
             f"```\n{table(report)}\n\n{certificates_text(report)}\n```",
+            f"![angles between activations, and R² against q* of atoms and nulls]({hook}/{FIGURE})",
             reading(report),
         ]
+    if prompts is not None:
+        asked = ", ".join(f"{key}={value!r}" for key, value in prompts.model_dump().items() if value)
+        parts += ["## Data", f"Prompts: {asked}. The recipe is `recipe.yaml`."]
+    parts += ["## Citation", _CITATION]
     body = "\n\n".join(parts)
     return f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n{body}\n{_END}\n"
 

@@ -1,50 +1,43 @@
-"""Loading atoms: an sae-lens folder with the metric beside it."""
+"""Loading atoms: from folders, repositories on the Hugging Face Hub, and the releases that sae-lens knows."""
 
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, snapshot_download
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from torch import Tensor
 
-from atom_lens.geometry import AtomicInnerProduct
+from atom_lens._files import read_json
+from atom_lens._manifest import MANIFEST
+from atom_lens.sharing.foreign import WEIGHTS, as_tsae, foreign_converter
+from atom_lens.sharing.format import ATOMS_FILES, read_atoms
 from atom_lens.tsae import AIP_FILENAME, ARCHITECTURE, TSAE
 
+logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
 def aip_converter(
     path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Upgrade a ``jumprelu`` folder to a `TSAE` with its metric.
+    """An atoms folder, checked against docs/format.md, as a `TSAE` with its metric.
 
     For sae-lens' own loading: ``SAE.load_from_disk(path, converter=aip_converter)``.
     """
-    cfg, state = sae_lens_disk_loader(path, device, cfg_overrides)
-    aip = AtomicInnerProduct.load(Path(path) / AIP_FILENAME)
-    if cfg["architecture"] not in ("jumprelu", ARCHITECTURE):
-        raise ValueError(
-            f"architecture of {str(path)!r} is {cfg['architecture']!r}, allowed are jumprelu, {ARCHITECTURE}"
-        )
-    if aip.width != cfg["d_in"]:
-        raise ValueError(f"{path}: the metric has width {aip.width}, the weights have d_in {cfg['d_in']}")
-    cfg["architecture"] = ARCHITECTURE
-    cfg["metadata"] = {
-        **cfg.get("metadata", {}),
-        "aip": {"n": aip.n, "ridge": aip.ridge, "source": aip.source},
-    }
-    state["aip_eigenvalues"], state["aip_eigenvectors"] = (
-        aip.eigenvalues.to(device),
-        aip.eigenvectors.to(device),
-    )
-    return cfg, state
+    cfg, state, aip = read_atoms(Path(path), device)
+    about = {"n": aip.n, "ridge": aip.ridge, "source": aip.source}
+    metadata = {**cfg["metadata"], "aip": about}
+    state["aip_eigenvalues"], state["aip_eigenvectors"] = aip.eigenvalues.to(device), aip.eigenvectors.to(device)
+    overrides = cfg_overrides or {}
+    return {**cfg, "device": device, **overrides, "architecture": ARCHITECTURE, "metadata": metadata}, state
 
 
 def load_atoms(
@@ -54,69 +47,130 @@ def load_atoms(
     hook: str | None = None,
     revision: str | None = None,
 ) -> TSAE:
-    """Atoms and their metric from an atoms folder, a run folder, or a repository on the Hugging Face Hub.
+    """Atoms and their metric, from where they are kept.
+
+    What this package wrote is checked against its manifest first (docs/format.md). JumpReLU and ReLU dictionaries of
+    other libraries come without a metric: theirs is the identity until you set ``atoms.aip``.
 
     Args:
-        path: a folder with cfg.json and aip.safetensors, a run folder of such folders, or "user/name" on the Hub.
+        path: an atoms folder, a run folder of such folders, "user/name" on the Hub, a release of sae-lens, or a folder
+            or file of another library (sae-lens, dictionary_learning, bare JumpReLU weights).
         device: where the atoms go.
         dtype: of the weights, e.g. "bfloat16"; None keeps theirs. The metric stays float64.
-        hook: which atoms, a name or a glob that one hook matches; needed when there are several.
+        hook: which atoms, where there are several: a name, a glob, or the number of a layer.
         revision: branch, tag or commit of a repository.
 
     Raises:
         FileNotFoundError: no atoms there.
-        ValueError: several hooks and none chosen, files that do not fit together, or no such repository.
+        ValueError: several hooks and none chosen, files that are damaged or do not fit together, an architecture
+            without thresholds, or no such repository.
     """
+    release = None if Path(path).exists() else get_pretrained_saes_directory().get(str(path))
+    if release is not None:
+        sae_id = chosen(str(path), hook, release.saes_map)
+        found = _asked(str(path), revision, lambda: SAE.from_pretrained(str(path), sae_id, device, dtype or "float32"))
+        return _without_metric(found, str(path))
     folder = atoms_folder(path, hook, revision)
-    atoms = SAE.load_from_disk(folder, device=device, dtype=dtype, converter=aip_converter)
-    assert isinstance(atoms, TSAE)
+    if is_ours(folder):
+        atoms = SAE.load_from_disk(folder, device=device, dtype=dtype, converter=aip_converter)
+        assert isinstance(atoms, TSAE)
+        return atoms
+    return _without_metric(
+        SAE.load_from_disk(folder, device=device, dtype=dtype, converter=foreign_converter), str(path)
+    )
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether any mark of this package is in `folder`: then all of them must be there, and fit."""
+    if (folder / MANIFEST).exists() or (folder / AIP_FILENAME).exists():
+        return True
+    cfg = folder / SAE_CFG_FILENAME
+    metadata = read_json(cfg).get("metadata") if cfg.exists() else None
+    return isinstance(metadata, dict) and metadata.get("aip") is not None
+
+
+def _without_metric(sae: SAE[Any], path: str) -> TSAE:
+    atoms = as_tsae(sae)
+    logger.warning("no metric came with %r: atoms.aip is the identity until you set it", path)
     return atoms
 
 
 def atoms_folder(path: str | Path, hook: str | None = None, revision: str | None = None) -> Path:
-    """The sae-lens folder at `path`: itself, or the one of `hook` in a run folder or a repository on the Hub."""
+    """The folder (or file) of one dictionary at `path`: itself, or the one of `hook` in a run or a repository."""
     folder = Path(path)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return _from_hub(str(path), hook, revision)
     if revision is not None:
         raise ValueError(f"revision is {revision!r}, but {str(path)!r} is a folder: only a repository has revisions")
-    if (folder / SAE_CFG_FILENAME).is_file():
+    if folder.is_file() or any((folder / name).exists() for name in (SAE_CFG_FILENAME, *ATOMS_FILES, "ae.pt")):
         return folder
-    return folder / _chosen(str(path), hook, [cfg.parent.name for cfg in folder.glob(f"*/{SAE_CFG_FILENAME}")])
+    below = {
+        file.relative_to(folder).parent.as_posix()
+        for name in (SAE_CFG_FILENAME, "ae.pt")
+        for file in (*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}"))
+    }
+    if not below and folder.is_dir() and any(file.suffix in WEIGHTS for file in folder.iterdir()):
+        return folder
+    return folder / chosen(str(path), hook, below)
 
 
 def _from_hub(repo_id: str, hook: str | None, revision: str | None) -> Path:
-    """The folder of `hook` in a repository, in the Hub's cache; only what loading needs is downloaded."""
-    names = _asked(repo_id, revision, lambda: HfApi().list_repo_files(repo_id, revision=revision))
-    hooks = [name.split("/")[0] for name in names if re.fullmatch(f"[^/]+/{SAE_CFG_FILENAME}", name)]
-    chosen = "" if SAE_CFG_FILENAME in names else f"{_chosen(repo_id, hook, hooks)}/"
-    wanted = [f"{chosen}{name}" for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, AIP_FILENAME)]
-    return Path(_asked(repo_id, revision, lambda: _downloaded(repo_id, revision, wanted))) / chosen
+    """The dictionary of `hook` in a repository, in the Hub's cache; only what loading needs is downloaded."""
+    names = [
+        PurePosixPath(n) for n in _asked(repo_id, revision, lambda: HfApi().list_repo_files(repo_id, revision=revision))
+    ]
+    names = [name for name in names if not name.is_absolute() and ".." not in name.parts]
+    marked = {name.parent.as_posix() for name in names if name.name in (SAE_CFG_FILENAME, "ae.pt")}
+    if marked:
+        folder = "." if "." in marked else chosen(repo_id, hook, marked)
+        needed = {*ATOMS_FILES, MANIFEST, "ae.pt", "config.json", "sae.safetensors"}
+        wanted = [n for n in names if n.parent.as_posix() == folder and n.name in needed]
+        above = PurePosixPath(folder).parent / "config.json"  # where sparsify keeps the model's name
+        wanted += [above] if above in names and above not in wanted else []
+        file = ""
+    else:
+        file = chosen(repo_id, hook, {n.as_posix() for n in names if n.suffix in WEIGHTS})
+        folder, wanted = ".", [PurePosixPath(file)]
+    patterns = [name.as_posix() for name in wanted]
+    local = _asked(repo_id, revision, lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    return Path(local) / folder / file
 
 
-def _downloaded(repo_id: str, revision: str | None, wanted: list[str]) -> str:
-    return snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
-
-
-def _asked(repo_id: str, revision: str | None, ask: Callable[[], Answer]) -> Answer:
+def _asked(where: str, revision: str | None, ask: Callable[[], Answer]) -> Answer:
     """What the Hub answers; whatever keeps it from that is one sentence."""
     try:
         return ask()
     except Exception as error:  # the client raises errors of its HTTP library as they are, and that changes
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
-            f"{repo_id!r} is neither a folder nor a repository that the Hub gives{at}: "
+            f"{where!r} is neither a folder nor a repository that the Hub gives{at}: "
             f"{(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
 
 
-def _chosen(where: str, hook: str | None, hooks: list[str]) -> str:
-    """The one of `hooks` that `hook` names, or matches as a glob."""
+def matching(names: Iterable[str], pattern: str | None) -> list[str]:
+    """Those of `names` that `pattern` names: a name, a glob, or a layer's number; other seeds only in full."""
+    names = sorted(names)
+    if pattern in names:
+        return [pattern]
+    top = [name for name in names if not any(name.startswith(f"{other}/") for other in names)]
+    if pattern is not None and pattern.isdecimal():
+        return [name for name in top if (number := re.search(r"\d+", name)) and int(number[0]) == int(pattern)]
+    return fnmatch.filter(top, pattern or "*")
+
+
+def chosen(where: str, hook: str | None, hooks: Iterable[str]) -> str:
+    """The one of `hooks` that `hook` names (`matching`)."""
+    hooks = list(hooks)
     if not hooks:
-        raise FileNotFoundError(f"no atoms at {where!r}: neither {SAE_CFG_FILENAME} nor folders that hold one")
-    fitting = sorted(fnmatch.filter(hooks, hook or "*"))
+        raise FileNotFoundError(f"no atoms at {where!r}: no {SAE_CFG_FILENAME}, no {SAE_WEIGHTS_FILENAME}, no weights")
+    fitting = matching(hooks, hook)
     if not fitting:
-        raise ValueError(f"hook {hook!r} is not in {where!r}, allowed are {', '.join(sorted(hooks))}")
+        raise ValueError(f"hook {hook!r} is not in {where!r}, allowed are {_listed(matching(hooks, None))}")
     if len(fitting) > 1:
-        raise ValueError(f"{where!r} holds atoms of {len(fitting)} hooks, choose hook= of {', '.join(fitting)}")
+        raise ValueError(f"{where!r} holds atoms of {len(fitting)} hooks, choose hook= of {_listed(fitting)}")
     return fitting[0]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")

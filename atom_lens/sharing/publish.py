@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
-from atom_lens.sharing.card import merged_card, run_card
+from atom_lens._files import read_json
+from atom_lens._manifest import MANIFEST, manifest_of, verify
+from atom_lens.evidence.figure import draw_report
+from atom_lens.sharing.card import FIGURE, merged_card, run_card
+from atom_lens.sharing.load import matching
+from atom_lens.training.recipe_file import load_recipe
 from atom_lens.tsae import AIP_FILENAME
 
 # What is published of a folder of atoms; anything else that lies there stays at home.
@@ -24,8 +28,9 @@ _ATOMS = (
     AIP_FILENAME,
     "identity.safetensors",
     "report.json",
+    MANIFEST,
 )
-_RUN = ("recipe.yaml", "report.json")
+_RUN = ("recipe.yaml", "report.json", MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ def publish(
     *,
     hooks: Sequence[str] = (),
     private: bool = False,
+    license: str | None = None,
     dry_run: bool = False,
     token: str | None = None,
 ) -> Published:
@@ -61,14 +67,16 @@ def publish(
     Args:
         folder: of `train`, with atoms, report.json and recipe.yaml.
         repo_id: "user/name"; created where it does not exist.
-        hooks: names or globs of the hooks to publish; all if empty.
+        hooks: names, globs or layer numbers of the hooks to publish; all if empty.
         private: for a repository that is created now.
+        license: of the atoms, as the Hub abbreviates it ("mit"); None leaves what the repository says.
         dry_run: say what would be published, ask nothing of the Hub and change nothing.
         token: of the Hub; None takes the one that ``hf auth login`` keeps.
 
     Raises:
         FileNotFoundError: no run at `folder`.
-        ValueError: no such hook, a name that is not "user/name", or a Hub that refuses.
+        ValueError: files that are not what the run wrote, no such hook, a name that is not "user/name", or a Hub that
+            refuses.
     """
     folder = Path(folder)
     try:
@@ -78,16 +86,24 @@ def publish(
     if repo_id.count("/") != 1:
         raise ValueError(f"repo_id is {repo_id!r}, allowed is 'user/name'")
     files = _files(folder, hooks)
-    reports = {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for name, path in files.items()
-        if name.endswith("/report.json")
-    }
-    card = run_card(reports, repo_id)
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    if dry_run:
-        return Published(None, sizes, card)
-    api = HfApi(token=token)
+    reports = {name[: -len("/report.json")]: read_json(p) for name, p in files.items() if name.endswith("/report.json")}
+    recipe = load_recipe(folder / "recipe.yaml") if "recipe.yaml" in files else None
+    card = run_card(reports, repo_id, recipe, license)
+    with tempfile.TemporaryDirectory() as figures:
+        for number, (hook, report) in enumerate(reports.items()):
+            files[f"{hook}/{FIGURE}"] = Path(figures) / f"{number}.png"
+            draw_report(report, files[f"{hook}/{FIGURE}"])
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        if dry_run:
+            return Published(None, sizes, card)
+        url, card = _commit(HfApi(token=token), repo_id, files, card, private, f"Publish {folder.name}")
+    return Published(url, sizes, card)
+
+
+def _commit(
+    api: HfApi, repo_id: str, files: dict[str, Path], card: str, private: bool, message: str
+) -> tuple[str, str]:
+    """One commit of `files` and the card, merged with the README that is there; its URL, and the merged card."""
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         try:
@@ -97,26 +113,28 @@ def publish(
         card = merged_card(card, old)
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         operations.append(CommitOperationAdd("README.md", card.encode()))
-        found = api.create_commit(repo_id, operations, commit_message=f"Publish {folder.name}")
+        found = api.create_commit(repo_id, operations, commit_message=message)
     except Exception as error:  # the client raises errors of its HTTP library as they are, and that changes
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{repo_id!r} was not published and is as it was before: {said}") from error
-    return Published(str(found.commit_url), sizes, card)
+    return str(found.commit_url), card
 
 
 def _files(folder: Path, hooks: Sequence[str]) -> dict[str, Path]:
-    """Path in the repository -> file, of the chosen hooks and their seeds."""
+    """Path in the repository -> file, of the chosen hooks and their seeds; each is what its manifest says."""
     available = sorted(path.parent.name for path in folder.glob(f"*/{SAE_CFG_FILENAME}"))
     if not available:
         raise FileNotFoundError(f"no run at {str(folder)!r}: no folder in it holds {SAE_CFG_FILENAME}")
     for pattern in hooks:
-        if not fnmatch.filter(available, pattern):
+        if not matching(available, pattern):
             raise ValueError(f"hook {pattern!r} is not in {str(folder)!r}, allowed are {', '.join(available)}")
-    chosen = [name for name in available if not hooks or any(fnmatch.fnmatch(name, pattern) for pattern in hooks)]
-    files = {name: folder / name for name in _RUN if (folder / name).is_file()}
-    for hook in chosen:
-        for atoms in (folder / hook, *sorted((folder / hook).glob("seed-*"))):
-            for name in _ATOMS:
-                if (atoms / name).is_file():
-                    files[(atoms / name).relative_to(folder).as_posix()] = atoms / name
+    wanted = {name for pattern in hooks or ["*"] for name in matching(available, pattern)}
+    files: dict[str, Path] = {}
+    folders = [(folder, _RUN)]
+    for hook in sorted(wanted):
+        folders += [(atoms, _ATOMS) for atoms in (folder / hook, *sorted((folder / hook).glob("seed-*")))]
+    for place, names in folders:
+        verify(place)
+        listed = {*manifest_of(place).files, MANIFEST}
+        files |= {(place / n).relative_to(folder).as_posix(): place / n for n in names if n in listed}
     return files

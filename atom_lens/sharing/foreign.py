@@ -1,0 +1,274 @@
+"""Dictionaries that other libraries saved, as sae-lens SAEs: sae-lens, sparsify, dictionary_learning, bare weights.
+
+`foreign_converter` has the signature of sae-lens' own disk loaders: ``SAE.load_from_disk(path, converter=...)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sae_lens import SAE, JumpReLUSAE, StandardSAE, __version__
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atom_lens._files import read_json, regular_file
+from atom_lens.tsae import ARCHITECTURE, TSAE, TSAEConfig
+
+State = dict[str, Tensor]
+Thresholds = Literal["auto", "plain", "log"]
+WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".bin")
+
+# Names under which the same tensor is met; prefixes such as "sae." or "module." are dropped first.
+_NAMES = {
+    "W_enc": ("w_enc", "encoder.weight", "enc.weight", "encoder"),
+    "W_dec": ("w_dec", "decoder.weight", "dec.weight", "decoder", "dictionary", "atoms"),
+    "b_enc": ("b_enc", "encoder.bias", "enc.bias", "encoder_bias", "latent_bias"),
+    "b_dec": ("b_dec", "decoder.bias", "dec.bias", "decoder_bias", "pre_bias", "bias"),
+    "threshold": ("threshold", "thresholds", "theta", "jumprelu.threshold", "activation.threshold", "act.threshold"),
+    "log_threshold": ("log_threshold", "log_thresholds", "log_theta", "jumprelu.log_threshold"),
+}
+_PREFIX = re.compile(r"^(?:(?:module|model|sae|tsae|autoencoder|ae|_orig_mod)\.)+")
+
+
+def foreign_converter(
+    path: str | Path,
+    device: str = "cpu",
+    cfg_overrides: dict[str, Any] | None = None,
+    *,
+    threshold: Thresholds = "auto",
+) -> tuple[dict[str, Any], State]:
+    """Config and weights of a dictionary that another library saved, in sae-lens' names.
+
+    Args:
+        path: a folder of sae-lens, sparsify or dictionary_learning, or a file of JumpReLU weights.
+        device, cfg_overrides: as sae-lens' loaders take them.
+        threshold: whether bare weights hold thresholds or their logarithms; "auto" goes by the name.
+
+    Raises:
+        ValueError: nothing known lies there; the message says what does.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / SAE_WEIGHTS_FILENAME).exists():
+        read_json(path / SAE_CFG_FILENAME)
+        return sae_lens_disk_loader(path, device, cfg_overrides)
+    if path.is_dir() and (path / "sae.safetensors").exists():
+        cfg, state = _sparsify(path)
+    elif path.is_dir() and (path / "ae.pt").exists():
+        cfg, state = _dictionary_learning(path)
+    else:
+        cfg, state = _bare(path, threshold)
+    made = _config(path, cfg, state)
+    return {**made, "device": device, **(cfg_overrides or {})}, {k: v.to(device) for k, v in state.items()}
+
+
+def as_tsae(sae: SAE[Any]) -> TSAE:
+    """The same dictionary as a `TSAE`, weights untouched, with the identity as its metric.
+
+    Raises:
+        ValueError: it has no thresholds: only JumpReLU SAEs, and ReLU SAEs whose threshold is 0, are TSAEs.
+    """
+    if isinstance(sae, TSAE):
+        return sae
+    name = sae.cfg.architecture()
+    if not isinstance(sae, JumpReLUSAE | StandardSAE):
+        raise ValueError(f"architecture is {name!r}, atoms are jumprelu or standard: SAE.load_from_disk reads this one")
+    cfg = sae.cfg.to_dict()
+    for key in ("normalize_activations", "reshape_activations"):
+        if cfg[key] != "none":
+            raise ValueError(f"{key} is {cfg[key]!r}, allowed for atoms is 'none'")
+    state = {k: v.detach() for k, v in sae.state_dict().items()}
+    state.setdefault("threshold", torch.zeros_like(state["b_enc"]))
+    cfg["metadata"] = {**cfg["metadata"], "converted_from": name, "aip": None}
+    with torch.random.fork_rng(devices=[]):
+        atoms = TSAE(TSAEConfig.from_dict({**cfg, "architecture": ARCHITECTURE}))
+    atoms.process_state_dict_for_loading(state)
+    atoms.load_state_dict(state)
+    return atoms
+
+
+def _config(path: Path, cfg: dict[str, Any], state: State) -> dict[str, Any]:
+    if any(not torch.isfinite(value).all() for value in state.values()):
+        raise ValueError(f"{str(path)!r} holds NaN or infinite weights")
+    metadata = {"sae_lens_version": __version__, **cfg.pop("metadata", {})}
+    dtype = str(state["W_enc"].dtype).removeprefix("torch.")
+    d, f = state["W_enc"].shape
+    shared = {"d_in": d, "d_sae": f, "dtype": dtype, "normalize_activations": "none", "reshape_activations": "none"}
+    return {**shared, "metadata": metadata, **cfg}
+
+
+def _sparsify(path: Path) -> tuple[dict[str, Any], State]:
+    """EleutherAI sparsify: TopK, one folder per hook point of transformers."""
+    about, found = read_json(path / SAE_CFG_FILENAME), read_tensors(path / "sae.safetensors")
+    for key, allowed in (("transcode", False), ("skip_connection", False), ("activation", "topk"), ("signed", False)):
+        if about.get(key, allowed) != allowed:
+            raise ValueError(f"{str(path)!r}: {key} is {about[key]!r}, allowed is {allowed!r}")
+    run = path.parent / "config.json"
+    model = read_json(run).get("model") if run.exists() else None
+    layer = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp)?", path.name)
+    hook = f"blocks.{layer[1]}.{'hook_mlp_out' if layer[2] else 'hook_resid_post'}" if layer else None
+    cfg = {
+        "architecture": "topk",
+        "k": about["k"],
+        "apply_b_dec_to_input": True,
+        "metadata": {"model_name": model, "hook_name": hook},
+    }
+    return cfg, jumprelu_weights(found, path, thresholds=False)
+
+
+def _dictionary_learning(path: Path) -> tuple[dict[str, Any], State]:
+    """dictionary_learning: ``ae.pt`` with ``config.json`` beside it."""
+    trainer = read_json(path / "config.json").get("trainer", {})
+    kind, found = trainer.get("dict_class"), read_tensors(path / "ae.pt")
+    k, groups = found.pop("k", None), found.pop("group_sizes", None)
+    cfg: dict[str, Any] = {
+        # dictionary_learning subtracts the decoder's bias, but for two of its classes.
+        "apply_b_dec_to_input": kind not in ("JumpReluAutoEncoder", "AutoEncoderNew"),
+        "metadata": {
+            "model_name": trainer.get("lm_name"),
+            "hook_name": None if trainer.get("layer") is None else f"blocks.{trainer['layer']}.hook_resid_post",
+        },
+    }
+    if kind in ("AutoEncoder", "AutoEncoderNew"):
+        return {**cfg, "architecture": "standard"}, jumprelu_weights(found, path, thresholds=False)
+    if kind == "AutoEncoderTopK":
+        found.pop("threshold", None)
+        chosen = trainer["k"] if k is None else int(k)
+        return {**cfg, "architecture": "topk", "k": chosen}, jumprelu_weights(found, path, thresholds=False)
+    if kind == "JumpReluAutoEncoder" or (kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")):
+        if groups is None and kind == "MatryoshkaBatchTopKSAE":
+            raise ValueError(f"{str(path)!r}: group_sizes is missing")
+        if "threshold" in found and found["threshold"].ndim == 0 and found["threshold"] < 0:
+            raise ValueError(f"{str(path)!r}: threshold is {float(found['threshold'])}: it was never trained")
+        return {**cfg, "architecture": "jumprelu"}, jumprelu_weights(found, path, threshold="plain")
+    if kind == "GatedAutoEncoder":
+        gates = {"b_gate": found.pop("gate_bias"), "r_mag": found.pop("r_mag"), "b_mag": found.pop("mag_bias")}
+        state = jumprelu_weights({**found, "b_enc": gates["b_gate"]}, path, thresholds=False)
+        del state["b_enc"]
+        return {**cfg, "architecture": "gated"}, {**state, **gates}
+    raise ValueError(f"{str(path)!r}: trainer.dict_class is {kind!r}, which is not a class that sae-lens has")
+
+
+def _bare(path: Path, threshold: Thresholds) -> tuple[dict[str, Any], State]:
+    """A file of JumpReLU weights, or a folder with one such file."""
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in WEIGHTS)
+    if len(files) != 1:
+        there = ", ".join(sorted(p.name for p in path.glob("*"))[:12]) if path.is_dir() else "no folder"
+        raise ValueError(f"{str(path)!r} holds no dictionary of a known kind, there is: {there or 'nothing'}")
+    state = jumprelu_weights(read_tensors(files[0]), files[0], threshold)
+    # As in the JumpReLU paper and in Gemma Scope, the encoder reads the activation as it is.
+    return {"architecture": "jumprelu", "apply_b_dec_to_input": False}, state
+
+
+def read_tensors(path: Path) -> State:
+    """Tensors of a safetensors, npz or torch file, by name. A torch file is read without executing anything in it."""
+    regular_file(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    except Exception as error:  # torch's own UnpicklingError: what it refuses to execute
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{str(path)!r} is refused: {first}") from error
+    while isinstance(found, Mapping):
+        tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+        # {"state_dict": {...}}: one mapping among settings.
+        inner = [value for value in found.values() if isinstance(value, Mapping)]
+        if len(inner) != 1:
+            break
+        found = inner[0]
+    raise ValueError(f"{str(path)!r} holds no tensors by name")
+
+
+def jumprelu_weights(
+    found: Mapping[str, Tensor], path: Path, threshold: Thresholds = "auto", thresholds: bool = True
+) -> State:
+    """JumpReLU weights under sae-lens' names and in its shapes, from whatever names and transposes they came in.
+
+    Args:
+        found: tensors by name.
+        path: for messages.
+        threshold: whether thresholds are plain or logarithms; "auto" goes by their name.
+        thresholds: whether there must be any; without, `b_enc` and `b_dec` alone tell the widths apart.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or twice there, shapes do not fit, or plain thresholds are negative.
+    """
+    what = ", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items()) or "nothing"
+    made: dict[str, tuple[str, Tensor]] = {}
+    for name, value in found.items():
+        short = _PREFIX.sub("", name).lower()
+        ours = next((ours for ours, names in _NAMES.items() if short in names), None)
+        if ours is None or ours in made:
+            raise ValueError(f"{str(path)!r}: tensor {name!r} is {'twice there' if ours else 'unknown'}, found: {what}")
+        made[ours] = (name, value)
+    log = made.pop("log_threshold", None)
+    if log is not None and "threshold" not in made:
+        made["threshold"] = log
+        threshold = "log" if threshold == "auto" else threshold
+    needed = ["W_enc", "W_dec", *(["threshold"] if thresholds else [])]
+    missing = [name for name in needed if name not in made]
+    if missing:
+        raise ValueError(f"{str(path)!r}: no {' and no '.join(missing)}, found: {what}")
+    d, f = _widths(made, path, what)
+    w_dec = made["W_dec"][1]
+    state = {
+        "W_enc": _turned(*made["W_enc"], (d, f)),
+        "W_dec": _turned(*made["W_dec"], (f, d)),
+        "b_enc": made["b_enc"][1] if "b_enc" in made else w_dec.new_zeros(f),
+        "b_dec": made["b_dec"][1] if "b_dec" in made else w_dec.new_zeros(d),
+    }
+    if thresholds:
+        value = made["threshold"][1]
+        value = value.exp() if threshold == "log" else value
+        if (value < 0).any() and threshold == "auto":
+            raise ValueError(f"{str(path)!r}: thresholds are negative, say threshold='log' or threshold='plain'")
+        state["threshold"] = value.flatten().expand(f) if value.numel() == 1 else value
+    dtype = w_dec.dtype
+    return {
+        name: value.flatten().to(dtype).contiguous() if value.ndim == 1 else value.to(dtype).contiguous()
+        for name, value in state.items()
+    }
+
+
+def _widths(made: Mapping[str, tuple[str, Tensor]], path: Path, what: str) -> tuple[int, int]:
+    """d_in and d_sae, told by the vectors; two matrices alone have them in either order."""
+    shapes = [tuple(made[name][1].shape) for name in ("W_enc", "W_dec")]
+    sizes = set(shapes[0]) | set(shapes[1])
+    f = next((made[k][1].numel() for k in ("b_enc", "threshold") if k in made and made[k][1].numel() > 1), None)
+    d = made["b_dec"][1].numel() if "b_dec" in made else None
+    if f is None and d is not None and len(sizes) == 2:
+        f = next(iter(sizes - {d}), None)
+    if d is None and f is not None and len(sizes) == 2:
+        d = next(iter(sizes - {f}), None)
+    if d is None and f is not None and sizes == {f}:
+        d = f
+    if f is None and d is not None and sizes == {d}:
+        f = d
+    if d is None or f is None or sizes != {d, f} or any(sorted(shape) != sorted((d, f)) for shape in shapes):
+        raise ValueError(f"{str(path)!r}: shapes do not tell width from number of atoms, found: {what}")
+    for name, length in (("b_enc", f), ("threshold", f), ("b_dec", d)):
+        if name in made and made[name][1].numel() not in ((1, length) if name == "threshold" else (length,)):
+            raise ValueError(f"{str(path)!r}: {name} does not fit {d} x {f}, found: {what}")
+    return d, f
+
+
+def _turned(name: str, value: Tensor, shape: tuple[int, int]) -> Tensor:
+    # A square matrix says nothing about its order; torch's Linear keeps (out, in).
+    if tuple(value.shape) == shape and not (shape[0] == shape[1] and name.lower().endswith(".weight")):
+        return value
+    return value.T
