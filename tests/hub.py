@@ -102,7 +102,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.missing("RepoNotFound")
             sha, files = hub.tree(repo, match[2] or "main")
             return self.answer(
-                {"id": repo, "sha": sha, "private": hub.private[repo], "siblings": [{"rfilename": f} for f in files]}
+                {
+                    "id": repo,
+                    "sha": sha,
+                    "private": hub.private.get(repo, False),
+                    "siblings": [{"rfilename": f} for f in files],
+                }
             )
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(\w+)(?:/(.*))?", path):
             if match[1] not in hub.trees:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import pytest
 import torch
 from hub import Hub
 from sae_lens import SAE
+from safetensors.torch import save_file
 
 from atom_lens import load_atoms, publish, train
 from atom_lens.cli import main
-from atom_lens.training.recipe_file import check_recipe
+from atom_lens.sharing.card import run_card
+from atom_lens.training.recipe import HubDataset
+from atom_lens.training.recipe_file import check_recipe, load_recipe
 
 TOKEN = "hf_" + "secret" * 6
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
@@ -71,8 +75,10 @@ def test_publish_and_load_back(hub: Hub, run: Path) -> None:
     assert found.url == f"{hub.url}/user/two/commit/{commit}"
     assert len(hub.trees["user/two"]) == 2, "one commit after the empty one"
     assert hub.private["user/two"]
-    assert {name: content for name, content in tree.items() if name != "README.md"} == bytes_of(run)
-    assert set(found.files) == set(bytes_of(run)), "the log stays at home"
+    figures = {f"{hook}/evidence.png" for hook in HOOKS}
+    assert {name: content for name, content in tree.items() if name not in {"README.md", *figures}} == bytes_of(run)
+    assert set(found.files) == set(bytes_of(run)) | figures, "the log stays at home"
+    assert all(tree[name].startswith(b"\x89PNG") for name in figures)
     for hook in HOOKS:
         ours, theirs = load_atoms(run, hook=hook), load_atoms("user/two", hook=hook)
         for name, value in ours.state_dict().items():
@@ -82,14 +88,16 @@ def test_publish_and_load_back(hub: Hub, run: Path) -> None:
         assert torch.equal(plain(x), SAE.load_from_disk(run / hook)(x))
     asked = [path for _, path in hub.requests if "resolve" in path]
     assert not any("seed-1" in path or "report" in path for path in asked), "only what loading needs is fetched"
+    assert torch.equal(load_atoms("user/two", hook="2").W_dec, load_atoms(run, hook="blocks.2.*").W_dec)
+    other = load_atoms("user/two", hook=f"{HOOKS[0]}/seed-1")
+    assert torch.equal(other.W_dec, load_atoms(run / HOOKS[0] / "seed-1").W_dec)
 
 
 def test_a_second_publish_sends_what_changed(hub: Hub, run: Path, tmp_path: Path) -> None:
     publish(run, "user/two")
     sent = len(hub.uploaded)
-    assert len(set(hub.uploaded)) == len(
-        {content for name, content in bytes_of(run).items() if name.endswith(".safetensors")}
-    )
+    weights = {content for name, content in bytes_of(run).items() if name.endswith(".safetensors")}
+    assert len(set(hub.uploaded)) == len(weights) + len(HOOKS), "every file once, and a figure per hook"
     publish(run, "user/two")
     assert len(hub.uploaded) == sent and len(hub.trees["user/two"]) == 2, "nothing changed: no bytes, no commit"
     copy = tmp_path / "two"
@@ -117,11 +125,42 @@ def test_a_readme_is_merged(hub: Hub, run: Path) -> None:
     assert text.index("My words.") < text.index("held-out") < text.index("More words.") and "\nold\n" not in text
     card = huggingface_hub.ModelCard(text)
     assert card.data.license == "mit" and card.data.library_name == "saelens"
+    assert f"({HOOKS[0]}/evidence.png)" in text and "eprint = {2509.20784}" in text and "source='jsonl'" in text
     assert card.data.tags[:1] == ["mine"] and "atom-lens" in card.data.tags
     hub.trees["user/two"][-1]["README.md"] = b"Only words, no metadata."
     publish(run, "user/two")
     text = hub.tree("user/two")[1]["README.md"].decode()
     assert "Only words, no metadata." in text and huggingface_hub.ModelCard(text).data.library_name == "saelens"
+
+
+def test_card_metadata(run: Path) -> None:
+    """What the Hub links to: the base model, the data set and the license, where there is something to link to."""
+    recipe = load_recipe(run / "recipe.yaml")
+    report = {**json.loads((run / HOOKS[0] / "report.json").read_text()), "model": "google/gemma-2-2b"}
+    hub_data = recipe.model_copy(update={"prompts": HubDataset(source="dataset", path="NeelNanda/counterfact-tracing")})
+    data = huggingface_hub.ModelCard(run_card({HOOKS[0]: report}, "user/two", hub_data, "gemma")).data
+    assert (data.base_model, data.datasets, data.license) == (
+        "google/gemma-2-2b",
+        ["NeelNanda/counterfact-tracing"],
+        "gemma",
+    )
+    data = huggingface_hub.ModelCard(run_card({HOOKS[0]: {**report, "model": "demo:gemma"}}, "user/two", recipe)).data
+    assert data.base_model is None and data.datasets is None and data.license is None
+
+
+def test_a_damaged_run_is_not_published(hub: Hub, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "two"
+    shutil.copytree(run, copy)
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    (copy / HOOKS[0] / "report.json").unlink()
+    (copy / HOOKS[0] / "report.json").symlink_to(secret)
+    with pytest.raises(ValueError, match="report.json' has 4 bytes"):
+        publish(copy, "user/two")
+    (copy / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="manifest.json' does not exist"):
+        publish(copy, "user/two")
+    assert hub.requests == []
 
 
 def test_cut_connections(hub: Hub, run: Path) -> None:
@@ -149,7 +188,7 @@ def test_cut_connections(hub: Hub, run: Path) -> None:
 def test_dry_run_and_hooks(
     hub: Hub, run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert main(["publish", str(run), "user/two", "--dry-run", "--hook", "blocks.2.*"]) == 0
+    assert main(["publish", str(run), "user/two", "--dry-run", "--layer", "2"]) == 0
     printed = capsys.readouterr().out
     assert "blocks.2.hook_resid_post/seed-1/aip.safetensors" in printed and "blocks.1" not in printed.split("---")[0]
     assert "library_name: saelens" in printed and "nothing was published" in printed
@@ -191,6 +230,45 @@ def test_loading_what_is_not_there(hub: Hub, run: Path) -> None:
     assert load_atoms("user/two", hook="blocks.2.*").cfg.metadata.hook_name == HOOKS[1]
     with pytest.raises(ValueError, match="only a repository has revisions"):
         load_atoms(run, hook=HOOKS[0], revision="main")
+
+
+def test_releases_of_sae_lens(hub: Hub, run: Path) -> None:
+    """A release that sae-lens lists, from the repository it names: the same codes, no metric."""
+    plain = SAE.load_from_disk(run / HOOKS[0])
+    files = {f"blocks.8.hook_resid_pre/{n}": (run / HOOKS[0] / n).read_bytes() for n in ("cfg.json",)}
+    files["blocks.8.hook_resid_pre/sae_weights.safetensors"] = (run / HOOKS[0] / "sae_weights.safetensors").read_bytes()
+    hub.trees["jbloom/GPT2-Small-SAEs-Reformatted"] = [{}, files]
+    atoms = load_atoms("gpt2-small-res-jb", hook="*.8.*")
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(atoms.encode(x), plain.encode(x)) and atoms.aip.n == 0
+    with pytest.raises(ValueError, match="hook 'blocks.99' is not in 'gpt2-small-res-jb', allowed are blocks.0"):
+        load_atoms("gpt2-small-res-jb", hook="blocks.99")
+    with pytest.raises(ValueError, match="'gpt2-small-res-jb' is neither a folder nor a repository that the Hub gives"):
+        load_atoms("gpt2-small-res-jb", hook="blocks.3.hook_resid_pre")
+
+
+def test_repositories_of_others(hub: Hub, run: Path, tmp_path: Path) -> None:
+    """Weights without a config, by layer, as authors leave them; only the file asked for is fetched."""
+    state = SAE.load_from_disk(run / HOOKS[0]).state_dict()
+    files = {"README.md": b"words"}
+    for layer in (3, 12):
+        renamed = {"encoder.weight": state["W_enc"].T, "encoder.bias": state["b_enc"] + layer, "W_dec": state["W_dec"]}
+        renamed |= {"b_dec": state["b_dec"], "log_threshold": state["threshold"].log()}
+        save_file({k: v.contiguous() for k, v in renamed.items()}, tmp_path / "w.safetensors")
+        files[f"layer_{layer}/tsae_16k.safetensors"] = (tmp_path / "w.safetensors").read_bytes()
+    hub.trees["someone/atoms"] = [{}, files]
+    atoms = load_atoms("someone/atoms", hook="12")
+    torch.testing.assert_close(atoms.threshold, state["threshold"])
+    assert torch.equal(atoms.b_enc, state["b_enc"] + 12) and torch.equal(atoms.W_enc, state["W_enc"])
+    assert not any("layer_3/" in path for _, path in hub.requests)
+    with pytest.raises(ValueError, match="holds atoms of 2 hooks, choose hook= of layer_12/tsae_16k.safetensors"):
+        load_atoms("someone/atoms")
+    hub.trees["someone/words"] = [{}, {"README.md": b"words", "notes.txt": b"x"}]
+    with pytest.raises(FileNotFoundError, match="no atoms at 'someone/words'"):
+        load_atoms("someone/words")
+    hub.trees["someone/escapes"] = [{}, {"../cfg.json": b"{}", "/cfg.json": b"{}"}]
+    with pytest.raises(FileNotFoundError, match="no atoms at 'someone/escapes'"):
+        load_atoms("someone/escapes")
 
 
 def test_a_hub_that_refuses(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

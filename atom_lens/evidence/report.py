@@ -21,6 +21,7 @@ from atom_lens.evidence.nulls import Pursuit, TrainedNull, data_atoms, random_at
 from atom_lens.geometry import AtomicInnerProduct, angle_histogram, check_rows
 
 SCHEMA_VERSION = 2
+_PERCENTS = (0.1, 1, 5, 25, 75, 95, 99, 99.9)
 _ANGLE_ROWS = 5000
 # A pursuit solves a k x k system per activation and step: beyond this a null takes longer than what it stands beside.
 _K_MOST = 64
@@ -56,8 +57,8 @@ def evaluate(
         ValueError: no metric, wrong widths, empty or non-finite activations.
     """
     start = time.monotonic()
-    metric = metric if metric is not None else getattr(atoms, "aip", None)
-    if metric is None:
+    given, metric = metric, metric if metric is not None else getattr(atoms, "aip", None)
+    if metric is None or (given is None and metric.n == 0):  # n = 0 marks the identity of atoms that came without one
         raise ValueError("these atoms carry no metric: give one, AtomicInnerProduct.estimate(x)")
     metric = metric.to(x.device)
     splits = {"train": x} if heldout is None else {"train": x, "heldout": heldout}
@@ -133,11 +134,18 @@ def _excess(
     }
 
 
-def angles(x: Float[Tensor, "n d"], metric: AtomicInnerProduct) -> dict[str, dict[str, float]]:
-    """Mean and median angle between activations in degrees, Euclidean and under `metric`, over up to 5,000 rows."""
+def angles(x: Float[Tensor, "n d"], metric: AtomicInnerProduct) -> dict[str, dict[str, Any]]:
+    """Angles between activations in degrees, Euclidean and under `metric`: mean, percentiles, over up to 5,000 rows."""
     rows = x[torch.linspace(0, len(x) - 1, min(len(x), _ANGLE_ROWS)).long()]
     found = {"euclidean": angle_histogram(rows), "aip": angle_histogram(rows, metric)}
-    return {name: {"mean": histogram.mean, "median": histogram.median} for name, histogram in found.items()}
+    return {
+        name: {
+            "mean": one.mean,
+            "median": one.median,
+            "percentiles": {f"{percent:g}": one.quantile(percent / 100) for percent in _PERCENTS},
+        }
+        for name, one in found.items()
+    }
 
 
 def versions() -> dict[str, str]:
