@@ -83,13 +83,20 @@ def new_folder(path: Path) -> Iterator[Path]:
                 _sync(file)
             Path(folder).chmod(0o777 & ~mask)
             _sync(Path(folder))
-        try:
-            temporary.rename(path)
-        except OSError as error:
-            raise FileExistsError(f"folder {str(path)!r} came into being meanwhile, it is left as it is") from error
-        _sync(path.parent)
+        settle(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def settle(work: Path, path: Path) -> None:
+    """Rename a folder that is whole to `path`, for good; an empty folder there gives way, anything else stays."""
+    try:
+        if path.is_dir():
+            path.rmdir()
+        work.rename(path)
+    except OSError as error:
+        raise FileExistsError(f"folder {str(path)!r} came into being meanwhile, it is left as it is") from error
+    _sync(path.parent)
 
 
 @contextmanager

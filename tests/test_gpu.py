@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import shifted
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from atom_lens import AtomicInnerProduct, Prompt, evaluate, fit, harvest, open_model, splice, stability
+from atom_lens import AtomicInnerProduct, Prompt, evaluate, fit, harvest, load_atoms, open_model, splice, stability
 from atom_lens.interventions import attribution, read
+from atom_lens.training.checkpoint import Checkpoints
+from atom_lens.training.fit import fit_together, tsae_learner
 from atom_lens.training.recipe import Atoms, Training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -66,3 +70,38 @@ def test_splice_and_attribution(tiny: str) -> None:
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
+
+
+def test_saved_on_a_gpu_loads_on_a_cpu(generator: torch.Generator, tmp_path: Path) -> None:
+    x = shifted(200, 12, generator)
+    settings = Training(steps=20, batch_size=64, device="cuda")
+    atoms, _ = fit(x, AtomicInnerProduct.estimate(x), Atoms(capacity=40, target_l0=3.0), settings)
+    atoms.save_model(tmp_path)
+    on_cpu = load_atoms(tmp_path)
+    for name, value in on_cpu.state_dict().items():
+        assert value.device.type == "cpu" and torch.equal(value, atoms.state_dict()[name].cpu())
+    assert load_atoms(tmp_path, device="cuda").W_dec.device.type == "cuda"
+
+
+def test_resumed_on_a_gpu(generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise is drawn on the device: its generator goes on, too."""
+    x = shifted(200, 12, generator)
+    aip = AtomicInnerProduct.estimate(x)
+    settings = Training(steps=20, batch_size=64, device="cuda", checkpoint_minutes=0)
+    whole = tsae_learner(x, aip, Atoms(capacity=40, target_l0=3.0), "cuda")
+    fit_together({"x": x}, {"tsae": whole}, settings)
+    path, real = tmp_path / "checkpoint.safetensors", Checkpoints.keep
+
+    def stopping(self: Checkpoints) -> None:
+        real(self)
+        if self.trainer.n_training_steps == 11:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "keep", stopping)
+        learner = tsae_learner(x, aip, Atoms(capacity=40, target_l0=3.0), "cuda")
+        fit_together({"x": x}, {"tsae": learner}, settings, checkpoint=path)
+    resumed = tsae_learner(x, aip, Atoms(capacity=40, target_l0=3.0), "cuda")
+    fit_together({"x": x}, {"tsae": resumed}, settings, checkpoint=path)
+    for name, value in whole.sae.state_dict().items():
+        assert torch.equal(value, resumed.sae.state_dict()[name]), name

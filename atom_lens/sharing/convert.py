@@ -9,8 +9,9 @@ from typing import Any
 from sae_lens import SAE
 
 from atom_lens._files import new_folder
-from atom_lens.sharing.foreign import Thresholds, foreign_converter
+from atom_lens.sharing.foreign import foreign_converter
 from atom_lens.sharing.load import aip_converter, atoms_folder, is_ours
+from atom_lens.sharing.weights import Thresholds
 from atom_lens.tsae import TSAE
 
 _DTYPES = ("float32", "bfloat16", "float16")

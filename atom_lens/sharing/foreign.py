@@ -6,36 +6,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from sae_lens import SAE, JumpReLUSAE, StandardSAE, __version__
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from atom_lens._files import read_json, regular_file
+from atom_lens._files import read_json
+from atom_lens.sharing.weights import WEIGHTS, State, Thresholds, jumprelu_weights, read_tensors
 from atom_lens.tsae import ARCHITECTURE, TSAE, TSAEConfig
-
-State = dict[str, Tensor]
-Thresholds = Literal["auto", "plain", "log"]
-WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".bin")
-
-# Names under which the same tensor is met; prefixes such as "sae." or "module." are dropped first.
-_NAMES = {
-    "W_enc": ("w_enc", "encoder.weight", "enc.weight", "encoder"),
-    "W_dec": ("w_dec", "decoder.weight", "dec.weight", "decoder", "dictionary", "atoms"),
-    "b_enc": ("b_enc", "encoder.bias", "enc.bias", "encoder_bias", "latent_bias"),
-    "b_dec": ("b_dec", "decoder.bias", "dec.bias", "decoder_bias", "pre_bias", "bias"),
-    "threshold": ("threshold", "thresholds", "theta", "jumprelu.threshold", "activation.threshold", "act.threshold"),
-    "log_threshold": ("log_threshold", "log_thresholds", "log_theta", "jumprelu.log_threshold"),
-}
-_PREFIX = re.compile(r"^(?:(?:module|model|sae|tsae|autoencoder|ae|_orig_mod)\.)+")
 
 
 def foreign_converter(
@@ -165,110 +146,3 @@ def _bare(path: Path, threshold: Thresholds) -> tuple[dict[str, Any], State]:
     state = jumprelu_weights(read_tensors(files[0]), files[0], threshold)
     # As in the JumpReLU paper and in Gemma Scope, the encoder reads the activation as it is.
     return {"architecture": "jumprelu", "apply_b_dec_to_input": False}, state
-
-
-def read_tensors(path: Path) -> State:
-    """Tensors of a safetensors, npz or torch file, by name. A torch file is read without executing anything in it."""
-    regular_file(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
-    except Exception as error:  # torch's own UnpicklingError: what it refuses to execute
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{str(path)!r} is refused: {first}") from error
-    while isinstance(found, Mapping):
-        tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-        if tensors:
-            return tensors
-        # {"state_dict": {...}}: one mapping among settings.
-        inner = [value for value in found.values() if isinstance(value, Mapping)]
-        if len(inner) != 1:
-            break
-        found = inner[0]
-    raise ValueError(f"{str(path)!r} holds no tensors by name")
-
-
-def jumprelu_weights(
-    found: Mapping[str, Tensor], path: Path, threshold: Thresholds = "auto", thresholds: bool = True
-) -> State:
-    """JumpReLU weights under sae-lens' names and in its shapes, from whatever names and transposes they came in.
-
-    Args:
-        found: tensors by name.
-        path: for messages.
-        threshold: whether thresholds are plain or logarithms; "auto" goes by their name.
-        thresholds: whether there must be any; without, `b_enc` and `b_dec` alone tell the widths apart.
-
-    Raises:
-        ValueError: a tensor is missing, unknown or twice there, shapes do not fit, or plain thresholds are negative.
-    """
-    what = ", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items()) or "nothing"
-    made: dict[str, tuple[str, Tensor]] = {}
-    for name, value in found.items():
-        short = _PREFIX.sub("", name).lower()
-        ours = next((ours for ours, names in _NAMES.items() if short in names), None)
-        if ours is None or ours in made:
-            raise ValueError(f"{str(path)!r}: tensor {name!r} is {'twice there' if ours else 'unknown'}, found: {what}")
-        made[ours] = (name, value)
-    log = made.pop("log_threshold", None)
-    if log is not None and "threshold" not in made:
-        made["threshold"] = log
-        threshold = "log" if threshold == "auto" else threshold
-    needed = ["W_enc", "W_dec", *(["threshold"] if thresholds else [])]
-    missing = [name for name in needed if name not in made]
-    if missing:
-        raise ValueError(f"{str(path)!r}: no {' and no '.join(missing)}, found: {what}")
-    d, f = _widths(made, path, what)
-    w_dec = made["W_dec"][1]
-    state = {
-        "W_enc": _turned(*made["W_enc"], (d, f)),
-        "W_dec": _turned(*made["W_dec"], (f, d)),
-        "b_enc": made["b_enc"][1] if "b_enc" in made else w_dec.new_zeros(f),
-        "b_dec": made["b_dec"][1] if "b_dec" in made else w_dec.new_zeros(d),
-    }
-    if thresholds:
-        value = made["threshold"][1]
-        value = value.exp() if threshold == "log" else value
-        if (value < 0).any() and threshold == "auto":
-            raise ValueError(f"{str(path)!r}: thresholds are negative, say threshold='log' or threshold='plain'")
-        state["threshold"] = value.flatten().expand(f) if value.numel() == 1 else value
-    dtype = w_dec.dtype
-    return {
-        name: value.flatten().to(dtype).contiguous() if value.ndim == 1 else value.to(dtype).contiguous()
-        for name, value in state.items()
-    }
-
-
-def _widths(made: Mapping[str, tuple[str, Tensor]], path: Path, what: str) -> tuple[int, int]:
-    """d_in and d_sae, told by the vectors; two matrices alone have them in either order."""
-    shapes = [tuple(made[name][1].shape) for name in ("W_enc", "W_dec")]
-    sizes = set(shapes[0]) | set(shapes[1])
-    f = next((made[k][1].numel() for k in ("b_enc", "threshold") if k in made and made[k][1].numel() > 1), None)
-    d = made["b_dec"][1].numel() if "b_dec" in made else None
-    if f is None and d is not None and len(sizes) == 2:
-        f = next(iter(sizes - {d}), None)
-    if d is None and f is not None and len(sizes) == 2:
-        d = next(iter(sizes - {f}), None)
-    if d is None and f is not None and sizes == {f}:
-        d = f
-    if f is None and d is not None and sizes == {d}:
-        f = d
-    if d is None or f is None or sizes != {d, f} or any(sorted(shape) != sorted((d, f)) for shape in shapes):
-        raise ValueError(f"{str(path)!r}: shapes do not tell width from number of atoms, found: {what}")
-    for name, length in (("b_enc", f), ("threshold", f), ("b_dec", d)):
-        if name in made and made[name][1].numel() not in ((1, length) if name == "threshold" else (length,)):
-            raise ValueError(f"{str(path)!r}: {name} does not fit {d} x {f}, found: {what}")
-    return d, f
-
-
-def _turned(name: str, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    # A square matrix says nothing about its order; torch's Linear keeps (out, in).
-    if tuple(value.shape) == shape and not (shape[0] == shape[1] and name.lower().endswith(".weight")):
-        return value
-    return value.T

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from atom_lens._files import read_json
 from atom_lens._manifest import MANIFEST
-from atom_lens.sharing.foreign import WEIGHTS, as_tsae, foreign_converter
+from atom_lens.sharing.foreign import as_tsae, foreign_converter
 from atom_lens.sharing.format import ATOMS_FILES, read_atoms
+from atom_lens.sharing.weights import WEIGHTS
 from atom_lens.tsae import AIP_FILENAME, ARCHITECTURE, TSAE
 
 logger = logging.getLogger(__name__)

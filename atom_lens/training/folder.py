@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from atom_lens._files import locked, new_folder, sweep
+from atom_lens._files import locked, new_folder, settle, sweep
 from atom_lens._manifest import seal
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,7 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
             for checkpoint in work.glob(f"*{CHECKPOINT}"):
                 checkpoint.unlink()
             seal(work)
-            if path.exists():
-                path.rmdir()
-            work.rename(path)
+            settle(work, path)
         finally:
             if work.exists() and not any(file.is_dir() or file.name.endswith(CHECKPOINT) for file in work.iterdir()):
                 shutil.rmtree(work)
