@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def draw_report(report: Mapping[str, Any], path: Path) -> None:
         angles.plot([percents["0.1"], percents["99.9"]], [height] * 2, color="C0", linewidth=1.5)
         angles.plot([percents["5"], percents["95"]], [height] * 2, color="C0", linewidth=6)
         angles.plot([found["median"]], [height], "o", color="white", markeredgecolor="C0", markersize=9)
-        angles.text(found["median"], height + 0.14, f"{found['median']:.1f}°", ha="center")
+        angles.text(min(max(found["median"], 14), 166), height + 0.14, f"{found['median']:.1f}°", ha="center")
     angles.axvline(90, color="black", linestyle=":", linewidth=1)
     angles.set(xlim=(0, 180), ylim=(-0.5, 1.5), yticks=[0, 1], yticklabels=["AIP", "Euclidean"])
     angles.set_xticks([0, 45, 90, 135, 180])
@@ -34,6 +35,7 @@ def draw_report(report: Mapping[str, Any], path: Path) -> None:
     angles.set_title("median, 90% and 99.8% of pairs", fontsize=9)
     units = {"atoms": report, **{f"null: {name}": null for name, null in report["nulls"].items()}}
     for panel, key, label in ((euclidean, "r2", "R²"), (aip, "r2_aip", "R² (AIP)")):
+        every: list[tuple[float, float]] = []
         for index, (name, unit) in enumerate(units.items()):
             color = "C3" if index == 0 else f"{0.1 + 0.15 * index:.2f}"
             points = []
@@ -53,9 +55,13 @@ def draw_report(report: Mapping[str, Any], path: Path) -> None:
                     label=name if split == "heldout" or unit.get("heldout") is None else None,
                 )
             panel.plot(*zip(*points, strict=True), color=color, linewidth=0.7)
+            every += points
         panel.axhline(0, color="black", linewidth=0.5)
-        low = min(value for line in panel.lines for value in line.get_ydata())
-        panel.set(xlim=(-0.03, 1.03), ylim=(max(-1.0, low) - 0.06, 1.05), xlabel="stability q*", ylabel=label)
+        least_q, least_r2 = (min(values) for values in zip(*every, strict=True))
+        # Stable or not, what differs is often the last tenth of q*.
+        left = math.floor(10 * least_q - 0.2) / 10
+        panel.set(xlim=(left, 1 + 0.03 * (1 - left)), ylim=(max(-1.0, min(0.0, least_r2)) - 0.06, 1.05))
+        panel.set(xlabel="stability q*", ylabel=label)
         panel.grid(alpha=0.3)
     aip.legend(
         title="hollow: train, filled: held-out",
