@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import stat
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
+
+_TEMPORARY = ".atom-lens-"  # what begins with this is ours, and nobody's if no process is writing it
 
 
 @contextmanager
@@ -48,7 +51,7 @@ def _sync(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file beside `path`; it becomes `path` on success and vanishes on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f"{_TEMPORARY}{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -64,39 +67,54 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path` that is gone afterwards, unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}.", dir=path.parent))
+    try:
+        with _disk_full_is_an_oserror(path):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it becomes `path` on success and vanishes on failure.
 
     What stands at `path` by then is never removed: anything but an empty folder is a FileExistsError.
     """
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        with _disk_full_is_an_oserror(path):
-            yield temporary
-        mask = _umask()
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                file = Path(folder) / name
-                file.chmod(0o666 & ~mask)
-                _sync(file)
-            Path(folder).chmod(0o777 & ~mask)
-            _sync(Path(folder))
+    with temporary_folder(path) as temporary:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
         settle(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def settle(work: Path, path: Path) -> None:
-    """Rename a folder that is whole to `path`, for good; an empty folder there gives way, anything else stays."""
+    """Sync a folder and rename it to `path`, for good; an empty folder there gives way, anything else stays."""
+    sync_folder(work)
     try:
         if path.is_dir():
+            work.chmod(path.stat().st_mode & 0o7777)
             path.rmdir()
         work.rename(path)
     except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
         raise FileExistsError(f"folder {str(path)!r} came into being meanwhile, it is left as it is") from error
     _sync(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make all that is in a folder survive a power cut; files get the mode that any new file would have."""
+    mask = _umask()
+    for place, _, names in os.walk(folder):
+        for name in names:
+            file = Path(place) / name
+            file.chmod(0o666 & ~mask)
+            _sync(file)
+        _sync(Path(place))
 
 
 @contextmanager
@@ -121,13 +139,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what a killed process left half-written in `folder`: temporary files, or those of `name` alone.
+    """Remove what killed processes left half-written in `folder`: all of it, or what was to become `name`.
 
-    Only whoever holds the lock on what is written there may call this.
+    To be called by whoever holds the lock on what is written there.
     """
-    for path in folder.glob(f".{name}.*" if name else ".*"):
-        if path.suffix == ".lock":
-            continue
+    for path in folder.glob(f"{_TEMPORARY}{name}.*" if name else f"{_TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -167,19 +183,38 @@ def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
     """
     regular_file(path, limit)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refused)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is not strict JSON: {error}") from error
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not strict JSON: {shown(str(error))}") from error
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """A strict JSON mapping: no NaN or infinity, no key twice, not too deep; anything else is a ValueError."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(value).__name__}, a mapping is needed")
+        raise ValueError(f"it holds a {type(value).__name__}, a mapping is needed")
     return value
+
+
+def shown(value: Any) -> str:
+    """What a message may hold of something that was read: on one line, without control characters, not too long."""
+    text = "".join(c if c.isprintable() else "?" for c in (value if isinstance(value, str) else repr(value)))
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise ValueError(f"a key of {', '.join(made)} stands twice")
+        raise ValueError(f"a key of {shown(', '.join(made))} stands twice")
     return made
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refused(text)
 
 
 def _refused(constant: str) -> NoReturn:

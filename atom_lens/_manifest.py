@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from atom_lens._files import new_folder, read_json, regular_file, write_json
+from atom_lens._files import (
+    new_folder,
+    read_json,
+    regular_file,
+    shown,
+    sweep,
+    sync_folder,
+    temporary_folder,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 LOG = "log.txt"
@@ -41,13 +49,9 @@ class Manifest(Strict):
     files: dict[_Name, _File]
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest of the files that lie directly in `folder`; hidden files and the log are not of it."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name not in (MANIFEST, LOG) and not path.name.startswith(".")
-    }
+def seal(folder: Path, names: Iterable[str]) -> None:
+    """Write the manifest of the files `names` in `folder`; whatever else lies there is not of it."""
+    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": _sha256(folder / n)} for n in sorted(names)}
     write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
 
 
@@ -55,22 +59,21 @@ def seal(folder: Path) -> None:
 def sealed_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder whose files become those of `path`, sealed: all of them or, on failure, none.
 
-    Files of the same names are replaced where `path` exists; a process killed then leaves a seal that does not fit.
+    Where `path` exists they are put in one by one, the manifest last: a process killed then leaves a seal that does not
+    fit. Of what was there before, nothing is of the new manifest.
     """
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir():
         with new_folder(path) as temporary:
             yield temporary
-            seal(temporary)
+            seal(temporary, [file.name for file in temporary.iterdir()])
         return
-    staged = path / ".staged"
-    try:
-        with new_folder(staged) as temporary:
-            yield temporary
-        for file in staged.iterdir():
+    sweep(path, "staged")
+    with temporary_folder(path / "staged") as temporary:
+        yield temporary
+        seal(temporary, [file.name for file in temporary.iterdir()])
+        sync_folder(temporary)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == MANIFEST):
             file.replace(path / file.name)
-        seal(path)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def manifest_of(folder: Path) -> Manifest:
@@ -82,7 +85,7 @@ def manifest_of(folder: Path) -> Manifest:
     """
     found = read_json(folder / MANIFEST)
     if found.get("format") != FORMAT:
-        raise ValueError(f"{str(folder / MANIFEST)!r}: format is {found.get('format')!r}, known is {FORMAT}")
+        raise ValueError(f"{str(folder / MANIFEST)!r}: format is {shown(found.get('format'))}, known is {FORMAT}")
     return parsed(Manifest, found, folder / MANIFEST)
 
 
@@ -112,12 +115,8 @@ def parsed(kind: type[AnyStrict], data: Any, path: Path) -> AnyStrict:
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{str(path)!r}: key {key} is {_shown(problem['input'])}: {problem['msg']}") from None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
+        said = f"key {shown(key)} is {shown(problem['input'])}: {shown(problem['msg'])}"
+        raise ValueError(f"{str(path)!r}: {said}") from None
 
 
 def _sha256(path: Path) -> str:

@@ -65,10 +65,9 @@ def parser() -> argparse.ArgumentParser:
     share.add_argument(
         *("--layer", "--hook"),
         dest="hooks",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
-        help="layer numbers, names or globs of hooks (default: all)",
+        help="layer number, name or glob of a hook; repeat (default: all)",
     )
     share.add_argument("--license", help="of the atoms, as the Hub abbreviates it, e.g. mit")
     share.add_argument("--private", action="store_true", help="for a repository that is created now")
@@ -115,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         goes_on = arguments.command in ("train", "compare", "intervene")
-        after = "the same command goes on from what is kept" if goes_on else "nothing was written"
+        after = "the same command goes on from what is kept, if anything was yet" if goes_on else "nothing was written"
         print(f"atom-lens {arguments.command}: interrupted, {after}", file=sys.stderr)
         return 130
     return 0
@@ -204,8 +203,7 @@ def _planted(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from sae_lens import SAE
-
+    from atom_lens._files import read_json
     from atom_lens.sharing import convert
 
     _no_overrides(arguments, "a source and a new folder")
@@ -213,8 +211,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.source, arguments.out, hook=arguments.hook, dtype=arguments.dtype, threshold=arguments.threshold
     )
     if not arguments.quiet:
-        cfg = SAE.load_from_disk(out).cfg
-        print(f"{cfg.architecture()}, {cfg.d_sae} x {cfg.d_in}, {cfg.dtype}: written to {out}")
+        cfg = read_json(out / "cfg.json")
+        print(f"{cfg['architecture']}, {cfg['d_sae']} x {cfg['d_in']}, {cfg['dtype']}: written to {out}")
 
 
 def _no_overrides(arguments: argparse.Namespace, takes: str) -> None:

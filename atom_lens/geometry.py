@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atom_lens._files import regular_file, replacing
+from atom_lens._files import parse_json, regular_file, replacing, shown
 
 Ridge = float | Literal["oas"]
 # Held-out Gaussian likelihood of the demo model's activations is best near this (docs/training.md).
@@ -155,7 +155,7 @@ class AtomicInnerProduct:
         d = values.numel()
         if values.shape != (d,) or vectors.shape != (d, d):
             raise ValueError(f"eigenvalues {tuple(values.shape)} and eigenvectors {tuple(vectors.shape)} do not fit")
-        if not (torch.isfinite(values).all() and torch.isfinite(vectors).all() and (values > 0).all()):
+        if not (torch.isfinite(values.reciprocal()).all() and torch.isfinite(vectors).all() and (values > 0).all()):
             raise ValueError("the metric is not finite and positive")
         if (values.diff() < 0).any():
             raise ValueError("the eigenvalues of the metric do not ascend")
@@ -237,11 +237,11 @@ class AtomicInnerProduct:
         try:
             regular_file(path)
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["atom_lens"])
+                about = parse_json((file.metadata() or {})["atom_lens"])
                 if about["format"] != _FORMAT:
                     raise ValueError(f"its format is {about['format']!r}, known is {_FORMAT!r}")
                 if sorted(file.keys()) != ["eigenvalues", "eigenvectors"]:
-                    raise ValueError(f"it holds {', '.join(sorted(file.keys()))}")
+                    raise ValueError(f"it holds {shown(', '.join(sorted(file.keys())))}")
                 # Shapes and types are read before any tensor is: they are what a hostile file lies about.
                 d = file.get_slice("eigenvalues").get_shape()
                 if len(d) != 1 or file.get_slice("eigenvectors").get_shape() != [*d, *d]:
@@ -251,12 +251,12 @@ class AtomicInnerProduct:
                 values, vectors = file.get_tensor("eigenvalues"), file.get_tensor("eigenvectors")
             n, ridge, source = about["n"], about["ridge"], about["source"]
             if type(n) is not int or n < 0 or not math.isfinite(ridge) or ridge < 0 or not isinstance(source, str):
-                raise ValueError(f"n is {n!r}, ridge {ridge!r} and source {source!r}")
+                raise ValueError(f"n is {shown(n)}, ridge {shown(ridge)} and source {shown(source)}")
             made = cls.from_eigen(values, vectors, n, float(ridge), source)
-            if not torch.allclose(vectors.T @ vectors, torch.eye(len(values), dtype=torch.float64), atol=1e-8):
+            if not torch.allclose(vectors.T @ vectors, torch.eye(len(values), dtype=torch.float64), rtol=0, atol=1e-8):
                 raise ValueError("the eigenvectors are not orthonormal")
         except Exception as error:
-            raise ValueError(f"{path} is not a metric saved by atom_lens: {error}") from error
+            raise ValueError(f"{path} is not a metric saved by atom_lens: {shown(str(error))}") from error
         return made
 
     def __repr__(self) -> str:

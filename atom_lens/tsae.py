@@ -29,11 +29,11 @@ from sae_lens.training.activation_scaler import ActivationWhitening
 from torch import Tensor
 from typing_extensions import override
 
+from atom_lens._format import AIP_FILENAME, check_atoms
 from atom_lens._manifest import sealed_folder
 from atom_lens.geometry import AtomicInnerProduct
 
 ARCHITECTURE = "aip_tsae"
-AIP_FILENAME = "aip.safetensors"
 _WHITENED = "covariance_whitening"  # sae-lens' mark of weights that live in whitened space
 
 
@@ -120,12 +120,17 @@ class TSAE(JumpReLUSAE):
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Write a plain ``jumprelu`` folder that sae-lens loads alone, the metric beside it, and a manifest."""
         path = Path(path)
+        with sealed_folder(path) as folder:
+            self.write_files(folder)
+        return path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
+
+    def write_files(self, folder: Path) -> None:
+        """Write config, weights and metric without a manifest; what could not be read back is a ValueError."""
         if not self.cfg.metadata.aip:
             self.aip = self.aip  # say in the config, too, that there is none
-        with sealed_folder(path) as folder:
-            super().save_model(folder)
-            self.aip.save(folder / AIP_FILENAME)
-        return path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
+        super().save_model(folder)
+        self.aip.save(folder / AIP_FILENAME)
+        check_atoms(folder)
 
 
 @dataclass

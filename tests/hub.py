@@ -25,6 +25,7 @@ class Hub:
         requests: (method, path) of everything that was asked.
         uploaded: oids of the large files that were sent.
         cut_at: number of the request whose connection is cut; None for none.
+        fail_at: number of the request that is answered by an error of the server; None for none.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Hub:
         self.authorization: list[str | None] = []
         self.uploaded: list[str] = []
         self.cut_at: int | None = None
+        self.fail_at: int | None = None
         self.lock = threading.Lock()
         hub = self
 
@@ -89,6 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         if number == hub.cut_at:
             self.close_connection = True
             self.connection.close()
+            return False
+        if number == hub.fail_at:
+            self.answer({"error": "out of order"}, 500)
             return False
         return True
 
@@ -171,6 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
             for line in self.body.splitlines():
                 entry = json.loads(line)
                 value = entry["value"]
+                if entry["key"] == "header" and value.get("parentCommit", hub.tree(repo)[0]) != hub.tree(repo)[0]:
+                    return self.answer({"error": "the repository has changed"}, 412)
                 if entry["key"] == "file":
                     tree[value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":

@@ -47,7 +47,7 @@ def test_refused_kinds(kind: str, tmp_path: Path) -> None:
     sealed = [] if (ATTACKS / kind / MANIFEST).exists() else [True]
     for again in (False, *sealed):
         if again:
-            seal(folder)
+            seal(folder, FILES)
         for load in (load_atoms, lambda path: SAE.load_from_disk(path, converter=aip_converter)):
             with pytest.raises(ValueError) as refused:
                 load(folder)
@@ -165,7 +165,7 @@ def mutate(folder: Path, draw: random.Random) -> str:
             found["files"][key][how] = draw.choice([None, -1, "x", 10**18, "0" * 64])
         (folder / MANIFEST).write_text(json.dumps(found))
         return f"manifest {how}"
-    seal(folder)  # as somebody would who means it
+    seal(folder, FILES)  # as somebody would who means it
     return kind
 
 

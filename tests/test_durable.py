@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 from crashing import made_atoms, save_and_die, train_run
-from safetensors.torch import load_file, save_file
 
 from atom_lens import AtomicInnerProduct, load_atoms, train
-from atom_lens._files import locked
-from atom_lens._manifest import verify
+from atom_lens._files import locked, sweep
+from atom_lens._manifest import manifest_of, verify
 from atom_lens.training.checkpoint import Batches
 from atom_lens.training.fit import Learner, fit_together, tsae_learner
 from atom_lens.training.recipe import Atoms, Training
 from atom_lens.training.recipe_file import check_recipe
+from atom_lens.training.run import save_atoms
 from atom_lens.training.units import unit_learner
 
 # Forked from a server that has imported everything: a process costs milliseconds instead of seconds.
@@ -51,7 +51,7 @@ def recipe(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     subjects = [a + b for a in "abcdefghij" for b in "abcdefgh"]
     path.write_text("\n".join(json.dumps({"template": "{} is a city in", "subject": s}) for s in subjects))
-    training = {"steps": 20, "batch_size": 16, "device": "cpu", "seeds": 2, "checkpoint_minutes": 0}
+    training = {"steps": 12, "batch_size": 16, "device": "cpu", "seeds": 2, "checkpoint_minutes": 0}
     return {
         "name": "tiny",
         "model": {"name": tiny, "device": "cpu"},
@@ -233,23 +233,89 @@ def test_kill_9_at_every_step_of_saving(tmp_path: Path) -> None:
                 except ValueError as error:
                     assert "were written" in str(error) or "not what was written" in str(error), error
                     found.add("refused")
+                made_atoms(3).save_model(folder)
+                assert torch.equal(load_atoms(folder).W_dec, made_atoms(3).W_dec)
+                assert not list(folder.glob(".*")), "the next save sweeps"
             if process.exitcode == 0:
                 break
         assert process.exitcode == 0 and at > 5, "saving never came to its end"
     assert states == {"new": {"nothing", "atoms 2"}, "old": {"atoms 1", "refused", "atoms 2"}}
 
 
-def test_saved_files_are_whole(tmp_path: Path) -> None:
-    """A failure while saving over atoms leaves them as they were."""
-    made_atoms(1).save_model(tmp_path)
+def test_saved_files_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure while saving over atoms leaves them as they were; what could not be read back is not written."""
+    made_atoms(1).save_model(tmp_path / "atoms")
     before = weights_of(tmp_path)
-    atoms = made_atoms(2)
-    atoms.cfg.metadata.odd = float("nan")
-    atoms.cfg.metadata.worse = object()  # not JSON
-    with pytest.raises(TypeError):
-        atoms.save_model(tmp_path)
-    assert weights_of(tmp_path) == before
-    verify(tmp_path)
-    save_file({"x": torch.ones(1)}, tmp_path / "sparsity.safetensors")
-    verify(tmp_path)  # not of the manifest, never read
-    assert load_file(tmp_path / "sae_weights.safetensors").keys() >= {"W_dec"}
+    for spoil, message in (
+        (lambda atoms: setattr(atoms.cfg.metadata, "odd", float("nan")), "NaN is not JSON"),
+        (lambda atoms: setattr(atoms.cfg.metadata, "model_from_pretrained_kwargs", {"a": 1}), "model_from_pretrained"),
+        (lambda atoms: atoms.b_dec.data.fill_(float("nan")), "b_dec has NaN"),
+    ):
+        atoms = made_atoms(2)
+        spoil(atoms)
+        for folder in ("atoms", "new"):
+            with pytest.raises(ValueError, match=message):
+                atoms.save_model(tmp_path / folder)
+        assert weights_of(tmp_path) == before and not (tmp_path / "new").exists()
+        assert [p.name for p in tmp_path.rglob(".*")] == []
+    verify(tmp_path / "atoms")
+    # Over atoms with evidence: what was measured on the old ones is not vouched for any more.
+    save_atoms(made_atoms(1), tmp_path / "run", {"of": 1}, torch.zeros(6))
+    made_atoms(2).save_model(tmp_path / "run")
+    assert set(manifest_of(tmp_path / "run").files) == {"aip.safetensors", "cfg.json", "sae_weights.safetensors"}
+    # Into a folder that is there, not in its place.
+    (tmp_path / "here").mkdir(mode=0o700)
+    monkeypatch.chdir(tmp_path / "here")
+    Path("my notes.txt").write_text("mine")
+    made_atoms(1).save_model(".")
+    assert os.getcwd() == str(tmp_path / "here") and load_atoms(".").cfg.d_sae == 6
+    assert (tmp_path / "here").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_run_goes_on_with_its_own_activations_only(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts change under a path that stays; and a finished hook that was damaged is not sealed into a run."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(Path(recipe["prompts"]["path"]).read_text())
+    recipe = {**recipe, "prompts": {"source": "jsonl", "path": str(prompts)}}
+    real = Batches.__next__
+
+    def stopping(self: Batches) -> Any:
+        if self.checkpoints and HOOKS[1] in self.checkpoints.path.name:
+            raise Stopped
+        return real(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Batches, "__next__", stopping)
+        train(check_recipe(recipe), out=tmp_path / "runs")
+    work = tmp_path / "runs" / "tiny.unfinished"
+    assert not list(work.glob("*checkpoint*")), "that of a finished hook is gone"
+    whole = prompts.read_text()
+    prompts.write_text("\n".join(whole.splitlines()[1:]))
+    with pytest.raises(ValueError, match="holds a run on other activations, prompts or model have changed"):
+        train(check_recipe(recipe), out=tmp_path / "runs")
+    prompts.write_text(whole)
+    weights = work / HOOKS[0] / "sae_weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="it is cut or replaced"):
+        train(check_recipe(recipe), out=tmp_path / "runs")
+    weights.write_bytes(content)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    assert train(check_recipe(recipe), out=tmp_path / "runs").is_dir()
+    (tmp_path / "linked" / "tiny").mkdir()
+    assert load_atoms(train(check_recipe(recipe), out=tmp_path / "linked"), hook=HOOKS[0]).cfg.d_sae == 32
+
+
+def test_only_leftovers_are_swept(tmp_path: Path) -> None:
+    """Hidden files of the user stay, whatever folder a study or a run goes on in."""
+    for name in (".git", ".atom-lens-x.1", "cells"):
+        (tmp_path / name).mkdir()
+    for name in (".gitignore", ".x.lock", ".atom-lens-y.2"):
+        (tmp_path / name).write_text("")
+    sweep(tmp_path, "x")
+    assert {p.name for p in tmp_path.iterdir()} == {".git", "cells", ".gitignore", ".x.lock", ".atom-lens-y.2"}
+    sweep(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {".git", "cells", ".gitignore", ".x.lock"}

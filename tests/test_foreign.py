@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from atom_lens import TSAE, convert, evaluate, load_atoms
 from atom_lens.cli import main
 from atom_lens.sharing.foreign import foreign_converter
+from atom_lens.sharing.load import matching
 
 D, F = 6, 10
 
@@ -229,6 +231,67 @@ def test_torch_files_execute_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="w.npz' cannot be read"):
         load_atoms(tmp_path / "w.npz")
     assert not Path("was-here").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cfg: cfg["metadata"].update(to_dict="x"), "would replace a method|would replace a part"),
+        (
+            lambda cfg: cfg["metadata"].update(model_from_pretrained_kwargs={"trust_remote_code": True}),
+            "has trust_remote_code",
+        ),
+        (lambda cfg: cfg.pop("d_in"), "lacks or garbles|is no SAE that sae-lens loads"),
+        (lambda cfg: cfg.update(architecture="none"), "lacks or garbles|is no SAE that sae-lens loads"),
+        (lambda cfg: cfg.update(d_sae=7), "is no SAE that sae-lens loads"),
+        (lambda cfg: cfg.update(dtype=3), "Invalid dtype: 3"),
+    ],
+)
+def test_hostile_sae_lens_folders(
+    generator: torch.Generator, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    """Folders that do not claim to be ours are checked for what could do harm, and fail in one sentence."""
+    randomised(JumpReLUSAE(JumpReLUSAEConfig(D, F)), generator).save_model(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    change(cfg)
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(ValueError, match=message) as refused:
+        load_atoms(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_hostile_weights(generator: torch.Generator, tmp_path: Path) -> None:
+    sae = randomised(JumpReLUSAE(JumpReLUSAEConfig(D, F)), generator)
+    sae.b_dec.data[0] = math.inf
+    sae.save_model(tmp_path / "infinite")
+    with pytest.raises(ValueError, match="holds NaN or infinite weights"):
+        load_atoms(tmp_path / "infinite")
+    (tmp_path / "infinite" / "sae_weights.safetensors").unlink()
+    os.mkfifo(tmp_path / "infinite" / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        load_atoms(tmp_path / "infinite")
+    circular: dict[str, Any] = {}
+    circular["again"] = circular
+    torch.save(circular, tmp_path / "circular.pt")
+    with pytest.raises(ValueError, match="holds no tensors by name"):
+        load_atoms(tmp_path / "circular.pt")
+    torch.save({"W_enc": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "endless.pt")
+    with pytest.raises(ValueError, match="tensor W_enc is larger than what is stored of it"):
+        load_atoms(tmp_path / "endless.pt")
+    np.savez_compressed(tmp_path / "bomb.npz", W_enc=np.zeros((4000, 4000), dtype=np.float32))
+    with pytest.raises(ValueError, match="bytes unpack to 64000"):
+        load_atoms(tmp_path / "bomb.npz")
+    save_file({**jumprelu(generator), "threshold": torch.ones(F, dtype=torch.int64)}, tmp_path / "whole.safetensors")
+    with pytest.raises(ValueError, match="threshold is torch.int64, allowed are float64"):
+        load_atoms(tmp_path / "whole.safetensors")
+
+
+def test_layers_by_number() -> None:
+    names = ["blocks.2.hook_resid_post", "blocks.12.hook_resid_post", "blocks.12.hook_resid_post/seed-2"]
+    assert matching(names, "2") == names[:1] and matching(names, "12") == names[1:2]
+    assert matching(names, names[2]) == names[2:] and matching(names, None) == sorted(names[:2])
+    assert matching(["gemma-2-2b/layer_12/width_16k/params.npz"], "2") == []
+    assert matching(["tsae_16k/layer_9.safetensors", "tsae_9k/layers.16"], "9") == ["tsae_16k/layer_9.safetensors"]
 
 
 def test_sae_lens_folders(x: torch.Tensor, generator: torch.Generator, tmp_path: Path) -> None:

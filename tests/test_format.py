@@ -73,7 +73,7 @@ def test_saved_on_a_gpu_loads_on_a_cpu(tmp_path: Path) -> None:
     shutil.copytree(ARTIFACTS / "format-1" / "bfloat16", tmp_path / "atoms")
     cfg = tmp_path / "atoms" / "cfg.json"
     cfg.write_text(cfg.read_text().replace('"device": "cpu"', '"device": "cuda:7"'))
-    seal(tmp_path / "atoms")
+    seal(tmp_path / "atoms", ["cfg.json", "sae_weights.safetensors", "aip.safetensors"])
     atoms = load_atoms(tmp_path / "atoms")
     assert atoms.W_dec.device.type == "cpu" and atoms.cfg.device == "cpu"
     assert atoms.aip_eigenvectors.device.type == "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -133,6 +134,53 @@ def test_a_readme_is_merged(hub: Hub, run: Path) -> None:
     assert "Only words, no metadata." in text and huggingface_hub.ModelCard(text).data.library_name == "saelens"
 
 
+def test_a_readme_survives_a_hub_that_stumbles(hub: Hub, run: Path) -> None:
+    """At every request of a publish over somebody's README in turn: cut, or answered by an error of the server."""
+    words = b"My words, which are nowhere else."
+    publish(run, "user/count", hooks=["1"])
+    first = len(hub.requests)
+    publish(run, "user/count", hooks=["1"])
+    asked = len(hub.requests) - first
+    for how in ("cut_at", "fail_at"):
+        for at in range(asked):
+            hub.trees["user/two"] = [{}, {"README.md": words, "mine.txt": b"mine"}]
+            setattr(hub, how, len(hub.requests) + at)
+            with contextlib.suppress(ValueError):
+                publish(run, "user/two", hooks=["1"])
+            setattr(hub, how, None)
+            publish(run, "user/two", hooks=["1"])
+            tree = hub.tree("user/two")[1]
+            assert words in tree["README.md"] and tree["mine.txt"] == b"mine", (how, at)
+
+
+def test_what_changes_meanwhile_is_not_lost(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(run, "user/two", hooks=["1"])
+    real = huggingface_hub.HfApi.create_commit
+
+    def late(self: Any, *arguments: Any, **options: Any) -> Any:
+        hub.trees["user/two"].append({**hub.tree("user/two")[1], "README.md": b"Somebody was faster."})
+        return real(self, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="did not complete, try again"):
+        patch.setattr(huggingface_hub.HfApi, "create_commit", late)
+        publish(run, "user/two", hooks=["2"])
+    assert hub.tree("user/two")[1]["README.md"] == b"Somebody was faster."
+    publish(run, "user/two", hooks=["2"])
+    assert b"Somebody was faster." in hub.tree("user/two")[1]["README.md"]
+
+
+def test_seeds_that_are_no_more_are_removed(hub: Hub, run: Path, tmp_path: Path) -> None:
+    publish(run, "user/two")
+    hub.trees["user/two"][-1][f"{HOOKS[0]}/notes.md"] = b"mine"
+    copy = tmp_path / "two"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / HOOKS[0] / "seed-1")
+    publish(copy, "user/two", hooks=["1"])
+    tree = hub.tree("user/two")[1]
+    assert not any(name.startswith(f"{HOOKS[0]}/seed-1") for name in tree) and f"{HOOKS[0]}/notes.md" in tree
+    assert f"{HOOKS[1]}/seed-1/cfg.json" in tree, "that hook was not published now"
+
+
 def test_card_metadata(run: Path) -> None:
     """What the Hub links to: the base model, the data set and the license, where there is something to link to."""
     recipe = load_recipe(run / "recipe.yaml")
@@ -175,7 +223,7 @@ def test_cut_connections(hub: Hub, run: Path) -> None:
         try:
             publish(run, repo, hooks=["1"])
         except ValueError as error:
-            assert "was not published and is as it was before" in str(error)
+            assert "did not complete, try again" in str(error)
             assert repo not in hub.trees or hub.tree(repo)[1] == {}
         hub.cut_at = None
         publish(run, repo, hooks=["1"])
@@ -210,11 +258,14 @@ def test_dry_run_and_hooks(
         (["RUN", "two"], "repo_id is 'two', allowed is 'user/name'"),
         (["RUN", "user/two/three"], "repo_id is 'user/two/three', allowed is 'user/name'"),
         (["nowhere", "user/two"], "no run at 'nowhere'"),
+        (["HOOK", "user/two"], "it has no recipe.yaml"),
         (["RUN", "user/two", "--hook", "blocks.7.*"], "hook 'blocks.7.*' is not in"),
     ],
 )
 def test_bad_input(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    assert main(["publish", *(str(run) if word == "RUN" else word for word in arguments)]) == 2
+    assert (
+        main(["publish", *({"RUN": str(run), "HOOK": str(run / HOOKS[0])}.get(word, word) for word in arguments)]) == 2
+    )
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and hub.requests == []
 
@@ -279,6 +330,6 @@ def test_a_hub_that_refuses(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
         self.answer({"error": "You don't have the rights"}, 403)
 
     monkeypatch.setattr(_Handler, "do_POST", refuse)
-    with pytest.raises(ValueError, match=r"'user/two' was not published and is as it was before: .*403") as caught:
+    with pytest.raises(ValueError, match=r"publishing to 'user/two' did not complete, try again: .*403") as caught:
         publish(run, "user/two")
     assert TOKEN not in str(caught.value)

@@ -169,7 +169,7 @@ def test_a_metric_of_another_width_is_refused(atoms: TSAE, generator: torch.Gene
         atoms.aip = narrow
     atoms.save_model(tmp_path)
     narrow.save(tmp_path / "aip.safetensors")
-    seal(tmp_path)
+    seal(tmp_path, ["cfg.json", "sae_weights.safetensors", "aip.safetensors"])
     with pytest.raises(ValueError, match="metric has width 7, the weights have d_in 12"):
         load_atoms(tmp_path)
     (tmp_path / "aip.safetensors").unlink()

@@ -29,7 +29,7 @@ def claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
     with locked(folder):
         _claim(folder, recipe)
         yield
-        seal(folder)
+        seal(folder, [path.name for path in folder.iterdir() if path.suffix in (".yaml", ".json", ".csv", ".png")])
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
@@ -40,7 +40,7 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         raise ValueError(f"{str(folder)!r} holds a study of another recipe: choose another name= or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    for cells in folder.glob("*/"):
+    for cells in (folder / "cells", *(folder / "cells").glob("*/")):
         sweep(cells)
     with replacing(kept) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -8,13 +8,13 @@ from typing import Any
 
 from sae_lens import SAE
 
+from atom_lens._format import AIP_FILENAME
 from atom_lens.evidence import evaluate
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.sharing.load import atoms_folder, load_atoms
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.recipe_file import load_recipe
 from atom_lens.training.run import harvest_for, split_activations
-from atom_lens.tsae import AIP_FILENAME
 
 
 def recipe_beside(path: str | Path) -> Path:

@@ -6,10 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sae_lens import SAE
-
 from atom_lens._files import new_folder
-from atom_lens.sharing.foreign import foreign_converter
+from atom_lens.sharing.foreign import foreign_converter, open_sae
 from atom_lens.sharing.load import aip_converter, atoms_folder, is_ours
 from atom_lens.sharing.weights import Thresholds
 from atom_lens.tsae import TSAE
@@ -48,7 +46,7 @@ def convert(
         raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(_DTYPES)}")
     folder = atoms_folder(source, hook, revision)
     converter: Any = aip_converter if is_ours(folder) else partial(foreign_converter, threshold=threshold)
-    sae: SAE[Any] = SAE.load_from_disk(folder, dtype=dtype, converter=converter)
+    sae = open_sae(folder, converter, dtype=dtype)
     if isinstance(sae, TSAE):
         sae.save_model(out)
     else:

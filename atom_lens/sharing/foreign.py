@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from sae_lens import SAE, JumpReLUSAE, StandardSAE, __version__
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 
-from atom_lens._files import read_json
+from atom_lens._files import read_json, regular_file, shown
+from atom_lens._format import check_metadata
 from atom_lens.sharing.weights import WEIGHTS, State, Thresholds, jumprelu_weights, read_tensors
 from atom_lens.tsae import ARCHITECTURE, TSAE, TSAEConfig
+
+logger = logging.getLogger(__name__)
 
 
 def foreign_converter(
@@ -37,9 +41,24 @@ def foreign_converter(
         ValueError: nothing known lies there; the message says what does.
     """
     path = Path(path)
+    try:
+        return _converted(path, device, cfg_overrides or {}, threshold)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} lacks or garbles what its library writes: {shown(str(error))}") from error
+
+
+def _converted(
+    path: Path, device: str, overrides: dict[str, Any], threshold: Thresholds
+) -> tuple[dict[str, Any], State]:
     if path.is_dir() and (path / SAE_WEIGHTS_FILENAME).exists():
-        read_json(path / SAE_CFG_FILENAME)
-        return sae_lens_disk_loader(path, device, cfg_overrides)
+        regular_file(path / SAE_WEIGHTS_FILENAME)
+        metadata = read_json(path / SAE_CFG_FILENAME).get("metadata", {})
+        check_metadata(metadata)
+        if "trust_remote_code" in (metadata.get("model_from_pretrained_kwargs") or {}):
+            raise ValueError(f"{str(path)!r}: metadata.model_from_pretrained_kwargs has trust_remote_code")
+        cfg, state = sae_lens_disk_loader(path, device, overrides)
+        _check_finite(path, state)
+        return cfg, state
     if path.is_dir() and (path / "sae.safetensors").exists():
         cfg, state = _sparsify(path)
     elif path.is_dir() and (path / "ae.pt").exists():
@@ -47,7 +66,7 @@ def foreign_converter(
     else:
         cfg, state = _bare(path, threshold)
     made = _config(path, cfg, state)
-    return {**made, "device": device, **(cfg_overrides or {})}, {k: v.to(device) for k, v in state.items()}
+    return {**made, "device": device, **overrides}, {k: v.to(device) for k, v in state.items()}
 
 
 def as_tsae(sae: SAE[Any]) -> TSAE:
@@ -67,22 +86,38 @@ def as_tsae(sae: SAE[Any]) -> TSAE:
             raise ValueError(f"{key} is {cfg[key]!r}, allowed for atoms is 'none'")
     state = {k: v.detach() for k, v in sae.state_dict().items()}
     state.setdefault("threshold", torch.zeros_like(state["b_enc"]))
-    cfg["metadata"] = {**cfg["metadata"], "converted_from": name, "aip": None}
-    with torch.random.fork_rng(devices=[]):
-        atoms = TSAE(TSAEConfig.from_dict({**cfg, "architecture": ARCHITECTURE}))
+    metadata = {**cfg["metadata"], "converted_from": name, "aip": None}
+    if metadata.pop("model_from_pretrained_kwargs", None):
+        logger.warning("model_from_pretrained_kwargs is left out: %s", sae.cfg.metadata.model_from_pretrained_kwargs)
+    # On no device at first: the weights that are there are used, none are drawn or copied.
+    atoms = TSAE(TSAEConfig.from_dict({**cfg, "metadata": metadata, "architecture": ARCHITECTURE, "device": "meta"}))
     atoms.process_state_dict_for_loading(state)
-    atoms.load_state_dict(state)
-    return atoms
+    atoms.load_state_dict(state, assign=True)
+    return atoms.to(device=str(sae.W_dec.device))
 
 
 def _config(path: Path, cfg: dict[str, Any], state: State) -> dict[str, Any]:
-    if any(not torch.isfinite(value).all() for value in state.values()):
-        raise ValueError(f"{str(path)!r} holds NaN or infinite weights")
+    _check_finite(path, state)
     metadata = {"sae_lens_version": __version__, **cfg.pop("metadata", {})}
     dtype = str(state["W_enc"].dtype).removeprefix("torch.")
     d, f = state["W_enc"].shape
     shared = {"d_in": d, "d_sae": f, "dtype": dtype, "normalize_activations": "none", "reshape_activations": "none"}
     return {**shared, "metadata": metadata, **cfg}
+
+
+def _check_finite(path: Path, state: State) -> None:
+    if any(not torch.isfinite(value).all() for value in state.values()):
+        raise ValueError(f"{str(path)!r} holds NaN or infinite weights")
+
+
+def open_sae(folder: Path, converter: Any, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
+    """`SAE.load_from_disk`; whatever keeps it from loading is a ValueError of one sentence."""
+    try:
+        return SAE.load_from_disk(folder, device=device, dtype=dtype, converter=converter)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # sae-lens checks nothing: what is wrong shows anywhere
+        raise ValueError(f"{str(folder)!r} is no SAE that sae-lens loads: {shown(str(error))}") from error
 
 
 def _sparsify(path: Path) -> tuple[dict[str, Any], State]:
@@ -114,7 +149,7 @@ def _dictionary_learning(path: Path) -> tuple[dict[str, Any], State]:
         "apply_b_dec_to_input": kind not in ("JumpReluAutoEncoder", "AutoEncoderNew"),
         "metadata": {
             "model_name": trainer.get("lm_name"),
-            "hook_name": None if trainer.get("layer") is None else f"blocks.{trainer['layer']}.hook_resid_post",
+            "hook_name": _dictionary_learning_hook(trainer),
         },
     }
     if kind in ("AutoEncoder", "AutoEncoderNew"):
@@ -135,6 +170,12 @@ def _dictionary_learning(path: Path) -> tuple[dict[str, Any], State]:
         del state["b_enc"]
         return {**cfg, "architecture": "gated"}, {**state, **gates}
     raise ValueError(f"{str(path)!r}: trainer.dict_class is {kind!r}, which is not a class that sae-lens has")
+
+
+def _dictionary_learning_hook(trainer: dict[str, Any]) -> str | None:
+    """The residual stream after its layer, unless a submodule is named that may be another."""
+    layer, submodule = trainer.get("layer"), trainer.get("submodule_name") or "resid_post"
+    return f"blocks.{layer}.hook_resid_post" if layer is not None and str(submodule).startswith("resid_post") else None
 
 
 def _bare(path: Path, threshold: Thresholds) -> tuple[dict[str, Any], State]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -16,14 +17,15 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from torch import Tensor
 
 from atom_lens._files import read_json
+from atom_lens._format import AIP_FILENAME, ATOMS_FILES, read_atoms
 from atom_lens._manifest import MANIFEST
-from atom_lens.sharing.foreign import as_tsae, foreign_converter
-from atom_lens.sharing.format import ATOMS_FILES, read_atoms
+from atom_lens.sharing.foreign import as_tsae, foreign_converter, open_sae
 from atom_lens.sharing.weights import WEIGHTS
-from atom_lens.tsae import AIP_FILENAME, ARCHITECTURE, TSAE
+from atom_lens.tsae import ARCHITECTURE, TSAE
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
+_LAYER = re.compile(r"(?:^|[/._-])(?:blocks|layers?|h)[._-]?(\d+)(?![^/._-])")  # blocks.9., layer_9/, layers.9
 
 
 def aip_converter(
@@ -57,7 +59,7 @@ def load_atoms(
         path: an atoms folder, a run folder of such folders, "user/name" on the Hub, a release of sae-lens, or a folder
             or file of another library (sae-lens, dictionary_learning, bare JumpReLU weights).
         device: where the atoms go.
-        dtype: of the weights, e.g. "bfloat16"; None keeps theirs. The metric stays float64.
+        dtype: of the weights, e.g. "bfloat16"; None keeps theirs (of a release: float32). The metric stays float64.
         hook: which atoms, where there are several: a name, a glob, or the number of a layer.
         revision: branch, tag or commit of a repository.
 
@@ -68,17 +70,19 @@ def load_atoms(
     """
     release = None if Path(path).exists() else get_pretrained_saes_directory().get(str(path))
     if release is not None:
+        if revision is not None:
+            raise ValueError(
+                f"revision is {revision!r}, but a release of sae-lens has none: load its repository by name"
+            )
         sae_id = chosen(str(path), hook, release.saes_map)
         found = _asked(str(path), revision, lambda: SAE.from_pretrained(str(path), sae_id, device, dtype or "float32"))
         return _without_metric(found, str(path))
     folder = atoms_folder(path, hook, revision)
     if is_ours(folder):
-        atoms = SAE.load_from_disk(folder, device=device, dtype=dtype, converter=aip_converter)
+        atoms = open_sae(folder, aip_converter, device, dtype)
         assert isinstance(atoms, TSAE)
         return atoms
-    return _without_metric(
-        SAE.load_from_disk(folder, device=device, dtype=dtype, converter=foreign_converter), str(path)
-    )
+    return _without_metric(open_sae(folder, foreign_converter, device, dtype), str(path))
 
 
 def is_ours(folder: Path) -> bool:
@@ -132,7 +136,7 @@ def _from_hub(repo_id: str, hook: str | None, revision: str | None) -> Path:
     else:
         file = chosen(repo_id, hook, {n.as_posix() for n in names if n.suffix in WEIGHTS})
         folder, wanted = ".", [PurePosixPath(file)]
-    patterns = [name.as_posix() for name in wanted]
+    patterns = [glob.escape(name.as_posix()) for name in wanted]
     local = _asked(repo_id, revision, lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     return Path(local) / folder / file
 
@@ -151,12 +155,12 @@ def _asked(where: str, revision: str | None, ask: Callable[[], Answer]) -> Answe
 
 def matching(names: Iterable[str], pattern: str | None) -> list[str]:
     """Those of `names` that `pattern` names: a name, a glob, or a layer's number; other seeds only in full."""
-    names = sorted(names)
-    if pattern in names:
+    every = set(names)
+    if pattern in every:
         return [pattern]
-    top = [name for name in names if not any(name.startswith(f"{other}/") for other in names)]
+    top = sorted(n for n in every if not any(parent.as_posix() in every for parent in PurePosixPath(n).parents))
     if pattern is not None and pattern.isdecimal():
-        return [name for name in top if (number := re.search(r"\d+", name)) and int(number[0]) == int(pattern)]
+        return [name for name in top if int(pattern) in {int(number) for number in _LAYER.findall(name)}]
     return fnmatch.filter(top, pattern or "*")
 
 

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
 from atom_lens._files import read_json
+from atom_lens._format import AIP_FILENAME
 from atom_lens._manifest import MANIFEST, manifest_of, verify
 from atom_lens.evidence.figure import draw_report
 from atom_lens.sharing.card import FIGURE, merged_card, run_card
 from atom_lens.sharing.load import matching
 from atom_lens.training.recipe_file import load_recipe
-from atom_lens.tsae import AIP_FILENAME
 
 # What is published of a folder of atoms; anything else that lies there stays at home.
 _ATOMS = (
@@ -61,8 +60,9 @@ def publish(
     """Publish a run folder as a model repository that sae-lens, and `load_atoms`, read from.
 
     One commit holds all layers and seeds. Large files go first: a publish that was cut off leaves the repository at its
-    old commit, and the next one sends only what is not there yet. A README.md of the repository is merged: its text and
-    its metadata stay, the part that this function wrote is replaced.
+    old commit (or, if only the answer was lost, at the new one), and the next sends only what is not there yet. A
+    README.md of the repository is merged: its text and its metadata stay, the part that this function wrote is
+    replaced. Files that an earlier publish wrote for the same hooks and that this run does not have are removed.
 
     Args:
         folder: of `train`, with atoms, report.json and recipe.yaml.
@@ -106,25 +106,38 @@ def _commit(
     """One commit of `files` and the card, merged with the README that is there; its URL, and the merged card."""
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        try:
-            old = Path(api.hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8")
-        except EntryNotFoundError:
-            old = None
+        # One state of the repository is read and built on: what somebody changes meanwhile is an error, not lost.
+        parent = api.repo_info(repo_id).sha
+        there = api.list_repo_files(repo_id, revision=parent)
+        old = None
+        if "README.md" in there:
+            old = Path(api.hf_hub_download(repo_id, "README.md", revision=parent)).read_text(encoding="utf-8")
         card = merged_card(card, old)
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(name, path) for name, path in files.items()
+        ]
         operations.append(CommitOperationAdd("README.md", card.encode()))
-        found = api.create_commit(repo_id, operations, commit_message=message)
+        operations += [CommitOperationDelete(name) for name in there if _stale(name, files)]
+        found = api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent)
     except Exception as error:  # the client raises errors of its HTTP library as they are, and that changes
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{repo_id!r} was not published and is as it was before: {said}") from error
+        raise ValueError(f"publishing to {repo_id!r} did not complete, try again: {said}") from error
     return str(found.commit_url), card
+
+
+def _stale(name: str, files: dict[str, Path]) -> bool:
+    """Whether a file of the repository is one that a publish wrote for a hook published now, and that is no more."""
+    parts = name.split("/")
+    ours = len(parts) in (2, 3) and f"{parts[0]}/{SAE_CFG_FILENAME}" in files and parts[-1] in (*_ATOMS, FIGURE)
+    return ours and name not in files and (len(parts) == 2 or parts[1].startswith("seed-"))
 
 
 def _files(folder: Path, hooks: Sequence[str]) -> dict[str, Path]:
     """Path in the repository -> file, of the chosen hooks and their seeds; each is what its manifest says."""
     available = sorted(path.parent.name for path in folder.glob(f"*/{SAE_CFG_FILENAME}"))
-    if not available:
-        raise FileNotFoundError(f"no run at {str(folder)!r}: no folder in it holds {SAE_CFG_FILENAME}")
+    if not available or not (folder / "recipe.yaml").exists():
+        lacks = "no folder in it holds atoms" if not available else "it has no recipe.yaml"
+        raise FileNotFoundError(f"no run at {str(folder)!r}: {lacks}")
     for pattern in hooks:
         if not matching(available, pattern):
             raise ValueError(f"hook {pattern!r} is not in {str(folder)!r}, allowed are {', '.join(available)}")

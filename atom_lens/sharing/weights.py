@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from atom_lens._files import regular_file
+from atom_lens._files import regular_file, shown
 
 State = dict[str, Tensor]
 Thresholds = Literal["auto", "plain", "log"]
@@ -33,28 +34,34 @@ _PREFIX = re.compile(r"^(?:(?:module|model|sae|tsae|autoencoder|ae|_orig_mod)\.)
 
 def read_tensors(path: Path) -> State:
     """Tensors of a safetensors, npz or torch file, by name. A torch file is read without executing anything in it."""
-    regular_file(path)
+    size = regular_file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as members:
+                unpacked = sum(member.file_size for member in members.infolist())
+            if unpacked > 20 * size + (1 << 20):  # weights hardly compress: this is a bomb
+                raise ValueError(f"its {size} bytes unpack to {unpacked}")
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {shown(str(error))}") from error
     except Exception as error:  # torch's own UnpicklingError: what it refuses to execute
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{str(path)!r} is refused: {first}") from error
-    while isinstance(found, Mapping):
+        raise ValueError(f"{str(path)!r} is refused: {shown(first)}") from error
+    for _ in range(3):  # {"state_dict": {...}}: one mapping among settings
+        if not isinstance(found, Mapping):
+            break
         tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(f"{str(path)!r}: tensor {shown(name)} is larger than what is stored of it")
         if tensors:
             return tensors
-        # {"state_dict": {...}}: one mapping among settings.
         inner = [value for value in found.values() if isinstance(value, Mapping)]
-        if len(inner) != 1:
-            break
-        found = inner[0]
+        found = inner[0] if len(inner) == 1 else None
     raise ValueError(f"{str(path)!r} holds no tensors by name")
 
 
@@ -72,14 +79,17 @@ def jumprelu_weights(
     Raises:
         ValueError: a tensor is missing, unknown or twice there, shapes do not fit, or plain thresholds are negative.
     """
-    what = ", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items()) or "nothing"
+    what = shown(", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items()) or "nothing")
     made: dict[str, tuple[str, Tensor]] = {}
     for name, value in found.items():
         short = _PREFIX.sub("", name).lower()
         ours = next((ours for ours, names in _NAMES.items() if short in names), None)
         if ours is None or ours in made:
-            raise ValueError(f"{str(path)!r}: tensor {name!r} is {'twice there' if ours else 'unknown'}, found: {what}")
-        made[ours] = (name, value)
+            known = "twice there" if ours else "unknown"
+            raise ValueError(f"{str(path)!r}: tensor {shown(repr(name))} is {known}, found: {what}")
+        if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{str(path)!r}: {name} is {value.dtype}, allowed are float64, float32, bfloat16, float16")
+        made[ours] = (name, value if ours.startswith("W_") else value.flatten())
     log = made.pop("log_threshold", None)
     if log is not None and "threshold" not in made:
         made["threshold"] = log
@@ -101,7 +111,7 @@ def jumprelu_weights(
         value = value.exp() if threshold == "log" else value
         if (value < 0).any() and threshold == "auto":
             raise ValueError(f"{str(path)!r}: thresholds are negative, say threshold='log' or threshold='plain'")
-        state["threshold"] = value.flatten().expand(f) if value.numel() == 1 else value
+        state["threshold"] = value.expand(f)
     dtype = w_dec.dtype
     return {name: value.to(dtype).contiguous() for name, value in state.items()}
 

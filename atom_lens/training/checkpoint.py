@@ -73,7 +73,7 @@ class Checkpoints:
         self, path: Path, trainer: MultiSAETrainer, batches: Batches, minutes: float, about: Mapping[str, Any]
     ) -> None:
         self.path, self.trainer, self.batches, self.seconds = path, trainer, batches, 60 * minutes
-        streams = {name: _fingerprint(x) for name, x in batches.streams.items()}
+        streams = {name: fingerprint(x) for name, x in batches.streams.items()}
         self.about = json.loads(json.dumps({**about, "streams": streams}))
         self.here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": trainer.cfg.device}
         self.last = time.monotonic()
@@ -132,9 +132,6 @@ class Checkpoints:
         self.trainer.n_training_steps, self.trainer.n_training_samples = one.n_training_steps, one.n_training_samples
         logger.info("going on from step %d", one.n_training_steps)
         return True
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
 
 
 _COUNTS = (
@@ -211,7 +208,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(x: Float[Tensor, "n d"]) -> str:
+def fingerprint(x: Float[Tensor, "n d"]) -> str:
     """Tells activations apart by their shape and up to 4,096 rows spread over them."""
     rows = x[:: max(1, len(x) // 4096)].float().cpu().contiguous()
     return hashlib.sha256(str(tuple(x.shape)).encode() + rows.numpy().tobytes()).hexdigest()

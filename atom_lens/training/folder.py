@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from atom_lens._files import locked, new_folder, settle, sweep
+from jaxtyping import Float
+from torch import Tensor
+
+from atom_lens._files import locked, new_folder, read_json, settle, sweep, write_json
 from atom_lens._manifest import seal
+from atom_lens.training.checkpoint import fingerprint
 
 logger = logging.getLogger(__name__)
 _UNFINISHED = ".unfinished"
+_ACTIVATIONS = "activations.json"
 CHECKPOINT = ".checkpoint.safetensors"
 
 
@@ -33,11 +38,12 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
     """
     if path.name.endswith(_UNFINISHED):
         raise ValueError(f"name is {path.name!r}, names that end in {_UNFINISHED} are kept for runs that are not done")
-    with locked(path):
+    target = path.resolve()  # where a link leads, the run goes
+    with locked(target):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(f"output folder {str(path)!r} is not empty: choose another name= or remove it")
-        work = path.with_name(path.name + _UNFINISHED)
-        sweep(path.parent, work.name)
+        work = target.with_name(target.name + _UNFINISHED)
+        sweep(work.parent, work.name)
         if work.exists():
             kept = work / "recipe.yaml"
             if not kept.is_file() or kept.read_text(encoding="utf-8") != recipe:
@@ -49,10 +55,22 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
                 (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
         try:
             yield work
-            for checkpoint in work.glob(f"*{CHECKPOINT}"):
-                checkpoint.unlink()
-            seal(work)
-            settle(work, path)
+            (work / _ACTIVATIONS).unlink()
+            seal(work, ["recipe.yaml", "report.json"])
+            settle(work, target)
         finally:
             if work.exists() and not any(file.is_dir() or file.name.endswith(CHECKPOINT) for file in work.iterdir()):
                 shutil.rmtree(work)
+
+
+def same_activations(work: Path, activations: Mapping[str, Float[Tensor, "n _"]]) -> None:
+    """Only the activations that a run began with may end it: prompts and models change under the names they have.
+
+    Raises:
+        ValueError: they are not the same.
+    """
+    found = {hook: fingerprint(x) for hook, x in activations.items()}
+    kept = work / _ACTIVATIONS
+    if kept.exists() and read_json(kept) != found:
+        raise ValueError(f"{str(work)!r} holds a run on other activations, prompts or model have changed: remove it")
+    write_json(kept, found)

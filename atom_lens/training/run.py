@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atom_lens._files import new_folder, read_json, write_json
-from atom_lens._manifest import LOG, sealed_folder
+from atom_lens._manifest import LOG, sealed_folder, verify
 from atom_lens.activations import Harvest, Prompt, harvest
 from atom_lens.evidence import evaluate, identity, observe, table
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.controls import fit_with_controls
-from atom_lens.training.folder import CHECKPOINT, run_folder
+from atom_lens.training.folder import CHECKPOINT, run_folder, same_activations
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.recipe_file import dump_recipe, load_recipe
 from atom_lens.training.split import heldout_rows
@@ -52,13 +52,17 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
     with run_folder(folder, dump_recipe(recipe)) as work:
         prompts = recipe.prompts.read()
         found = harvest_for(recipe, prompts)
+        same_activations(work, found)
         with _logging_to(work / LOG):
             logger.info(
                 "harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store
             )
             for hook in found:
-                if not (work / hook).is_dir():
+                if (work / hook).is_dir():
+                    verify(work / hook)
+                else:
                     _one_hook(recipe, prompts, found, hook, work / hook)
+                (work / f"{hook}{CHECKPOINT}").unlink(missing_ok=True)
         reports = {hook: read_json(work / hook / "report.json") for hook in found}
         single = len(reports) == 1
         write_json(work / "report.json", next(iter(reports.values())) if single else {"hooks": reports})
@@ -212,7 +216,7 @@ def save_atoms(
 ) -> None:
     """An atoms folder: sae-lens' files, the metric, the report, and of every atom how well other runs agree on it."""
     with sealed_folder(folder) as temporary:
-        atoms.save_model(temporary)
+        atoms.write_files(temporary)
         save_file({"sparsity": sparsity.float().cpu().contiguous()}, temporary / SPARSITY_FILENAME)
         if identity_scores is not None:
             save_file({"identity": identity_scores.float().cpu().contiguous()}, temporary / IDENTITY_FILENAME)

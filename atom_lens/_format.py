@@ -12,11 +12,11 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors import safe_open
 from torch import Tensor
 
-from atom_lens._files import read_json, regular_file
+from atom_lens._files import read_json, regular_file, shown
 from atom_lens._manifest import Strict, parsed, verify
 from atom_lens.geometry import AtomicInnerProduct
-from atom_lens.tsae import AIP_FILENAME
 
+AIP_FILENAME = "aip.safetensors"
 ATOMS_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, AIP_FILENAME)
 _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -43,23 +43,27 @@ class _Config(Strict):
     @field_validator("metadata")
     @classmethod
     def _harmless(cls, metadata: dict[str, Any]) -> dict[str, Any]:
-        for key in metadata:
-            # sae-lens sets every key as an attribute of an object whose methods it calls afterwards.
-            if not key.isidentifier() or key.startswith("_") or key in dir(SAEMetadata):
-                raise ValueError(f"metadata.{key} would replace a part of sae-lens' own object")
+        check_metadata(metadata)
         if metadata.get("model_from_pretrained_kwargs"):
             raise ValueError("metadata.model_from_pretrained_kwargs would be handed to whatever loads the model")
         version = str(metadata.get("sae_lens_version"))
         if not version.partition(".")[0].isdigit() or int(version.partition(".")[0]) < 6:
-            raise ValueError(f"metadata.sae_lens_version is {version!r}, allowed are versions from 6 on")
+            raise ValueError(f"metadata.sae_lens_version is {shown(version)}, allowed are versions from 6 on")
         for key in ("model_name", "hook_name"):
             if not isinstance(metadata.get(key), str | None):
-                raise ValueError(f"metadata.{key} is {metadata[key]!r}, allowed is a text")
+                raise ValueError(f"metadata.{key} is {shown(metadata[key])}, allowed is a text")
         try:
             _Metric.model_validate(metadata.get("aip"))
         except ValueError:
             raise ValueError("metadata.aip says n, ridge and source of the metric, and nothing else") from None
         return metadata
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Refuse keys that would replace a method: sae-lens sets each as an attribute of its `SAEMetadata`."""
+    for key in metadata:
+        if not key.isidentifier() or key.startswith("_") or key in dir(SAEMetadata):
+            raise ValueError(f"metadata.{shown(key)} would replace a part of sae-lens' own object")
 
 
 def read_atoms(folder: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Tensor], AtomicInnerProduct]:
@@ -70,11 +74,20 @@ def read_atoms(folder: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[
         ValueError: a file is damaged or holds what it must not; nothing of it was used.
     """
     verify(folder, ATOMS_FILES)
+    return check_atoms(folder, device)
+
+
+def check_atoms(folder: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Tensor], AtomicInnerProduct]:
+    """`read_atoms`, but for the manifest."""
     cfg = read_json(folder / SAE_CFG_FILENAME, limit=1 << 20)
     checked = parsed(_Config, cfg, folder / SAE_CFG_FILENAME)
     aip = AtomicInnerProduct.load(folder / AIP_FILENAME)
     if aip.width != checked.d_in:
         raise ValueError(f"{str(folder)!r}: the metric has width {aip.width}, the weights have d_in {checked.d_in}")
+    if cfg["metadata"]["aip"] != {"n": aip.n, "ridge": aip.ridge, "source": aip.source}:
+        raise ValueError(
+            f"{str(folder)!r}: metadata.aip in {SAE_CFG_FILENAME} is not what {AIP_FILENAME} says of itself"
+        )
     return cfg, _weights(folder / SAE_WEIGHTS_FILENAME, checked, device), aip
 
 
@@ -86,7 +99,9 @@ def _weights(path: Path, cfg: _Config, device: str) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device=device) as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             if sorted(found) != sorted(expected):
-                raise ValueError(f"it holds {', '.join(sorted(found))}, allowed are {', '.join(sorted(expected))}")
+                raise ValueError(
+                    f"it holds {shown(', '.join(sorted(found)))}, allowed are {', '.join(sorted(expected))}"
+                )
             for name, shape in expected.items():
                 if found[name].get_shape() != shape or found[name].get_dtype() != _DTYPES[cfg.dtype]:
                     raise ValueError(
@@ -95,7 +110,7 @@ def _weights(path: Path, cfg: _Config, device: str) -> dict[str, Tensor]:
                     )
             state = {name: file.get_tensor(name) for name in expected}
     except Exception as error:  # safetensors has an error of its own for damaged headers
-        raise ValueError(f"{str(path)!r} holds no atoms: {error}") from error
+        raise ValueError(f"{str(path)!r} holds no atoms: {shown(str(error))}") from error
     for name, value in state.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{str(path)!r} holds no atoms: {name} has NaN or infinite values")
