@@ -23,7 +23,7 @@ from sae_lens.registry import (
     register_sae_class,
     register_sae_training_class,
 )
-from sae_lens.saes.jumprelu_sae import JumpReLU
+from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationWhitening
 from torch import Tensor
@@ -32,8 +32,10 @@ from typing_extensions import override
 from atom_lens._format import AIP_FILENAME, check_atoms
 from atom_lens._manifest import sealed_folder
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.sparse import Entries, sparse_decode, sparse_encode
 
 ARCHITECTURE = "aip_tsae"
+DENSITY_LIMIT = 0.08  # share of entries; dense steps are faster from 0.09 to 0.13 on (docs/performance.md)
 _WHITENED = "covariance_whitening"  # sae-lens' mark of weights that live in whitened space
 
 
@@ -151,6 +153,9 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
         start: "data" takes centred training activations as first atoms, "random" directions uniform under the metric.
         freeze_decoder: random directions that stay as they are, a null; the encoder still learns if it is free.
         jumprelu_bandwidth: width of the straight-through window, in units of the norm of a whitened activation.
+        step: "sparse" computes gradients at active entries and those inside the window only, where the others are
+            zero; the same up to rounding, and faster while few are active (docs/performance.md). Forward hooks of the
+            SAE do not fire then, and steps in which many are active are dense all the same.
     """
 
     encoder: Literal["tied", "free"] = "free"
@@ -161,6 +166,7 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
     revival: float = 1 / 32
     start: Literal["data", "random"] = "data"
     freeze_decoder: bool = False
+    step: Literal["dense", "sparse"] = "dense"
     jumprelu_ste_to_input: bool = True
     normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"] = _WHITENED
     decoder_init_norm: float | None = 1.0
@@ -178,6 +184,12 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
             raise ValueError(f"encoder is {self.encoder!r}, allowed are 'tied' and 'free'")
         if self.start not in ("data", "random"):
             raise ValueError(f"start is {self.start!r}, allowed are 'data' and 'random'")
+        if self.step not in ("dense", "sparse"):
+            raise ValueError(f"step is {self.step!r}, allowed are 'dense' and 'sparse'")
+        if self.step == "sparse" and (
+            self.jumprelu_sparsity_loss_mode == "tanh" or self.pre_act_loss_coefficient is not None
+        ):
+            raise ValueError("step is 'sparse', allowed with the tanh loss or a pre_act_loss_coefficient is 'dense'")
         if not 0 <= self.loss_norm <= 1:
             raise ValueError(f"loss_norm is {self.loss_norm}, allowed is 0 (AIP) to 1 (Euclidean)")
 
@@ -190,12 +202,17 @@ class TSAETraining(JumpReLUTrainingSAE):
 
     cfg: TSAETrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     loss_weight: Tensor
+    density: Tensor
     generator: torch.Generator
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self.register_buffer("loss_weight", torch.ones(self.cfg.d_in, dtype=torch.float32, device=self.device))
+        self.register_buffer("density", torch.zeros((), dtype=torch.float64))
+        if self.cfg.step == "sparse":
+            # Rows of W_encᵀ lie together: that is how its gradient comes about, and it need not be turned.
+            self.W_enc.data = self.W_enc.data.T.contiguous().T
         self.W_enc.requires_grad_(self.cfg.encoder == "free")
         self.W_dec.requires_grad_(not self.cfg.freeze_decoder)
 
@@ -252,19 +269,84 @@ class TSAETraining(JumpReLUTrainingSAE):
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         w_enc = self.W_dec.T if self.cfg.encoder == "tied" else self.W_enc
-        if self.training and self.cfg.noise:
-            noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
-            x = x + noise * (self.cfg.noise / self.cfg.d_in) ** 0.5
-        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ w_enc + self.b_enc)
+        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(self._noisy(x)) @ w_enc + self.b_enc)
         threshold = self.threshold.to(hidden_pre.dtype)
         codes = JumpReLU.apply(hidden_pre, threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)
         return self.hook_sae_acts_post(codes), hidden_pre
 
+    def _noisy(self, x: Tensor) -> Tensor:
+        if not (self.training and self.cfg.noise):
+            return x
+        noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+        return x + noise * (self.cfg.noise / self.cfg.d_in) ** 0.5
+
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         self._project()
+        # What the last step found says whether this one is worth going through entry by entry.
+        if self.cfg.step == "sparse" and float(self.density) < DENSITY_LIMIT:
+            return self._sparse_forward_pass(step_input)
         self.mse_loss_fn = lambda prediction, target: (prediction - target).square() * self.loss_weight
-        return super().training_forward_pass(step_input)
+        output = super().training_forward_pass(step_input)
+        if self.cfg.step == "sparse":
+            near = output.hidden_pre > self.threshold - self.bandwidth / 2
+            self.density.fill_(int(near.sum()) / near.numel())
+        return output
+
+    def _sparse_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """The same losses as of a dense step, with gradients at the entries where they are not zero."""
+        x, tied = step_input.sae_in, self.cfg.encoder == "tied"
+        directions = self.W_dec if tied else self.W_enc.T
+        # b_dec acts on the encoder by one vector: that way its gradient is a product with a vector, not with a matrix.
+        offset = self.b_enc - directions.detach() @ self.b_dec if self.cfg.apply_b_dec_to_input else self.b_enc
+        with torch.no_grad():
+            seen = self.process_sae_in(self._noisy(x))
+            hidden_pre = torch.addmm(self.b_enc, seen, directions.T)
+            near = hidden_pre > self.threshold - self.bandwidth / 2
+            entries = Entries.where(near)
+            self.density.fill_(len(entries.rows) / near.numel())
+
+        def pre(at: Entries) -> Tensor:
+            bias = offset[at.columns]  # it is in hidden_pre already: only its gradient is wanted
+            return sparse_encode(seen, directions, hidden_pre[at.rows, at.columns], at) + (bias - bias.detach())
+
+        # sae-lens' own estimators, on the entries in a row instead of the whole matrix.
+        values, threshold = pre(entries)[None], self.threshold.to(hidden_pre.dtype)[entries.columns]
+        estimator = (threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)
+        codes = JumpReLU.apply(values, *estimator)[0]
+        active = Step.apply(values, *estimator)[0]
+        l0 = active.new_zeros(len(x)).index_add(0, entries.rows, active)
+        sae_out = sparse_decode(codes, self.W_dec, entries) + self.b_dec
+        if self.cfg.jumprelu_sparsity_loss_mode == "quadratic":
+            target = float(self.cfg.target_l0 or 1)
+            l0 = 2 / target * (l0 - target) ** 2
+        losses = {
+            "mse_loss": ((sae_out - x).square() * self.loss_weight).sum(dim=-1).mean(),
+            "l0_loss": (step_input.coefficients["l0"] * l0).mean(),
+        }
+        dead = step_input.dead_neuron_mask
+        if self.cfg.revival and dead is not None and dead.any():
+            index = dead.nonzero()[:, 0]
+            strongest = torch.zeros_like(near)
+            strongest[:, index] = strongest[:, index].scatter(1, self._strongest(hidden_pre[:, index]).indices, True)
+            at = Entries.where(strongest & (hidden_pre > 0))
+            left = x - sae_out.detach() - sparse_decode(pre(at), self.W_dec, at)
+            losses["revival_loss"] = self.cfg.revival * (left.square() * self.loss_weight).sum(dim=-1).mean()
+        fired = codes.detach() > 0
+        places = torch.stack([entries.rows[fired], entries.columns[fired]])
+        feature_acts = torch.sparse_coo_tensor(places, codes.detach()[fired], near.shape, is_coalesced=True)
+        loss = torch.stack(list(losses.values())).sum()
+        return TrainStepOutput(x, sae_out, feature_acts, hidden_pre, loss, losses)
+
+    @staticmethod
+    def _strongest(candidates: Tensor) -> torch.return_types.topk:
+        return candidates.topk(min(64, candidates.shape[1]), dim=1)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        for name, value in state_dict.items():
+            state_dict[name] = value.contiguous()
 
     @override
     def calculate_aux_loss(
@@ -279,7 +361,7 @@ class TSAETraining(JumpReLUTrainingSAE):
     def _revival(self, residual: Tensor, hidden_pre: Tensor, dead: Tensor) -> Tensor:
         """The AuxK loss of Gao et al. 2024: the strongest dead atoms reconstruct the residual."""
         candidates = hidden_pre[:, dead]
-        strongest, index = candidates.topk(min(64, candidates.shape[1]), dim=1)
+        strongest, index = self._strongest(candidates)
         codes = torch.zeros_like(candidates).scatter(1, index, strongest.relu())
         left = residual - codes @ self.W_dec[dead]
         return self.cfg.revival * (left.square() * self.loss_weight).sum(dim=-1).mean()
@@ -306,7 +388,7 @@ class TSAETraining(JumpReLUTrainingSAE):
         return atoms
 
 
-_TRAINING_BUFFERS = ("loss_weight",)
+_TRAINING_BUFFERS = ("loss_weight", "density")
 
 # A second registration is an error in sae-lens, and a notebook may reload this module: the newest classes count.
 SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)

@@ -70,13 +70,14 @@ def learners(x: torch.Tensor, aip: AtomicInnerProduct, units: list[str]) -> dict
     atoms = Atoms(capacity=24, target_l0=2.0)
     made = {unit: unit_learner(unit, 2.0, x, aip, atoms) for unit in units}
     made["frozen"] = tsae_learner(x, aip, atoms, freeze_decoder=True)
+    made["sparse"] = tsae_learner(x, aip, atoms.model_copy(update={"step": "sparse"}))
     return made
 
 
 def test_resumed_training_is_bit_identical(
     generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every kind of learner, stopped at several steps in one training, across epochs, warm-up and decay."""
+    """Every kind of learner and step, stopped at several steps in one training, across epochs, warm-up and decay."""
     x = torch.randn(100, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 2
     aip = AtomicInnerProduct.estimate(x)
     units = ["tsae_tied", "tsae_free", "relu_whitened", "topk", "batchtopk", "jumprelu_whitened"]

@@ -142,6 +142,7 @@ def tsae_learner(
         noise=atoms.noise,
         revival=atoms.revival,
         freeze_decoder=freeze_decoder,
+        step=atoms.step,
         jumprelu_bandwidth=atoms.bandwidth,
         metadata=SAEMetadata(**(metadata or {})),
     )

@@ -125,6 +125,7 @@ class Atoms(Section):
     noise: Number = Field(0.3, ge=0)
     revival: Number = Field(1 / 32, ge=0)
     bandwidth: Number = Field(0.05, gt=0)
+    step: Literal["dense", "sparse"] = "dense"
 
     @model_validator(mode="after")
     def _target_fits(self) -> Atoms:

@@ -1,0 +1,121 @@
+"""The sparse training step: the same losses, gradients and training as the dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import shifted
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens.saes.sae import TrainStepInput
+
+from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig
+from atom_lens.sparse import Entries, sparse_decode, sparse_encode
+from atom_lens.training.fit import Learner, fit_together
+from atom_lens.training.recipe import Training
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 7), d=st.integers(1, 5), f=st.integers(1, 9), share=st.floats(0, 1), seed=st.integers(0, 99)
+)
+def test_sparse_products(batch: int, d: int, f: int, share: float, seed: int) -> None:
+    """Values and gradients against dense products, empty rows, columns and masks included."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, f, generator=generator) < share
+    entries = Entries.where(mask)
+    x = torch.randn(batch, d, generator=generator, dtype=torch.float64)
+    weight = torch.randn(batch, d, generator=generator, dtype=torch.float64)
+    start = torch.randn(f, d, generator=generator, dtype=torch.float64)
+    found = []
+    for sparse in (False, True):
+        atoms = start.clone().requires_grad_()
+        product = x @ atoms.T
+        if sparse:
+            values = sparse_encode(x, atoms, product.detach()[entries.rows, entries.columns], entries)
+            out = sparse_decode(values, atoms, entries)
+        else:
+            out = (product * mask) @ atoms
+        (out * weight).sum().backward()
+        found.append((out.detach(), atoms.grad))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def made(
+    step: str, generator: torch.Generator, **options: Any
+) -> tuple[TSAETraining, torch.Tensor, AtomicInnerProduct]:
+    x = shifted(300, 12, generator)
+    aip = AtomicInnerProduct.estimate(x)
+    config = TSAETrainingConfig(d_in=12, d_sae=60, target_l0=3.0, jumprelu_bandwidth=0.2, step=step, **options)
+    with torch.random.fork_rng(devices=[]):
+        sae = TSAETraining(config)
+    y = (x.double() @ sae.whitening(aip).matrix).float()
+    sae.prepare(y, aip, torch.Generator().manual_seed(0))
+    return sae, y, aip
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("mode", ["quadratic", "step"])
+@pytest.mark.parametrize("to_input", [False, True])
+@pytest.mark.parametrize("encoder", ["tied", "free"])
+def test_one_step_is_the_dense_one(encoder: Any, to_input: bool, mode: Any, dead: bool) -> None:
+    found = []
+    for step in ("dense", "sparse"):
+        sae, y, _ = made(
+            step,
+            torch.Generator().manual_seed(1),
+            encoder=encoder,
+            jumprelu_sparsity_loss_mode=mode,
+            jumprelu_ste_to_input=to_input,
+        )
+        sae = sae.double().train()
+        mask = (torch.arange(60) % 3 == 0) if dead else None
+        output = sae.training_forward_pass(TrainStepInput(y[:64].double(), {"l0": 0.3}, mask, 0, False))
+        output.loss.backward()
+        grads = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
+        found.append((output, grads, sae))
+    (one, dense, _), (two, sparse, sae) = found
+    assert 0 < float(sae.density) < 0.5 and dense.keys() == sparse.keys()
+    torch.testing.assert_close(one.loss, two.loss)
+    assert one.losses.keys() == two.losses.keys()
+    for name in one.losses:
+        torch.testing.assert_close(one.losses[name], two.losses[name])
+    torch.testing.assert_close(one.feature_acts, two.feature_acts.to_dense())
+    for name in dense:
+        assert dense[name].norm() > 0, f"{name} has no gradient to compare"
+        close = 1e-5 if name == "threshold" else 1e-9  # sae-lens keeps thresholds in float32, whatever is asked
+        torch.testing.assert_close(dense[name], sparse[name], rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("encoder", ["tied", "free"])
+def test_training_is_the_same(encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole training in float64 through sae-lens' trainer, dead atoms and a switch between both steps included."""
+    monkeypatch.setattr("atom_lens.tsae.DENSITY_LIMIT", 0.12)
+    trained, sparsity, kinds = {}, {}, []
+    real = TSAETraining._sparse_forward_pass
+
+    def counting(self: TSAETraining, step_input: TrainStepInput) -> Any:
+        kinds.append("sparse")
+        return real(self, step_input)
+
+    monkeypatch.setattr(TSAETraining, "_sparse_forward_pass", counting)
+    for step in ("dense", "sparse"):
+        sae, y, aip = made(step, torch.Generator().manual_seed(1), encoder=encoder)
+        settings_ = Training(steps=80, batch_size=64, lr=3e-3, device="cpu", dead_after=5)
+        sae = sae.double()
+        x = y.double() @ sae.whitening(aip).inverse_matrix
+        sparsity[step] = fit_together({"x": x}, {"tsae": Learner(sae, "x", sae.whitening(aip))}, settings_)["tsae"]
+        trained[step] = sae
+    assert 10 < len(kinds) < 80, "both kinds of step were taken"
+    for name, value in trained["dense"].state_dict().items():
+        if name != "density":
+            torch.testing.assert_close(value, trained["sparse"].state_dict()[name], rtol=1e-6, atol=1e-8)
+    assert torch.equal(sparsity["dense"], sparsity["sparse"])
+
+
+def test_what_cannot_be_sparse_is_refused() -> None:
+    with pytest.raises(ValueError, match="step is 'sparse', allowed with the tanh loss"):
+        TSAETrainingConfig(d_in=4, d_sae=8, target_l0=2.0, step="sparse", jumprelu_sparsity_loss_mode="tanh")
