@@ -89,8 +89,8 @@ def manifest_of(folder: Path) -> Manifest:
     return parsed(Manifest, found, folder / MANIFEST)
 
 
-def verify(folder: Path, names: Sequence[str] | None = None) -> None:
-    """Check `names`, or all files of the manifest, against their lengths and hashes.
+def verify(folder: Path, names: Sequence[str] | None = None) -> list[str]:
+    """Check `names`, or all files of the manifest, against their lengths and hashes; returns all that it lists.
 
     Raises:
         FileNotFoundError: a file, or the manifest, is not there.
@@ -106,6 +106,7 @@ def verify(folder: Path, names: Sequence[str] | None = None) -> None:
             raise ValueError(f"{str(path)!r} has {size} bytes, {files[name].bytes} were written: it is cut or replaced")
         if _sha256(path) != files[name].sha256:
             raise ValueError(f"{str(path)!r} is not what was written: its SHA-256 differs from the manifest")
+    return list(files)
 
 
 def parsed(kind: type[AnyStrict], data: Any, path: Path) -> AnyStrict:

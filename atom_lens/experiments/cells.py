@@ -14,7 +14,6 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from atom_lens._files import locked, replacing, sweep, write_json
-from atom_lens._manifest import seal
 from atom_lens.activations.models import pick_device
 from atom_lens.training.recipe import Features, Recipe
 from atom_lens.training.recipe_file import dump_recipe
@@ -29,7 +28,6 @@ def claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
     with locked(folder):
         _claim(folder, recipe)
         yield
-        seal(folder, [path.name for path in folder.iterdir() if path.suffix in (".yaml", ".json", ".csv", ".png")])
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:

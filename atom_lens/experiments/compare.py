@@ -27,6 +27,7 @@ from atom_lens.experiments.cells import Cell, claimed, kept, pretrained
 from atom_lens.experiments.frontier import draw, to_csv
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.fit import Learner, fit_together
+from atom_lens.training.folder import same_activations
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.run import SplitActivations, harvest_for, split_activations
 from atom_lens.training.units import trained_unit, unit_learner
@@ -52,6 +53,7 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
 def _compare(recipe: Recipe, folder: Path) -> None:
     prompts = recipe.prompts.read()
     found = harvest_for(recipe, prompts)
+    same_activations(folder, found)
     hooks = {}
     for hook in found:
         split = split_activations(recipe, prompts, found, hook)

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lens import SAE
-
-from atom_lens._format import AIP_FILENAME
 from atom_lens.evidence import evaluate
 from atom_lens.geometry import AtomicInnerProduct
-from atom_lens.sharing.load import atoms_folder, load_atoms
+from atom_lens.sharing.load import atoms_folder, open_dictionary
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.recipe_file import load_recipe
 from atom_lens.training.run import harvest_for, split_activations
+from atom_lens.tsae import TSAE
 
 
 def recipe_beside(path: str | Path) -> Path:
@@ -33,7 +31,7 @@ def evaluate_folder(
     An SAE without a metric of its own is measured under the metric of the recipe's training split.
 
     Args:
-        path: run folder, atoms folder, or sae-lens folder.
+        path: whatever `load_atoms` reads from, but for releases, of any architecture that sae-lens has.
         recipe: whose activations and split.
         overrides: ``section.key=value``, applied to a recipe that is read from a file.
         hook: which atoms of a run over several hooks.
@@ -45,8 +43,8 @@ def evaluate_folder(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     folder = atoms_folder(path, hook)
     check_split(folder, recipe)
-    has_metric = (folder / AIP_FILENAME).is_file()
-    atoms = load_atoms(folder) if has_metric else SAE.load_from_disk(folder)
+    atoms = open_dictionary(folder)
+    has_metric = isinstance(atoms, TSAE) and atoms.aip.n > 0
     hook = str(atoms.cfg.metadata.hook_name)
     prompts = recipe.prompts.read()
     found = harvest_for(recipe, prompts)

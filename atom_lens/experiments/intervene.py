@@ -30,6 +30,7 @@ from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.interventions.causal import Evaluation, Swaps, known, swaps
 from atom_lens.sharing.load import load_atoms
 from atom_lens.training.fit import fit_together
+from atom_lens.training.folder import same_activations
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.run import SplitActivations, harvest_for, split_activations
 from atom_lens.training.units import trained_unit, unit_learner
@@ -58,6 +59,7 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
 
 def _intervene(recipe: Recipe, prompts: Sequence[Prompt], folder: Path) -> None:
     found = harvest_for(recipe, prompts)
+    same_activations(folder, found)
     settings = recipe.model
     backend = open_backend(
         find_model(settings.name, settings.revision), settings.backend, DTYPES[settings.dtype], settings.device

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from atom_lens._files import new_folder
-from atom_lens.sharing.foreign import foreign_converter, open_sae
-from atom_lens.sharing.load import aip_converter, atoms_folder, is_ours
+from atom_lens.sharing.load import atoms_folder, open_dictionary
 from atom_lens.sharing.weights import Thresholds
 from atom_lens.tsae import TSAE
 
@@ -45,8 +42,7 @@ def convert(
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(_DTYPES)}")
     folder = atoms_folder(source, hook, revision)
-    converter: Any = aip_converter if is_ours(folder) else partial(foreign_converter, threshold=threshold)
-    sae = open_sae(folder, converter, dtype=dtype)
+    sae = open_dictionary(folder, dtype=dtype, threshold=threshold)
     if isinstance(sae, TSAE):
         sae.save_model(out)
     else:

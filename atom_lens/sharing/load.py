@@ -7,6 +7,7 @@ import glob
 import logging
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from atom_lens._files import read_json
 from atom_lens._format import AIP_FILENAME, ATOMS_FILES, read_atoms
 from atom_lens._manifest import MANIFEST
 from atom_lens.sharing.foreign import as_tsae, foreign_converter, open_sae
-from atom_lens.sharing.weights import WEIGHTS
+from atom_lens.sharing.weights import WEIGHTS, Thresholds
 from atom_lens.tsae import ARCHITECTURE, TSAE
 
 logger = logging.getLogger(__name__)
@@ -78,14 +79,19 @@ def load_atoms(
         found = _asked(str(path), revision, lambda: SAE.from_pretrained(str(path), sae_id, device, dtype or "float32"))
         return _without_metric(found, str(path))
     folder = atoms_folder(path, hook, revision)
-    if is_ours(folder):
-        atoms = open_sae(folder, aip_converter, device, dtype)
-        assert isinstance(atoms, TSAE)
-        return atoms
-    return _without_metric(open_sae(folder, foreign_converter, device, dtype), str(path))
+    found = open_dictionary(folder, device, dtype)
+    return found if isinstance(found, TSAE) else _without_metric(found, str(path))
 
 
-def is_ours(folder: Path) -> bool:
+def open_dictionary(
+    folder: Path, device: str = "cpu", dtype: str | None = None, threshold: Thresholds = "auto"
+) -> SAE[Any]:
+    """Any dictionary on disk: a `TSAE` where it is ours, else what sae-lens has for its architecture."""
+    converter = aip_converter if _is_ours(folder) else partial(foreign_converter, threshold=threshold)
+    return open_sae(folder, converter, device, dtype)
+
+
+def _is_ours(folder: Path) -> bool:
     """Whether any mark of this package is in `folder`: then all of them must be there, and fit."""
     if (folder / MANIFEST).exists() or (folder / AIP_FILENAME).exists():
         return True

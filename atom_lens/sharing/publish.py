@@ -13,7 +13,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_
 
 from atom_lens._files import read_json
 from atom_lens._format import AIP_FILENAME
-from atom_lens._manifest import MANIFEST, manifest_of, verify
+from atom_lens._manifest import MANIFEST, verify
 from atom_lens.evidence.figure import draw_report
 from atom_lens.sharing.card import FIGURE, merged_card, run_card
 from atom_lens.sharing.load import matching
@@ -147,7 +147,6 @@ def _files(folder: Path, hooks: Sequence[str]) -> dict[str, Path]:
     for hook in sorted(wanted):
         folders += [(atoms, _ATOMS) for atoms in (folder / hook, *sorted((folder / hook).glob("seed-*")))]
     for place, names in folders:
-        verify(place)
-        listed = {*manifest_of(place).files, MANIFEST}
+        listed = {*verify(place), MANIFEST}
         files |= {(place / n).relative_to(folder).as_posix(): place / n for n in names if n in listed}
     return files
