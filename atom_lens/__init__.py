@@ -11,7 +11,8 @@ from atom_lens.geometry import AtomicInnerProduct, SecondMoment, angle_histogram
 from atom_lens.interventions import Splice, splice
 from atom_lens.sharing import Published, aip_converter, convert, load_atoms, publish
 from atom_lens.training import Recipe, fit, load_recipe, train
-from atom_lens.tsae import TSAE, TSAEConfig, TSAETraining, TSAETrainingConfig
+from atom_lens.tsae import TSAE, TSAEConfig
+from atom_lens.tsae_training import TSAETraining, TSAETrainingConfig
 
 __all__ = [
     "TSAE",

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import save_tiny_model
+from sae_lens import SAE
 from safetensors.torch import load_file
 
 from atom_lens import load_atoms, train
@@ -121,10 +122,16 @@ def test_evaluate_repeats_the_report(
     assert set(first["nulls"]) == {"random", "data", "frozen", "shuffled"}
     assert again["nulls"] == {name: first["nulls"][name] for name in ("random", "data")}
     # Any sae-lens SAE will do: without a metric of its own it is measured under the recipe's.
-    plain = tmp_path / "any" / "plain"
-    plain.parent.mkdir()
-    (tmp_path / "runs" / "tiny" / "blocks.1.hook_resid_post").rename(plain)
-    (plain / "aip.safetensors").unlink()
+    stripped = tmp_path / "any" / "stripped"
+    stripped.parent.mkdir()
+    (tmp_path / "runs" / "tiny" / "blocks.1.hook_resid_post").rename(stripped)
+    plain = SAE.load_from_disk(stripped)
+    plain.cfg.metadata.aip = None
+    plain.save_model("any/plain")
+    # Atoms that lost theirs are not such an SAE.
+    (stripped / "aip.safetensors").unlink()
+    assert main(["evaluate", "any/stripped", "--recipe", "recipe.yaml"]) == 2
+    assert "aip.safetensors' does not exist" in capsys.readouterr().err
     assert main(["evaluate", "any/plain", "--recipe", "recipe.yaml", "--json", "plain.json"]) == 0
     assert json.loads(Path("plain.json").read_text())["train"] == first["train"]
     narrow = yaml.safe_load(Path("recipe.yaml").read_text())

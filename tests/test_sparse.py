@@ -93,7 +93,7 @@ def test_one_step_is_the_dense_one(encoder: Any, to_input: bool, mode: Any, dead
 @pytest.mark.parametrize("encoder", ["tied", "free"])
 def test_training_is_the_same(encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole training in float64 through sae-lens' trainer, dead atoms and a switch between both steps included."""
-    monkeypatch.setattr("atom_lens.tsae.DENSITY_LIMIT", 0.12)
+    monkeypatch.setattr("atom_lens.tsae_training.DENSITY_LIMIT", 0.12)
     trained, sparsity, kinds = {}, {}, []
     real = TSAETraining._sparse_forward_pass
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atom_lens._files import regular_file, replacing
-from atom_lens.tsae import TSAETraining
+from atom_lens.tsae_training import TSAETraining
 
 logger = logging.getLogger(__name__)
 _FORMAT = "atom_lens.checkpoint.1"

@@ -22,7 +22,8 @@ from atom_lens.activations.models import pick_device
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.checkpoint import Batches, Checkpoints
 from atom_lens.training.recipe import Atoms, Training, Wandb
-from atom_lens.tsae import TSAE, TSAETraining, TSAETrainingConfig
+from atom_lens.tsae import TSAE
+from atom_lens.tsae_training import TSAETraining, TSAETrainingConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from atom_lens.activations.models import pick_device
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.training.fit import Learner, finish, tsae_learner
 from atom_lens.training.recipe import Atoms
-from atom_lens.tsae import TSAETraining
+from atom_lens.tsae_training import TSAETraining
 
 
 def unit_learner(
