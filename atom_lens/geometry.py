@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atom_lens._files import parse_json, regular_file, replacing, shown
+from atom_lens.tiles import over_tiles, pairs_of
 
 Ridge = float | Literal["oas"]
 # Held-out Gaussian likelihood of the demo model's activations is best near this (docs/training.md).
@@ -274,20 +274,6 @@ def unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return x / norms
 
 
-def pair_tiles(u: Float[Tensor, "n d"], tile: int = 4096) -> Iterator[Float[Tensor, " pairs"]]:
-    """Cosines of all pairs i < j of the unit rows `u`, a flat tile at a time: the n x n matrix never exists."""
-    for i in range(0, len(u), tile):
-        rows = u[i : i + tile]
-        for j in range(i, len(u), tile):
-            cosines = rows @ u[j : j + tile].T
-            if i == j:
-                upper = torch.ones_like(cosines, dtype=torch.bool).triu_(1)
-                if len(cosines) > 1:
-                    yield cosines[upper]
-            else:
-                yield cosines.flatten()
-
-
 @dataclass(frozen=True)
 class AngleHistogram:
     """Exact histogram of the angles of all pairs, in degrees. `counts[k]` pairs lie in [edges[k], edges[k+1])."""
@@ -323,12 +309,16 @@ def angle_histogram(
     if len(x) < 2:
         raise ValueError(f"angles need at least 2 rows, got {len(x)}")
     u = unit_rows(x.double() if metric is None else metric.whiten(x))
-    counts = torch.zeros(bins, dtype=torch.int64, device=x.device)
-    total = 0.0
-    for cosines in pair_tiles(u):
-        angles = cosines.clamp_(-1, 1).acos_().rad2deg_()
-        total += float(angles.sum())
-        counts += torch.bincount((angles * (bins / 180)).long().clamp_(max=bins - 1), minlength=bins)
+
+    def angles(rows: slice, columns: slice, cosines: Tensor) -> tuple[Tensor, float]:
+        found = pairs_of(rows, columns, cosines).clamp_(-1, 1).acos_().rad2deg_()
+        cells = (found * (bins / 180)).long().clamp_(max=bins - 1)
+        return torch.bincount(cells, minlength=bins), float(found.sum())
+
+    counts, total = torch.zeros(bins, dtype=torch.int64, device=x.device), 0.0
+    for part, sum_of_part in over_tiles(u, angles):
+        counts += part
+        total += sum_of_part
     return AngleHistogram(counts.cpu(), torch.linspace(0, 180, bins + 1), total / (len(x) * (len(x) - 1) / 2))
 
 

@@ -76,7 +76,7 @@ class _Decode(torch.autograd.Function):
         (grad,) = grads
         values, atoms = ctx.saved_tensors
         entries: Entries = ctx.entries
-        sampled = _sampled(grad, atoms, entries)
+        sampled = sampled_product(grad, atoms, entries)
         needed = ctx.needs_input_grad[1]
         return sampled, entries.transposed(values) @ grad if needed else None, None
 
@@ -98,8 +98,10 @@ class _Encode(torch.autograd.Function):
         return None, ctx.entries.transposed(grads[0]) @ x if ctx.needs_input_grad[1] else None, None, None
 
 
-def _sampled(left: Float[Tensor, "batch d"], right: Float[Tensor, "F d"], entries: Entries) -> Float[Tensor, " nnz"]:
-    """Entries of left rightᵀ."""
+def sampled_product(
+    left: Float[Tensor, "batch d"], right: Float[Tensor, "F d"], entries: Entries
+) -> Float[Tensor, " nnz"]:
+    """The `entries` of left rightᵀ, and no others; no gradient."""
     pattern = entries.matrix(left.new_zeros(len(entries.rows)))
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
 
@@ -116,3 +118,13 @@ def sparse_encode(
 ) -> Float[Tensor, " nnz"]:
     """`found`, which are the `entries` of x directionsᵀ, with the gradient of `directions`; x is data and has none."""
     return _Encode.apply(x, directions, found, entries)
+
+
+def upper_product(x: Float[Tensor, "batch d"], directions: Float[Tensor, "F d"]) -> Float[Tensor, "batch F"]:
+    """x directionsᵀ from bfloat16 factors, raised by all that rounding can have taken: never below the true product.
+
+    Rounding both factors to 8 bits moves a product by at most 2⁻⁷ |x| |w| (Cauchy-Schwarz), rounding the result by
+    2⁻⁸ |x| |w|; a tenth is added for what is of second order.
+    """
+    slack = 1.1 * (2**-7 + 2**-8) * x.norm(dim=1, keepdim=True) * directions.norm(dim=1).max()
+    return (x.bfloat16() @ directions.bfloat16().T).to(x.dtype).add_(slack)

@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from atom_lens.geometry import AtomicInnerProduct
-from atom_lens.sparse import Entries, sparse_decode, sparse_encode
+from atom_lens.sparse import Entries, sampled_product, sparse_decode, sparse_encode, upper_product
 from atom_lens.tsae import ARCHITECTURE, TSAE, WHITENED, TSAEConfig
 
 DENSITY_LIMIT = 0.08  # share of entries; dense steps are faster from 0.09 to 0.13 on (docs/performance.md)
@@ -50,6 +50,8 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
         step: "sparse" computes gradients at active entries and those inside the window only, where the others are
             zero; the same up to rounding, and faster while few are active (docs/performance.md). Forward hooks of the
             SAE do not fire then, and steps in which many are active are dense all the same.
+        encoder_product: of sparse steps. "bfloat16" looks for the entries in a product of that precision, with a margin
+            that misses none, and computes those it found in the precision of the weights: the same up to rounding.
     """
 
     encoder: Literal["tied", "free"] = "free"
@@ -60,7 +62,8 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
     revival: float = 1 / 32
     start: Literal["data", "random"] = "data"
     freeze_decoder: bool = False
-    step: Literal["dense", "sparse"] = "dense"
+    step: Literal["dense", "sparse"] = "sparse"
+    encoder_product: Literal["float32", "bfloat16"] = "float32"
     jumprelu_ste_to_input: bool = True
     normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"] = WHITENED
     decoder_init_norm: float | None = 1.0
@@ -80,6 +83,8 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
             raise ValueError(f"start is {self.start!r}, allowed are 'data' and 'random'")
         if self.step not in ("dense", "sparse"):
             raise ValueError(f"step is {self.step!r}, allowed are 'dense' and 'sparse'")
+        if self.encoder_product not in ("float32", "bfloat16"):
+            raise ValueError(f"encoder_product is {self.encoder_product!r}, allowed are 'float32' and 'bfloat16'")
         if self.step == "sparse" and (
             self.jumprelu_sparsity_loss_mode == "tanh" or self.pre_act_loss_coefficient is not None
         ):
@@ -195,17 +200,23 @@ class TSAETraining(JumpReLUTrainingSAE):
         offset = self.b_enc - directions.detach() @ self.b_dec if self.cfg.apply_b_dec_to_input else self.b_enc
         with torch.no_grad():
             seen = self.process_sae_in(self._noisy(x))
-            hidden_pre = torch.addmm(self.b_enc, seen, directions.T)
-            near = hidden_pre > self.threshold - self.bandwidth / 2
-            entries = Entries.where(near)
-            self.density.fill_(len(entries.rows) / near.numel())
+            cutoff = self.threshold - self.bandwidth / 2
+            if self.cfg.encoder_product == "bfloat16":
+                hidden_pre = upper_product(seen, directions)
+                entries = Entries.where(hidden_pre > cutoff - self.b_enc)
+                found = sampled_product(seen, directions, entries) + self.b_enc[entries.columns]
+            else:
+                hidden_pre = torch.addmm(self.b_enc, seen, directions.T)
+                entries = Entries.where(hidden_pre > cutoff)
+                found = hidden_pre[entries.rows, entries.columns]
+            self.density.fill_(len(entries.rows) / hidden_pre.numel())
 
-        def pre(at: Entries) -> Tensor:
-            bias = offset[at.columns]  # it is in hidden_pre already: only its gradient is wanted
-            return sparse_encode(seen, directions, hidden_pre[at.rows, at.columns], at) + (bias - bias.detach())
+        def pre(at: Entries, found: Tensor) -> Tensor:
+            bias = offset[at.columns]  # it is in what was found already: only its gradient is wanted
+            return sparse_encode(seen, directions, found, at) + (bias - bias.detach())
 
         # sae-lens' own estimators, on the entries in a row instead of the whole matrix.
-        values, threshold = pre(entries)[None], self.threshold.to(hidden_pre.dtype)[entries.columns]
+        values, threshold = pre(entries, found)[None], self.threshold.to(hidden_pre.dtype)[entries.columns]
         estimator = (threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)
         codes = JumpReLU.apply(values, *estimator)[0]
         active = Step.apply(values, *estimator)[0]
@@ -220,17 +231,27 @@ class TSAETraining(JumpReLUTrainingSAE):
         }
         dead = step_input.dead_neuron_mask
         if self.cfg.revival and dead is not None and dead.any():
-            index = dead.nonzero()[:, 0]
-            strongest = torch.zeros_like(near)
-            strongest[:, index] = strongest[:, index].scatter(1, self._strongest(hidden_pre[:, index]).indices, True)
-            at = Entries.where(strongest & (hidden_pre > 0))
-            left = x - sae_out.detach() - sparse_decode(pre(at), self.W_dec, at)
+            at, candidates = self._revived(seen, directions, dead)
+            left = x - sae_out.detach() - sparse_decode(pre(at, candidates), self.W_dec, at)
             losses["revival_loss"] = self.cfg.revival * (left.square() * self.loss_weight).sum(dim=-1).mean()
         fired = codes.detach() > 0
         places = torch.stack([entries.rows[fired], entries.columns[fired]])
-        feature_acts = torch.sparse_coo_tensor(places, codes.detach()[fired], near.shape, is_coalesced=True)
+        feature_acts = torch.sparse_coo_tensor(places, codes.detach()[fired], hidden_pre.shape, is_coalesced=True)
         loss = torch.stack(list(losses.values())).sum()
         return TrainStepOutput(x, sae_out, feature_acts, hidden_pre, loss, losses)
+
+    @torch.no_grad()
+    def _revived(self, seen: Tensor, directions: Tensor, dead: Tensor) -> tuple[Entries, Tensor]:
+        """Where the strongest dead atoms would speak, and their pre-activations there."""
+        index = dead.nonzero()[:, 0]
+        found = torch.addmm(self.b_enc[index], seen, directions[index].T)
+        strongest = torch.zeros(len(seen), len(dead), dtype=torch.bool, device=seen.device)
+        places = self._strongest(found)
+        strongest[torch.arange(len(seen), device=seen.device)[:, None], index[places.indices]] = places.values > 0
+        at = Entries.where(strongest)
+        column = torch.empty_like(dead, dtype=torch.long)
+        column[index] = torch.arange(len(index), device=index.device)
+        return at, found[at.rows, column[at.columns]]
 
     @staticmethod
     def _strongest(candidates: Tensor) -> torch.return_types.topk:

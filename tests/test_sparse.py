@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.sae import TrainStepInput
 
 from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig
-from atom_lens.sparse import Entries, sparse_decode, sparse_encode
+from atom_lens.sparse import Entries, sparse_decode, sparse_encode, upper_product
 from atom_lens.training.fit import Learner, fit_together
 from atom_lens.training.recipe import Training
 
@@ -61,12 +61,14 @@ def made(
 @pytest.mark.parametrize("mode", ["quadratic", "step"])
 @pytest.mark.parametrize("to_input", [False, True])
 @pytest.mark.parametrize("encoder", ["tied", "free"])
-def test_one_step_is_the_dense_one(encoder: Any, to_input: bool, mode: Any, dead: bool) -> None:
+@pytest.mark.parametrize("product", ["float32", "bfloat16"])
+def test_one_step_is_the_dense_one(product: Any, encoder: Any, to_input: bool, mode: Any, dead: bool) -> None:
     found = []
     for step in ("dense", "sparse"):
         sae, y, _ = made(
             step,
             torch.Generator().manual_seed(1),
+            encoder_product=product,
             encoder=encoder,
             jumprelu_sparsity_loss_mode=mode,
             jumprelu_ste_to_input=to_input,
@@ -90,8 +92,21 @@ def test_one_step_is_the_dense_one(encoder: Any, to_input: bool, mode: Any, dead
         torch.testing.assert_close(dense[name], sparse[name], rtol=close, atol=close)
 
 
+@settings(max_examples=60, deadline=None)
+@given(d=st.integers(1, 700), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+def test_upper_product_is_above(d: int, scale: float, seed: int) -> None:
+    """The product of low precision that looks for entries misses none, and is not far off."""
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(5, d, generator=generator)
+    directions = torch.randn(7, d, generator=generator)
+    off = upper_product(x, directions).double() - x.double() @ directions.double().T
+    assert (off >= 0).all()
+    assert (off <= 0.027 * x.norm(dim=1, keepdim=True) * directions.norm(dim=1).max()).all()
+
+
 @pytest.mark.parametrize("encoder", ["tied", "free"])
-def test_training_is_the_same(encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("product", ["float32", "bfloat16"])
+def test_training_is_the_same(product: Any, encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole training in float64 through sae-lens' trainer, dead atoms and a switch between both steps included."""
     monkeypatch.setattr("atom_lens.tsae_training.DENSITY_LIMIT", 0.12)
     trained, sparsity, kinds = {}, {}, []
@@ -103,7 +118,7 @@ def test_training_is_the_same(encoder: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(TSAETraining, "_sparse_forward_pass", counting)
     for step in ("dense", "sparse"):
-        sae, y, aip = made(step, torch.Generator().manual_seed(1), encoder=encoder)
+        sae, y, aip = made(step, torch.Generator().manual_seed(1), encoder=encoder, encoder_product=product)
         settings_ = Training(steps=80, batch_size=64, lr=3e-3, device="cpu", dead_after=5)
         sae = sae.double()
         x = y.double() @ sae.whitening(aip).inverse_matrix

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
+from atom_lens.tiles import over_tiles
 
 # Float32 cosines are off by less than this; a certificate must hold with the error added.
 _MARGIN = 2e-6
@@ -29,18 +30,21 @@ def whitened_units(atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | Non
 
 
 def atom_coherence(
-    atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None = None, tile: int = 4096
+    atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None = None, tile: int = 2048
 ) -> Float[Tensor, " F"]:
     """Of every atom, the largest coherence with another: max_j |<d_i, d_j>_S|. Shape (F,); 0 for a single atom."""
     units = whitened_units(atoms, metric)
+
+    def ends(rows: slice, columns: slice, cosines: Tensor) -> tuple[slice, slice, Tensor, Tensor]:
+        coherence = cosines.abs_()
+        if rows == columns:
+            coherence.fill_diagonal_(0)
+        return rows, columns, coherence.amax(dim=1), coherence.amax(dim=0)
+
     largest = torch.zeros(len(units), dtype=units.dtype, device=units.device)
-    for i in range(0, len(units), tile):
-        for j in range(i, len(units), tile):
-            coherence = (units[i : i + tile] @ units[j : j + tile].T).abs_()
-            if i == j:
-                coherence.fill_diagonal_(0)
-            largest[i : i + tile] = torch.maximum(largest[i : i + tile], coherence.amax(dim=1))
-            largest[j : j + tile] = torch.maximum(largest[j : j + tile], coherence.amax(dim=0))
+    for rows, columns, of_rows, of_columns in over_tiles(units, ends, tile):
+        largest[rows] = torch.maximum(largest[rows], of_rows)
+        largest[columns] = torch.maximum(largest[columns], of_columns)
     return largest.clamp_(max=1)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from atom_lens.geometry import AtomicInnerProduct, check_rows, pair_tiles, unit_rows
+from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
+from atom_lens.tiles import over_tiles, pairs_of
 
 # The smallest gap from a threshold 1/(2k-1) that a cosine must keep, per dtype: rounding may not turn a tie
 # (two copies of one atom, say) into a pair that passes.
@@ -69,7 +71,7 @@ def stability(
     l0: Int[Tensor, " n"],
     metric: AtomicInnerProduct | None = None,
     alive: Bool[Tensor, " F"] | None = None,
-    tile: int = 4096,
+    tile: int = 2048,
 ) -> Stability:
     """Exact q* of a dictionary and the L0 of its codes, in one tiled pass over the pairs of atoms.
 
@@ -99,47 +101,75 @@ def stability(
     ordered = l0.cpu().long().sort().values
     k_max = int(ordered[-1])
 
-    # below[k] = pairs with coherence < 1/(2k-1); every pair passes at k = 0.
-    below = torch.zeros(k_max + 1, dtype=torch.int64)
-    histogram = torch.zeros(_BINS, dtype=torch.int64)
-    top = 0.0
     pairs = n_atoms * (n_atoms - 1) // 2
-    if pairs:
-        dtype = living.dtype if living.dtype in _TIE else torch.float32
-        units = unit_rows(_whitened(living, metric)).to(dtype)
-        ks = torch.arange(1, k_max + 1, dtype=torch.float64)
-        # Ascending limits; a cosine in [limits[i-1], limits[i]) passes exactly the thresholds from i on.
-        limits = (1 / (2 * ks - 1) - _TIE[dtype]).flip(0).to(units.device, dtype)
-        passed = torch.zeros(k_max + 1, dtype=torch.int64)
-        for cosines in pair_tiles(units, tile):
-            coherence = cosines.abs_()
-            top = max(top, float(coherence.max()))
-            histogram += coherence.float().histc(_BINS, 0, 1.00001).long().cpu()
-            if k_max:
-                near = coherence[coherence >= limits[0]]
-                passed += torch.bincount(torch.bucketize(near, limits, right=True), minlength=k_max + 1).cpu()
-        passed[0] = pairs - int(passed[1:].sum())
-        below = torch.cat([torch.tensor([pairs]), passed.cumsum(0)[:k_max].flip(0)])
-
-    q_star = _q_star(below, pairs, torch.bincount(ordered, minlength=len(below))) if n_atoms else 0.0
+    found = _count_pairs(_units(living, metric), k_max, tile) if pairs else _Pairs.none(k_max)
+    q_star = _q_star(found.below, pairs, torch.bincount(ordered, minlength=k_max + 1)) if n_atoms else 0.0
     return Stability(
         q_star=q_star,
         empty_codes=float((ordered == 0).double().mean()),
         n_atoms=n_atoms,
         dead_atoms=len(atoms) - n_atoms,
         pairs=pairs,
-        max_coherence=min(top, 1.0),
+        max_coherence=found.top,
         l0=ordered,
-        coherence_counts=histogram,
-        below=below,
+        coherence_counts=found.histogram,
+        below=found.below,
     )
 
 
-def _whitened(atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None) -> Float[Tensor, "F d"]:
-    """Atoms in the space where the AIP is Euclidean, in chunks so that float64 is never held for all of them."""
-    if metric is None:
-        return atoms
-    return torch.cat([metric.whiten(chunk).to(atoms.dtype) for chunk in atoms.split(8192)])
+def _units(atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None) -> Float[Tensor, "F d"]:
+    """Unit atoms where the AIP is Euclidean, in chunks so that float64 is never held for all of them."""
+    dtype = atoms.dtype if atoms.dtype in _TIE else torch.float32
+    whitened = atoms if metric is None else torch.cat([metric.whiten(chunk).to(dtype) for chunk in atoms.split(8192)])
+    return unit_rows(whitened.to(dtype))
+
+
+class _Pairs(NamedTuple):
+    """What one pass over the pairs finds: their histogram, those below 1/(2k-1) for every k, the largest coherence."""
+
+    histogram: Int[Tensor, " bins"]
+    below: Int[Tensor, " limits"]
+    top: float
+
+    @classmethod
+    def none(cls, k_max: int) -> _Pairs:
+        return cls(torch.zeros(_BINS, dtype=torch.long), torch.zeros(k_max + 1, dtype=torch.long), 0.0)
+
+
+def _count_pairs(units: Float[Tensor, "F d"], k_max: int, tile: int) -> _Pairs:
+    """Exact counts at little more than the price of the product.
+
+    A bin of the histogram lies wholly on one side of every limit 1/(2k-1) that is not inside it; only pairs in the
+    bins that hold one are compared with the limits themselves.
+    """
+    device, dtype = units.device, units.dtype
+    ks = torch.arange(k_max, 0, -1, dtype=torch.float64)
+    limits = (1 / (2 * ks - 1) - _TIE[dtype]).to(device, dtype)  # ascending
+    bins = torch.arange(_BINS + 1, dtype=torch.int32, device=device)
+    bins_of_limits = (limits * _BINS).int()
+    undecided = torch.isin(bins, bins_of_limits)
+    flags = undecided.to(torch.uint8)
+
+    def count(rows: slice, columns: slice, cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs by bin; those in undecided bins by the number of limits they reach; the largest coherence."""
+        coherence = pairs_of(rows, columns, cosines).abs_().clamp_(max=1)
+        at = coherence.mul(_BINS).int()
+        close = coherence[flags.index_select(0, at).bool()]
+        reached = torch.bincount(torch.bucketize(close, limits, right=True), minlength=k_max + 1)
+        top = coherence.amax() if len(coherence) else coherence.new_zeros(())
+        return torch.bincount(at, minlength=_BINS + 1), reached, top
+
+    histogram = torch.zeros(_BINS + 1, dtype=torch.int64, device=device)
+    reached = torch.zeros(k_max + 1, dtype=torch.int64, device=device)
+    top = torch.zeros((), dtype=dtype, device=device)
+    for by_bin, by_limit, largest in over_tiles(units, count, tile):
+        histogram += by_bin
+        reached += by_limit
+        top = torch.maximum(top, largest)
+    reached.index_add_(0, torch.bucketize(bins, bins_of_limits)[~undecided], histogram[~undecided])
+    histogram[_BINS - 1] += histogram[_BINS]  # a coherence of 1 lies in the last bin
+    below = torch.cat([reached.sum()[None], reached.cumsum(0)[:k_max].flip(0)])
+    return _Pairs(histogram[:_BINS].cpu(), below.cpu(), float(top))
 
 
 def _q_star(below: Int[Tensor, " k"], pairs: int, counts: Int[Tensor, " k"]) -> float:

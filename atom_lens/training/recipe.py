@@ -125,7 +125,8 @@ class Atoms(Section):
     noise: Number = Field(0.3, ge=0)
     revival: Number = Field(1 / 32, ge=0)
     bandwidth: Number = Field(0.05, gt=0)
-    step: Literal["dense", "sparse"] = "dense"
+    step: Literal["dense", "sparse"] = "sparse"
+    encoder_product: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
     def _target_fits(self) -> Atoms:
