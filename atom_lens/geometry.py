@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atom_lens._files import parse_json, regular_file, replacing, shown
+from atom_lens.rows import Rows
 from atom_lens.tiles import over_tiles, pairs_of
 
 Ridge = float | Literal["oas"]
@@ -30,7 +31,7 @@ DEFAULT_RIDGE = 1e-4
 _FORMAT = "atom_lens.aip.1"
 
 
-def check_rows(x: Tensor, name: str, width: int | None = None) -> None:
+def check_rows(x: Tensor | Rows, name: str, width: int | None = None) -> None:
     """Raise a ValueError that says what is wrong with `x` as a matrix of rows, and where."""
     if x.ndim != 2:
         raise ValueError(f"{name} must have shape (rows, width), got shape {tuple(x.shape)}")
@@ -38,7 +39,7 @@ def check_rows(x: Tensor, name: str, width: int | None = None) -> None:
         raise ValueError(f"{name} is empty: it has 0 rows of width {x.shape[1]}")
     if width is not None and x.shape[1] != width:
         raise ValueError(f"{name} has width {x.shape[1]}, expected {width}")
-    bad = ~torch.isfinite(x).all(dim=1)
+    bad = torch.cat([~torch.isfinite(rows).all(dim=1) for rows in x.split(8192)])
     if bad.any():
         first = int(bad.nonzero()[0])
         raise ValueError(f"{name} has {int(bad.sum())} rows with NaN or infinite values, the first is row {first}")
@@ -62,12 +63,12 @@ class SecondMoment:
             raise ValueError("the second moment is empty: no rows were added")
         return self.total / self.n
 
-    def update(self, x: Float[Tensor, "n d"]) -> SecondMoment:
+    def update(self, x: Float[Tensor | Rows, "n d"]) -> SecondMoment:
         """Add the rows of `x`, in chunks so that no float64 copy of all of `x` is made."""
         check_rows(x, "x", self.width)
         for chunk in x.split(8192):
             rows = chunk.to(self.total.device, torch.float64)
-            self.total.addmm_(rows.T, rows)
+            self.total += rows.T @ rows
         self.n += len(x)
         return self
 
@@ -136,7 +137,7 @@ class AtomicInnerProduct:
 
     @classmethod
     def estimate(
-        cls, x: Float[Tensor, "n d"], ridge: Ridge = DEFAULT_RIDGE, source: str = "unknown"
+        cls, x: Float[Tensor | Rows, "n d"], ridge: Ridge = DEFAULT_RIDGE, source: str = "unknown"
     ) -> AtomicInnerProduct:
         """Estimate the metric from activations `x`, shape (n, d). Use `SecondMoment` for streams."""
         moment = SecondMoment(x.shape[-1], x.device).update(x)

@@ -23,6 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.rows import Rows, mean_row
 from atom_lens.sparse import Entries, sampled_product, sparse_decode, sparse_encode, upper_product
 from atom_lens.tsae import ARCHITECTURE, TSAE, WHITENED, TSAEConfig
 
@@ -129,7 +130,7 @@ class TSAETraining(JumpReLUTrainingSAE):
         )
 
     @torch.no_grad()
-    def prepare(self, y: Float[Tensor, "n d"], aip: AtomicInnerProduct, generator: torch.Generator) -> None:
+    def prepare(self, y: Float[Tensor | Rows, "n d"], aip: AtomicInnerProduct, generator: torch.Generator) -> None:
         """Start from the data: atoms are whitened activations, thresholds give the wanted L0, the bias is the mean.
 
         Measured on the demo model, this start beats random directions by far, in and out of sample
@@ -142,21 +143,24 @@ class TSAETraining(JumpReLUTrainingSAE):
         """
         seed = int(torch.randint(1 << 31, (), generator=generator))
         self.generator = torch.Generator(self.W_dec.device).manual_seed(seed)
-        y = y.to(self.W_dec.device)
-        mean = y.mean(dim=0)
-        variance = (y - mean).square().mean(dim=0)
-        weight = (aip.eigenvalues / aip.eigenvalues[-1]).to(y) ** self.cfg.loss_norm
+        here = self.W_dec
+        average = mean_row(y)
+        squares = torch.stack([(rows.double() - average).square().sum(dim=0) for rows in y.split(8192)])
+        mean, variance = average.to(here), (squares.sum(dim=0) / len(y)).to(here)
+        weight = (aip.eigenvalues / aip.eigenvalues[-1]).to(here) ** self.cfg.loss_norm
         # The loss is then the share of (weighted) variance left unexplained, whatever the model and the norm.
         self.loss_weight.copy_(weight / (weight * variance).sum())
         self.b_dec.copy_(mean)
 
         from_data = self.cfg.start == "data" and not self.cfg.freeze_decoder
         n_data = min(len(y), self.cfg.d_sae) if from_data else 0
-        self.W_dec[:n_data] = (y - mean)[torch.randperm(len(y), generator=generator)[:n_data]]
-        self.W_dec[n_data:] = torch.randn(self.cfg.d_sae - n_data, self.cfg.d_in, generator=generator).to(y)
+        drawn = torch.randperm(len(y), generator=generator)[:n_data].to(y.device)
+        self.W_dec[:n_data] = y[drawn].to(here) - mean
+        self.W_dec[n_data:] = torch.randn(self.cfg.d_sae - n_data, self.cfg.d_in, generator=generator).to(here)
         self._project()
         self.W_enc.copy_(self.W_dec.T)
-        sample = (y[torch.randperm(len(y), generator=generator)[:512]] - mean) @ self.W_dec.T
+        drawn = torch.randperm(len(y), generator=generator)[:512].to(y.device)
+        sample = (y[drawn].to(here) - mean) @ self.W_dec.T
         active = min(sample.numel() - 1, max(1, math.ceil(len(sample) * float(self.cfg.target_l0 or 1))))
         self.threshold.fill_(float(sample.flatten().kthvalue(sample.numel() - active).values))
 

@@ -142,13 +142,13 @@ def test_a_killed_harvest_leaves_no_store(tiny: str, tmp_path) -> None:
     """Killed while the store is being written: the key is absent, and the next harvest makes it whole."""
     script = f"""
 import os, signal
-import datasets
 import atom_lens
-save = datasets.Dataset.save_to_disk
-def killed(self, *a, **k):
-    save(self, *a, **k)
+from atom_lens.activations import store
+save = store.save_file
+def killed(*a, **k):
+    save(*a, **k)
     os.kill(os.getpid(), signal.SIGKILL)
-datasets.Dataset.save_to_disk = killed
+store.save_file = killed
 atom_lens.harvest({tiny!r}, ["Rome is a city"], "blocks.0.hook_resid_post", "last", store={str(tmp_path)!r})
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, env={**os.environ})

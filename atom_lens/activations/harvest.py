@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import override
 
+from atom_lens import parallel
 from atom_lens.activations.backends import Backend, BackendName
 from atom_lens.activations.connect import open_backend, wrap_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import DTYPES, cache_folder, find_model
 from atom_lens.activations.positions import Positions, tokens_to_read
 from atom_lens.activations.prompts import Prompt, as_prompts
-from atom_lens.activations.store import Stored, store_key, stored
+from atom_lens.activations.store import Allocate, Stored, in_memory, store_key, stored
 from atom_lens.geometry import massive_rows
+from atom_lens.rows import Rows
 
 
-class Harvest(dict[str, Tensor]):
+class Harvest(Mapping[str, Tensor]):
     """hook -> activations, shape (n, d), float32 whatever the model ran in.
 
+    Those of a named model are mapped from the store, not read; where rows were dropped, asking for a hook copies the
+    others, and `views` does not.
+
     Attributes:
+        views: hook -> the same rows, none read yet.
         rows: hook -> (n, 2), the prompt and the token that each row was read at.
         dropped: hook -> number of rows left out for their massive norm.
         seconds: time the harvest took.
@@ -34,12 +41,31 @@ class Harvest(dict[str, Tensor]):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        self.views: dict[str, Rows] = {}
         self.rows: dict[str, Tensor] = {}
         self.dropped: dict[str, int] = {}
         self.seconds = 0.0
         self.from_store = False
         self.prepend_bos = False
+
+    @override
+    def __getitem__(self, hook: str) -> Float[Tensor, "n d"]:
+        return self.views[hook][:]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.views)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def add(self, hook: str, x: Float[Tensor, "N d"], rows: Int[Tensor, "N 2"], massive_ratio: float | None) -> None:
+        """Take in all rows of a hook but the massive ones."""
+        massive = massive_rows(x, massive_ratio) if massive_ratio else torch.zeros(len(x), dtype=torch.bool)
+        self.dropped[hook] = int(massive.sum())
+        self.views[hook] = Rows(x) if not massive.any() else Rows(x, (~massive).nonzero()[:, 0])
+        self.rows[hook] = rows[~massive]
 
 
 def harvest(
@@ -99,20 +125,18 @@ def harvest(
         key = store_key(source, prompts, patterns, positions, DTYPES[dtype], max_tokens, backend, prepend_bos, unique)
         folder = (Path(store) if store is not None else cache_folder() / "activations") / key
 
-        def run() -> Stored:
+        def run(allocate: Allocate) -> Stored:
             runner = open_backend(source, backend, DTYPES[dtype], device)
-            rows, values, bos = _run(runner, prompts, patterns, **reading)
+            rows, values, bos = _run(runner, prompts, patterns, allocate, **reading)
             about = {"model": source.name, "revision": source.revision, "positions": positions, "prepend_bos": bos}
-            return rows, values, about
+            return rows, values, {**about, "hooks": list(values)}
 
         (rows, values, about), found.from_store = stored(folder, run)
         found.prepend_bos = about["prepend_bos"]
     else:
-        rows, values, found.prepend_bos = _run(wrap_backend(model), prompts, patterns, **reading)
+        rows, values, found.prepend_bos = _run(wrap_backend(model), prompts, patterns, in_memory, **reading)
     for hook, x in values.items():
-        massive = massive_rows(x, massive_ratio) if massive_ratio else torch.zeros(len(x), dtype=torch.bool)
-        found[hook], found.rows[hook] = x[~massive], rows[~massive]
-        found.dropped[hook] = int(massive.sum())
+        found.add(hook, x, rows, massive_ratio)
     found.seconds = time.monotonic() - start
     return found
 
@@ -121,6 +145,7 @@ def _run(
     backend: Backend,
     prompts: Sequence[Prompt],
     patterns: Sequence[str],
+    allocate: Allocate,
     batch_tokens: int,
     max_tokens: int,
     **rules: Any,
@@ -132,7 +157,7 @@ def _run(
 
     values: dict[str, Tensor] = {}
     with tqdm(total=len(reads), desc="Harvest", unit="prompt") as bar:
-        for batch in _batches([len(read.ids) for read in reads], batch_tokens):
+        for batch in parallel.mine(_batches([len(read.ids) for read in reads], batch_tokens)):
             longest = len(reads[batch[-1]].ids)
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
@@ -146,7 +171,7 @@ def _run(
             for hook in hooks:
                 x = _rows_of(hook, kept, at)
                 if hook not in values:
-                    values[hook] = torch.empty(len(rows), x.shape[1], dtype=x.dtype)
+                    values[hook] = allocate(hook, len(rows), x.shape[1])
                 values[hook][to] = x
             bar.update(len(batch))
     return rows, values, reads[0].ids[0] == backend.tokenizer.bos_token_id

@@ -1,26 +1,31 @@
-"""Activations on disk: a Hugging Face `datasets` folder under a key of all that they depend on, whole or absent."""
+"""Activations on disk: mapped safetensors files under a key of all that they depend on, whole or absent."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset, load_from_disk
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atom_lens import parallel
 from atom_lens._files import locked, new_folder, read_json, sweep, write_json
 from atom_lens.activations.models import ModelSource
 from atom_lens.activations.prompts import Prompt
 
-_FORMAT = 2
+_FORMAT = 3
+_ROWS, _ABOUT, _ACTIVATIONS, _NAME = "rows.safetensors", "about.json", ".activations.safetensors", "activations"
 
 
 def store_key(
@@ -53,42 +58,67 @@ def store_key(
 
 # Rows, activations by hook, and what is known about them.
 Stored = tuple[Tensor, dict[str, Tensor], dict[str, Any]]
+# Gives an empty float32 matrix for the activations of a hook: name, rows, width.
+Allocate = Callable[[str, int, int], Tensor]
 
 
-def stored(folder: Path, make: Callable[[], Stored]) -> tuple[Stored, bool]:
-    """What `folder` keeps, or else what `make` gives, kept from now on; True where nothing had to be made."""
-    if not folder.is_dir():
-        with locked(folder, wait=True):  # whoever comes second waits, and reads what the first has written
-            if not folder.is_dir():
+def in_memory(hook: str, n: int, width: int) -> Float[Tensor, "n width"]:
+    """An `Allocate` for what is not to be kept."""
+    return torch.empty(n, width)
+
+
+def stored(folder: Path, make: Callable[[Allocate], Stored]) -> tuple[Stored, bool]:
+    """What `folder` keeps, or else what `make` gives, kept from now on; True where nothing had to be made.
+
+    Activations are mapped from their files, and written there as they are made. Several processes that make them
+    together each fill the rows that are theirs.
+    """
+    if parallel.agreed(folder.is_dir):
+        return read_store(folder), True
+    with ExitStack() as stack:
+        if parallel.rank() == 0:
+            # Whoever comes second waits, and reads what the first has written.
+            stack.enter_context(locked(folder, wait=True))
+        found = parallel.agreed(folder.is_dir)
+        if not found:
+            temporary = None
+            if parallel.rank() == 0:
                 sweep(folder.parent, folder.name)
-                made = make()
-                write_store(folder, *made)
-                return made, False
-    return read_store(folder), True
+                temporary = stack.enter_context(new_folder(folder))
+            temporary = Path(parallel.agreed(lambda: str(temporary)))
+            rows, _, about = make(partial(_allocate, temporary))
+            parallel.together()
+            if parallel.rank() == 0:
+                save_file({"rows": rows}, temporary / _ROWS)
+                write_json(temporary / _ABOUT, about)
+    parallel.together()
+    return read_store(folder), found
 
 
-def write_store(
-    folder: Path,
-    rows: Int[Tensor, "n 2"],
-    activations: dict[str, Float[Tensor, "n _"]],
-    about: dict[str, Any],
-) -> None:
-    """Save activations, hook -> (n, d), and the (prompt, token) that each row was read at."""
-    columns = {"prompt": pa.array(rows[:, 0].numpy()), "token": pa.array(rows[:, 1].numpy())}
-    for hook, x in activations.items():
-        # Fixed-size lists over the tensor's own memory: no copy, and Arrow keeps the width.
-        columns[hook] = pa.FixedSizeListArray.from_arrays(pa.array(x.contiguous().flatten().numpy()), x.shape[1])
-    dataset = Dataset(pa.table(columns))
-    with new_folder(folder) as temporary:
-        dataset.save_to_disk(temporary)
-        write_json(temporary / "about.json", about)
+def _allocate(folder: Path, hook: str, n: int, width: int) -> Float[Tensor, "n width"]:
+    """A safetensors file of one matrix, mapped to be filled; the space is taken now, so that no write finds none."""
+    size = 4 * n * width
+    header = json.dumps({_NAME: {"dtype": "F32", "shape": [n, width], "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    file = folder / f"{hook}{_ACTIVATIONS}"
+    handle = os.open(file, os.O_RDWR | os.O_CREAT)  # the same bytes, whichever process comes first
+    try:
+        os.write(handle, len(header).to_bytes(8, "little") + header)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, 8 + len(header) + size)
+        else:  # macOS and Windows
+            os.ftruncate(handle, 8 + len(header) + size)
+    finally:
+        os.close(handle)
+    return torch.from_numpy(np.memmap(file, np.float32, "r+", offset=8 + len(header), shape=(n, width)))
 
 
-def read_store(folder: Path) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]], dict[str, Any]]:
-    """What `write_store` saved: rows, activations, about."""
-    dataset = load_from_disk(folder).with_format("numpy")
-    assert isinstance(dataset, Dataset)
-    rows = torch.from_numpy(np.stack([dataset["prompt"][:], dataset["token"][:]], axis=1)).long()
-    hooks = [name for name in dataset.column_names if name not in ("prompt", "token")]
-    about = read_json(folder / "about.json")
-    return rows, {hook: torch.from_numpy(np.array(dataset[hook][:])) for hook in hooks}, about
+def read_store(folder: Path) -> Stored:
+    """What `stored` keeps; the activations are mapped, not read."""
+    activations = {}
+    for file in sorted(folder.glob(f"*{_ACTIVATIONS}")):
+        with safe_open(file, framework="pt") as opened:
+            activations[file.name.removesuffix(_ACTIVATIONS)] = opened.get_tensor(_NAME)
+    about = read_json(folder / _ABOUT)
+    hooks = about.pop("hooks")
+    return load_file(folder / _ROWS)["rows"], {hook: activations[hook] for hook in hooks}, about

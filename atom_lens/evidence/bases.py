@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.rows import Rows, mean_row
 
 
 class Basis:
@@ -28,15 +29,15 @@ class Basis:
         return feature_acts @ self.W_dec + self.mean
 
 
-def neurons(x: Float[Tensor, "n d"]) -> Basis:
+def neurons(x: Float[Tensor | Rows, "n d"]) -> Basis:
     """The standard basis with the raw activation as code: R² = 1 and K = d."""
     return Basis(torch.eye(x.shape[1], device=x.device), torch.zeros(x.shape[1], device=x.device))
 
 
-def principal(x: Float[Tensor, "n d"], metric: AtomicInnerProduct, k: int) -> Basis:
+def principal(x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct, k: int) -> Basis:
     """The k leading eigenvectors of C, the same for every activation.
 
     They are orthogonal under S too, so their coherence is 0 and q* is 1 at every K, even at K = d with R² = 1: what
     R² and q* leave open, only sparsity decides.
     """
-    return Basis(metric.eigenvectors.flip(1)[:, :k].T.float().contiguous(), x.mean(dim=0))
+    return Basis(metric.eigenvectors.flip(1)[:, :k].T.float().contiguous(), mean_row(x).to(x.dtype))

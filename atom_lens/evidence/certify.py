@@ -13,6 +13,7 @@ from atom_lens.evidence.measure import Dictionary, Observation, observe
 from atom_lens.evidence.recovery import basis_pursuit_agrees, pursuit_agrees
 from atom_lens.evidence.window import threshold_window
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.rows import Rows
 
 # Codes with more active atoms are not pursued: the solvers take K steps, each on a K x K system.
 _PURSUED = 64
@@ -21,7 +22,7 @@ _PURSUED = 64
 @torch.no_grad()
 def certify(
     dictionary: Dictionary,
-    x: Float[Tensor, "n d"],
+    x: Float[Tensor | Rows, "n d"],
     metric: AtomicInnerProduct,
     seen: Observation | None = None,
     *,

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atom_lens.geometry import AtomicInnerProduct, check_rows
+from atom_lens.rows import Rows, mean_row
 
 
 class SquaredSums:
@@ -16,12 +17,11 @@ class SquaredSums:
     each of shape (n,), float64, on the CPU.
     """
 
-    def __init__(self, x: Float[Tensor, "n d"], metric: AtomicInnerProduct | None) -> None:
+    def __init__(self, x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct | None) -> None:
         self.metric = metric
-        chunks = x.split(8192)
-        self.mean: Float[Tensor, " d"] = torch.stack([rows.double().sum(dim=0) for rows in chunks]).sum(dim=0) / len(x)
-        square = sum(float(rows.double().square().sum()) for rows in chunks)
-        total = sum(float((rows.double() - self.mean).square().sum()) for rows in chunks)
+        self.mean: Float[Tensor, " d"] = mean_row(x)
+        square = sum(float(rows.double().square().sum()) for rows in x.split(8192))
+        total = sum(float((rows.double() - self.mean).square().sum()) for rows in x.split(8192))
         # Below the rounding of float32 activations the rows are one point, and there is no variance to explain.
         if total <= 1e-12 * square:
             raise ValueError(f"R² is undefined: all {len(x)} rows are the same")

@@ -13,6 +13,7 @@ from torch import Tensor
 from atom_lens.evidence.faithfulness import SquaredSums, explained
 from atom_lens.evidence.stability import Stability, stability
 from atom_lens.geometry import AtomicInnerProduct, check_rows
+from atom_lens.rows import Rows
 
 
 @runtime_checkable
@@ -82,7 +83,7 @@ class Observation:
 
 @torch.no_grad()
 def observe(
-    dictionary: Dictionary, x: Float[Tensor, "n d"], metric: AtomicInnerProduct, batch: int = 1024
+    dictionary: Dictionary, x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct, batch: int = 1024
 ) -> Observation:
     """Encode and decode `x` once, and keep what the evidence is made of.
 
@@ -129,7 +130,7 @@ def observe(
 
 
 def measure(
-    dictionary: Dictionary, x: Float[Tensor, "n d"], metric: AtomicInnerProduct, batch: int = 1024
+    dictionary: Dictionary, x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct, batch: int = 1024
 ) -> dict[str, Any]:
     """R² (Euclidean and AIP), q*, L0, empty codes, dead atoms and coherence of `dictionary` on `x`, see `observe`."""
     return observe(dictionary, x, metric, batch).figures

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from atom_lens.evidence.measure import Dictionary
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
+from atom_lens.rows import Rows, scratch
+
+_SHUFFLED = 1 << 14  # rows among which a value may move
 
 
 class Pursuit:
@@ -48,7 +51,7 @@ class Pursuit:
     def decode(self, feature_acts: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
         return feature_acts @ self.W_dec + self.mean
 
-    def residual(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    def residual(self, x: Float[Tensor | Rows, "n d"]) -> Float[Tensor, " n"]:
         """||x - x_hat||² of every row, Euclidean, float64, on the CPU."""
         parts = [(rows - self.decode(self.encode(rows))).double().square().sum(dim=1).cpu() for rows in x.split(1024)]
         return torch.cat(parts)
@@ -63,8 +66,8 @@ class TrainedNull:
     """
 
     atoms: Dictionary
-    x: Float[Tensor, "n d"]
-    heldout: Float[Tensor, "m d"]
+    x: Float[Tensor | Rows, "n d"]
+    heldout: Float[Tensor | Rows, "m d"]
     metric: AtomicInnerProduct
 
 
@@ -98,7 +101,7 @@ def random_atoms(n_atoms: int, metric: AtomicInnerProduct, generator: torch.Gene
 
 
 def data_atoms(
-    x: Float[Tensor, "n d"], n_atoms: int, mean: Float[Tensor, " d"], generator: torch.Generator
+    x: Float[Tensor | Rows, "n d"], n_atoms: int, mean: Float[Tensor, " d"], generator: torch.Generator
 ) -> Float[Tensor, "F d"]:
     """Centred activations drawn without replacement as atoms (all of them, when there are fewer than asked for)."""
     chosen = torch.randperm(len(x), generator=generator)[:n_atoms].to(x.device)
@@ -107,7 +110,13 @@ def data_atoms(
     return rows[rows.norm(dim=1) > 0]
 
 
-def shuffle_coordinates(x: Float[Tensor, "n d"], generator: torch.Generator) -> Float[Tensor, "n d"]:
-    """Every coordinate keeps its values and loses its company: each column is permuted independently."""
-    order = torch.rand(x.shape, generator=generator).argsort(dim=0)
-    return x.gather(0, order.to(x.device))
+def shuffle_coordinates(x: Float[Tensor | Rows, "n d"], generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """Every coordinate keeps its values and loses its company: each column is permuted independently.
+
+    Within blocks of rows drawn at random, so that the memory does not grow with n; the result lies in a scratch file.
+    """
+    out = scratch(*x.shape)
+    for block in torch.randperm(len(x), generator=generator).split(_SHUFFLED):
+        rows = x[block.to(x.device)]
+        out[block] = rows.gather(0, torch.rand(rows.shape, generator=generator).argsort(dim=0).to(x.device)).cpu()
+    return out.to(x.device)

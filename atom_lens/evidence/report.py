@@ -19,6 +19,7 @@ from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Dictionary, Observation, observe
 from atom_lens.evidence.nulls import Pursuit, TrainedNull, data_atoms, random_atoms
 from atom_lens.geometry import AtomicInnerProduct, angle_histogram, check_rows
+from atom_lens.rows import Rows, mean_row
 
 SCHEMA_VERSION = 2
 _PERCENTS = (0.1, 1, 5, 25, 75, 95, 99, 99.9)
@@ -29,8 +30,8 @@ _K_MOST = 64
 
 def evaluate(
     atoms: Dictionary,
-    x: Float[Tensor, "n d"],
-    heldout: Float[Tensor, "m d"] | None = None,
+    x: Float[Tensor | Rows, "n d"],
+    heldout: Float[Tensor | Rows, "m d"] | None = None,
     metric: AtomicInnerProduct | None = None,
     *,
     groups: Sequence[str] | None = None,
@@ -71,7 +72,7 @@ def evaluate(
     if heldout is not None:
         figures[last]["interval"] = intervals(seen[last], groups=groups, seed=seed)
 
-    mean = x.mean(dim=0)
+    mean = mean_row(x).to(x.dtype)
     generator = torch.Generator().manual_seed(seed)
     drawn = {
         "random": random_atoms(n_atoms, metric, generator),
@@ -134,7 +135,7 @@ def _excess(
     }
 
 
-def angles(x: Float[Tensor, "n d"], metric: AtomicInnerProduct) -> dict[str, dict[str, Any]]:
+def angles(x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct) -> dict[str, dict[str, Any]]:
     """Angles between activations in degrees, Euclidean and under `metric`: mean, percentiles, over up to 5,000 rows."""
     rows = x[torch.linspace(0, len(x) - 1, min(len(x), _ANGLE_ROWS)).long()]
     found = {"euclidean": angle_histogram(rows), "aip": angle_histogram(rows, metric)}

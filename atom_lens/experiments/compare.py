@@ -26,6 +26,7 @@ from atom_lens.evidence.report import versions
 from atom_lens.experiments.cells import Cell, claimed, kept, pretrained
 from atom_lens.experiments.frontier import draw, to_csv
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.rows import mean_row
 from atom_lens.training.fit import Learner, fit_together
 from atom_lens.training.folder import same_activations
 from atom_lens.training.recipe import Recipe
@@ -53,7 +54,7 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
 def _compare(recipe: Recipe, folder: Path) -> None:
     prompts = recipe.prompts.read()
     found = harvest_for(recipe, prompts)
-    same_activations(folder, found)
+    same_activations(folder, found.views)
     hooks = {}
     for hook in found:
         split = split_activations(recipe, prompts, found, hook)
@@ -151,7 +152,7 @@ def _cell(
 def _null_cell(name: str, k: int, n_atoms: int, split: SplitActivations, aip: AtomicInnerProduct, seed: int) -> Cell:
     """A null at its best in either norm: R² of a Euclidean pursuit, all else of a pursuit under the metric."""
     generator = torch.Generator().manual_seed(seed)
-    mean = split.x.mean(dim=0)
+    mean = mean_row(split.x).to(split.x.dtype)
     null = random_atoms(n_atoms, aip, generator) if name == "random" else data_atoms(split.x, n_atoms, mean, generator)
     k = min(k, *null.shape)
     pursued, euclidean = Pursuit(null, mean, aip, k), Pursuit(null, mean, None, k)

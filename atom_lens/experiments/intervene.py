@@ -28,6 +28,7 @@ from atom_lens.experiments.intervene_cells import cell, class_means, patched, sw
 from atom_lens.experiments.intervene_figures import draw
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.interventions.causal import Evaluation, Swaps, known, swaps
+from atom_lens.rows import Rows
 from atom_lens.sharing.load import load_atoms
 from atom_lens.training.fit import fit_together
 from atom_lens.training.folder import same_activations
@@ -59,7 +60,7 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
 
 def _intervene(recipe: Recipe, prompts: Sequence[Prompt], folder: Path) -> None:
     found = harvest_for(recipe, prompts)
-    same_activations(folder, found)
+    same_activations(folder, found.views)
     settings = recipe.model
     backend = open_backend(
         find_model(settings.name, settings.revision), settings.backend, DTYPES[settings.dtype], settings.device
@@ -199,7 +200,7 @@ def _cell(
     hook: str,
     pairs: Swaps,
     seen: Swaps,
-    heldout: Float[Tensor, "n d"],
+    heldout: Float[Tensor | Rows, "n d"],
     aip: AtomicInnerProduct,
     sae: SAE[Any],
 ) -> Cell:

@@ -15,6 +15,7 @@ from atom_lens.evidence.bootstrap import mean_interval, ratio_interval
 from atom_lens.interventions.causal import Evaluation, Swaps, third
 from atom_lens.interventions.facts import Scores, ask
 from atom_lens.interventions.splice import splice
+from atom_lens.rows import Rows, mean_row
 from atom_lens.training.recipe import Intervene
 
 
@@ -27,7 +28,13 @@ def patched(model: Any, hook: str, pairs: Swaps, values: Float[Tensor, "n d"], *
 
 
 def class_means(
-    model: Any, hook: str, pairs: Swaps, x: Float[Tensor, "n d"], labels: Sequence[str], seed: int, **reading: Any
+    model: Any,
+    hook: str,
+    pairs: Swaps,
+    x: Float[Tensor | Rows, "n d"],
+    labels: Sequence[str],
+    seed: int,
+    **reading: Any,
 ) -> dict[str, Any]:
     """The strongest simple edit: the difference of the mean activations of both answers. It is told the answers.
 
@@ -40,7 +47,7 @@ def class_means(
     means = {}
     for answer in {answer for both in pairs.answers for answer in both}:
         rows = torch.tensor([label == answer for label in labels])
-        means[answer] = (x[rows] if bool(rows.any()) else x).mean(dim=0)
+        means[answer] = x[rows].mean(dim=0) if bool(rows.any()) else mean_row(x).to(x.dtype)
     moved = pairs.seen.x + torch.stack([means[new] - means[old] for old, new in pairs.answers])
     clean = ask(model, pairs.prompts, pairs.answers, {"none": None}, **reading)["none"]
     return swapped(patched(model, hook, pairs, moved, **reading), clean, seed)

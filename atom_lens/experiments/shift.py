@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atom_lens.evidence.report import angles
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.rows import Rows
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.run import harvest_for, split_activations
 
@@ -36,8 +37,8 @@ def shift(recipe: Recipe) -> dict[str, Any]:
 
 
 def _angles(
-    x: Float[Tensor, "n d"],
-    heldout: Float[Tensor, "m d"],
+    x: Float[Tensor | Rows, "n d"],
+    heldout: Float[Tensor | Rows, "m d"],
     same: AtomicInnerProduct,
     other: AtomicInnerProduct,
 ) -> dict[str, Any]:

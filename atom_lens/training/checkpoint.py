@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atom_lens._files import regular_file, replacing
+from atom_lens.rows import Rows
 from atom_lens.tsae_training import TSAETraining
 
 logger = logging.getLogger(__name__)
@@ -38,11 +40,13 @@ class Batches:
         checkpoints: kept between two steps, if any.
     """
 
-    def __init__(self, streams: Mapping[str, Float[Tensor, "n _"]], batch_size: int, seed: int) -> None:
+    def __init__(self, streams: Mapping[str, Float[Tensor | Rows, "n _"]], batch_size: int, seed: int) -> None:
         self.streams, self.batch_size = streams, batch_size
         self.generator = torch.Generator().manual_seed(seed)
         self.left = torch.empty(0, dtype=torch.long)
         self.checkpoints: Checkpoints | None = None
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: tuple[Tensor, Future[dict[str, Tensor]]] | None = None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
@@ -55,7 +59,16 @@ class Batches:
             n = len(next(iter(self.streams.values())))
             self.left = torch.cat([self.left, torch.randperm(n, generator=self.generator)])
         rows, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
-        return {name: x[rows] for name, x in self.streams.items()}
+        known = self._ahead is not None and torch.equal(self._ahead[0], rows)
+        batch = self._ahead[1].result() if self._ahead is not None and known else self._read(rows)
+        # While the trainer works on this batch the next one is read, from a disk maybe.
+        following = self.left[: self.batch_size]
+        full = len(following) == self.batch_size
+        self._ahead = (following, self._reader.submit(self._read, following)) if full else None
+        return batch
+
+    def _read(self, rows: Tensor) -> dict[str, Tensor]:
+        return {name: x[rows.to(x.device)] for name, x in self.streams.items()}
 
 
 class Checkpoints:
@@ -208,7 +221,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(x: Float[Tensor, "n d"]) -> str:
+def fingerprint(x: Float[Tensor | Rows, "n d"]) -> str:
     """Tells activations apart by their shape and up to 4,096 rows spread over them."""
-    rows = x[:: max(1, len(x) // 4096)].float().cpu().contiguous()
+    rows = x[torch.arange(0, len(x), max(1, len(x) // 4096), device=x.device)].float().cpu().contiguous()
     return hashlib.sha256(str(tuple(x.shape)).encode() + rows.numpy().tobytes()).hexdigest()

@@ -14,6 +14,7 @@ from torch import Tensor
 from atom_lens.evidence import identity
 from atom_lens.evidence.nulls import TrainedNull, shuffle_coordinates
 from atom_lens.geometry import AtomicInnerProduct, Ridge
+from atom_lens.rows import Rows
 from atom_lens.training.fit import Learner, finish, fit_together, tsae_learner
 from atom_lens.training.recipe import Atoms, Training, Wandb
 from atom_lens.tsae import TSAE
@@ -42,8 +43,8 @@ class Fitted:
 
 
 def fit_with_controls(
-    x: Float[Tensor, "n d"],
-    heldout: Float[Tensor, "m d"],
+    x: Float[Tensor | Rows, "n d"],
+    heldout: Float[Tensor | Rows, "m d"],
     aip: AtomicInnerProduct,
     atoms: Atoms,
     training: Training,
@@ -71,7 +72,8 @@ def fit_with_controls(
     if training.seeds > 1:
         # In training coordinates the AIP is Euclidean.
         start = identity([learner.sae.W_dec.detach().clone() for learner in learners.values()]).pw_mcc
-    streams, empty = {"x": x}, {}
+    streams: dict[str, Tensor | Rows] = {"x": x}
+    empty: dict[str, Any] = {}
     if training.nulls:
         generator = torch.Generator().manual_seed(training.seed)
         rows, heldout_rows = shuffle_coordinates(x, generator), shuffle_coordinates(heldout, generator)

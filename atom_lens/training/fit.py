@@ -20,6 +20,7 @@ from torch import Tensor
 
 from atom_lens.activations.models import pick_device
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.rows import Rows
 from atom_lens.training.checkpoint import Batches, Checkpoints
 from atom_lens.training.recipe import Atoms, Training, Wandb
 from atom_lens.tsae import TSAE
@@ -36,7 +37,7 @@ class Learner:
 
 
 def fit_together(
-    streams: Mapping[str, Float[Tensor, "n _"]],
+    streams: Mapping[str, Float[Tensor | Rows, "n _"]],
     learners: Mapping[str, Learner],
     training: Training,
     wandb: Wandb | None = None,
@@ -112,7 +113,7 @@ def _wandb_run(wandb: Wandb | None, run_name: str | None) -> Iterator[LoggingCon
 
 
 def tsae_learner(
-    x: Float[Tensor, "n d"],
+    x: Float[Tensor | Rows, "n d"],
     aip: AtomicInnerProduct,
     atoms: Atoms,
     device: str = "cpu",
@@ -155,7 +156,7 @@ def tsae_learner(
     with torch.random.fork_rng(devices=[]):
         sae = TSAETraining(config)
     whitening = sae.whitening(aip)
-    y = (x.double() @ whitening.matrix.to(x.device)).float()
+    y = (x if isinstance(x, Rows) else Rows(x)).through(whitening.matrix)
     sae.prepare(y, aip, torch.Generator().manual_seed(seed))
     return Learner(sae, stream, whitening)
 
@@ -168,7 +169,7 @@ def finish(learner: Learner, aip: AtomicInnerProduct) -> TSAE:
 
 
 def fit(
-    x: Float[Tensor, "n d"],
+    x: Float[Tensor | Rows, "n d"],
     aip: AtomicInnerProduct,
     atoms: Atoms,
     training: Training,

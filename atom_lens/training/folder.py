@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atom_lens._files import locked, new_folder, read_json, settle, sweep, write_json
 from atom_lens._manifest import seal
+from atom_lens.rows import Rows
 from atom_lens.training.checkpoint import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
                 shutil.rmtree(work)
 
 
-def same_activations(work: Path, activations: Mapping[str, Float[Tensor, "n _"]]) -> None:
+def same_activations(work: Path, activations: Mapping[str, Float[Tensor | Rows, "n _"]]) -> None:
     """Only the activations that a run began with may end it: prompts and models change under the names they have.
 
     Raises:

@@ -19,6 +19,7 @@ from atom_lens._manifest import LOG, sealed_folder, verify
 from atom_lens.activations import Harvest, Prompt, harvest
 from atom_lens.evidence import evaluate, identity, observe, table
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.rows import Rows
 from atom_lens.training.controls import fit_with_controls
 from atom_lens.training.folder import CHECKPOINT, run_folder, same_activations
 from atom_lens.training.recipe import Recipe
@@ -52,7 +53,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
     with run_folder(folder, dump_recipe(recipe)) as work:
         prompts = recipe.prompts.read()
         found = harvest_for(recipe, prompts)
-        same_activations(work, found)
+        same_activations(work, found.views)
         with _logging_to(work / LOG):
             logger.info(
                 "harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store
@@ -93,8 +94,8 @@ class SplitActivations(NamedTuple):
     `subjects` are those of the held-out rows; `prompts` and `heldout_prompts` say which prompt each row comes from.
     """
 
-    x: Float[Tensor, "n d"]
-    heldout: Float[Tensor, "m d"]
+    x: Float[Rows, "n d"]
+    heldout: Float[Rows, "m d"]
     subjects: list[str]
     prompts: list[int]
     heldout_prompts: list[int]
@@ -105,7 +106,7 @@ def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest,
     which = found.rows[hook][:, 0]
     groups = [prompts[i].group for i in which.tolist()]
     out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed)
-    x = found[hook].float()
+    x = found.views[hook]
     d = x.shape[1]
     if int(out.sum()) < 2:
         raise ValueError(
@@ -118,7 +119,7 @@ def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest,
             "give more prompts, or metric.ridge=oas"
         )
     subjects = [groups[i] for i in out.nonzero()[:, 0].tolist()]
-    return SplitActivations(x[~out], x[out], subjects, which[~out].tolist(), which[out].tolist())
+    return SplitActivations(x.select(~out), x.select(out), subjects, which[~out].tolist(), which[out].tolist())
 
 
 def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, folder: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from atom_lens.activations.models import pick_device
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.rows import Rows
 from atom_lens.training.fit import Learner, finish, tsae_learner
 from atom_lens.training.recipe import Atoms
 from atom_lens.tsae_training import TSAETraining
@@ -31,7 +32,7 @@ from atom_lens.tsae_training import TSAETraining
 def unit_learner(
     unit: str,
     sparsity: float,
-    x: Float[Tensor, "n d"],
+    x: Float[Tensor | Rows, "n d"],
     aip: AtomicInnerProduct,
     atoms: Atoms,
     device: str = "cpu",

@@ -1,0 +1,113 @@
+"""Several processes at one recipe, as `torchrun` starts them: all run the same code, share out its loops, and agree.
+
+Outside `processes` there is one process, and everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+_active = False
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Work with the other processes that torchrun has started, if it has; they need one file system in common.
+
+    Only code that runs under this shares anything: somebody's own process group is left alone.
+    """
+    global _active
+    if _active or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # Trainings are of different lengths: a process may wait for hours for another.
+    dist.init_process_group(backend, timeout=timedelta(days=7))
+    _active = True
+    try:
+        yield
+    finally:
+        _active = False
+        dist.destroy_process_group()
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _active else 1
+
+
+def rank() -> int:
+    """Which of them this is; 0 writes what is written."""
+    return dist.get_rank() if _active else 0
+
+
+def mine(items: Iterable[T]) -> Iterator[T]:
+    """Every `size`-th of `items`, from `rank` on."""
+    return islice(items, rank(), None, size())
+
+
+def summed(x: Tensor) -> Tensor:
+    """`x`, in place the sum over all processes. Exact for whole numbers, and where all but one hold zero."""
+    return _reduced(x, dist.ReduceOp.SUM)
+
+
+def largest(x: Tensor) -> Tensor:
+    """`x`, in place the maximum over all processes."""
+    return _reduced(x, dist.ReduceOp.MAX)
+
+
+def _reduced(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if _active:
+        dist.all_reduce(x, operation)
+    return x
+
+
+def in_order(items: Iterable[T], work: Callable[[T], Tensor]) -> Iterator[Tensor]:
+    """`work` of each of `items`, which are shared out; every process gets all results, in the order of the items.
+
+    What is then summed rounds as it does in one process.
+    """
+    items = list(items)
+    for start in range(0, len(items), size()):
+        group = items[start : start + size()]
+        if not _active:
+            yield work(group[0])
+            continue
+        own = work(group[rank()]) if rank() < len(group) else work(group[0])
+        parts = [torch.empty_like(own) for _ in range(size())]
+        dist.all_gather(parts, own)
+        yield from parts[: len(group)]
+
+
+def sent(x: Tensor, source: int) -> Tensor:
+    """`x`, in place as process `source` has it."""
+    if _active:
+        dist.broadcast(x, source)
+    return x
+
+
+def agreed(make: Callable[[], T]) -> T:
+    """What `make` gives in process 0, in every process: a name, a flag."""
+    box: list[T | None] = [make() if rank() == 0 else None]
+    if _active:
+        dist.broadcast_object_list(box)
+    return box[0]  # pyright: ignore[reportReturnType]
+
+
+def together() -> None:
+    """Wait until every process is here."""
+    if _active:
+        dist.barrier()

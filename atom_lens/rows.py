@@ -1,0 +1,79 @@
+"""Rows of activations that need not fit into memory: a file is mapped, and what is asked for is read."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Rows:
+    """Some rows of a matrix, in some order, and maybe through a linear map; no row is copied before it is read.
+
+    Stands wherever activations (n, d) do that are only ever read in parts: ``len``, `shape`, `split`, ``rows[index]``.
+
+    Args:
+        matrix: all rows, shape (N, e); often mapped from a file.
+        index: which of them, in which order, shape (n,); None is all.
+        map: applied in float64 to what is read, shape (e, d); None gives rows as they are.
+    """
+
+    def __init__(
+        self,
+        matrix: Float[Tensor, "N e"],
+        index: Int[Tensor, " n"] | None = None,
+        map: Float[Tensor, "e d"] | None = None,
+    ) -> None:
+        self.matrix, self.index, self.map = matrix, index, map
+
+    @property
+    def shape(self) -> torch.Size:
+        """(n, d)."""
+        return torch.Size([len(self), (self.matrix if self.map is None else self.map).shape[1]])
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    def __len__(self) -> int:
+        return len(self.matrix if self.index is None else self.index)
+
+    def __getitem__(self, at: slice | Int[Tensor, " m"] | Bool[Tensor, " n"]) -> Float[Tensor, "m d"]:
+        rows = self.matrix[at] if self.index is None else self.matrix[self.index[at]]
+        return rows if self.map is None else (rows.double() @ self.map.to(rows.device)).to(rows.dtype)
+
+    def split(self, size: int) -> Iterator[Float[Tensor, "m d"]]:
+        """All rows, `size` at a time, as `torch.split`."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def select(self, which: Int[Tensor, " m"] | Bool[Tensor, " n"]) -> Rows:
+        """Some of these rows."""
+        index = torch.arange(len(self)) if self.index is None else self.index
+        return Rows(self.matrix, index[which], self.map)
+
+    def through(self, map: Float[Tensor, "d f"]) -> Rows:
+        """These rows times a matrix."""
+        return Rows(self.matrix, self.index, map if self.map is None else self.map @ map)
+
+
+def mean_row(x: Float[Tensor | Rows, "n d"]) -> Float[Tensor, " d"]:
+    """The mean of all rows, float64."""
+    return torch.stack([rows.double().sum(dim=0) for rows in x.split(8192)]).sum(dim=0) / len(x)
+
+
+def scratch(n: int, width: int) -> Float[Tensor, "n width"]:
+    """An empty float32 matrix on disk, in a file without a name that is gone with the tensor."""
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(n, width)))
