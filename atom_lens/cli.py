@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partialmethod
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if misplaced:
         command_line.error(f"unrecognized arguments: {' '.join(misplaced)}")
     arguments.overrides += others
+    arguments.quiet |= os.environ.get("RANK", "0") != "0"  # one of several processes speaks
     _quiet_bars(disable=True if arguments.quiet else None)
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING if arguments.quiet else logging.INFO)

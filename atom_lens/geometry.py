@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from atom_lens import parallel
 from atom_lens._files import parse_json, regular_file, replacing, shown
 from atom_lens.rows import Rows
 from atom_lens.tiles import over_tiles, pairs_of
@@ -29,6 +30,7 @@ Ridge = float | Literal["oas"]
 # Held-out Gaussian likelihood of the demo model's activations is best near this (docs/training.md).
 DEFAULT_RIDGE = 1e-4
 _FORMAT = "atom_lens.aip.1"
+_CHUNK = 8192  # rows held in float64
 
 
 def check_rows(x: Tensor | Rows, name: str, width: int | None = None) -> None:
@@ -66,11 +68,14 @@ class SecondMoment:
     def update(self, x: Float[Tensor | Rows, "n d"]) -> SecondMoment:
         """Add the rows of `x`, in chunks so that no float64 copy of all of `x` is made."""
         check_rows(x, "x", self.width)
-        for chunk in x.split(8192):
-            rows = chunk.to(self.total.device, torch.float64)
-            self.total += rows.T @ rows
+        for part in parallel.in_order(range(0, len(x), _CHUNK), lambda start: self._of(x[start : start + _CHUNK])):
+            self.total += part
         self.n += len(x)
         return self
+
+    def _of(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+        rows = x.to(self.total.device, torch.float64)
+        return rows.T @ rows
 
     def merge(self, other: SecondMoment) -> SecondMoment:
         """Add what `other` has seen, as if its rows had been given to this one."""
@@ -320,6 +325,8 @@ def angle_histogram(
     for part, sum_of_part in over_tiles(u, angles):
         counts += part
         total += sum_of_part
+    counts = parallel.summed(counts)
+    total = float(parallel.summed(torch.tensor(total, dtype=torch.float64)))
     return AngleHistogram(counts.cpu(), torch.linspace(0, 180, bins + 1), total / (len(x) * (len(x) - 1) / 2))
 
 

@@ -99,11 +99,11 @@ def sent(x: Tensor, source: int) -> Tensor:
     return x
 
 
-def agreed(make: Callable[[], T]) -> T:
-    """What `make` gives in process 0, in every process: a name, a flag."""
-    box: list[T | None] = [make() if rank() == 0 else None]
+def agreed(make: Callable[[], T], source: int = 0) -> T:
+    """What `make` gives in process `source`, in every process: a name, a flag."""
+    box: list[T | None] = [make() if rank() == source else None]
     if _active:
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, source)
     return box[0]  # pyright: ignore[reportReturnType]
 
 

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atom_lens import parallel
+
 T = TypeVar("T")
 
 
@@ -21,7 +23,8 @@ def over_tiles(
     """What `visit` makes of u[rows] u[columns]ᵀ, for every tile that holds pairs i <= j; tiles on the diagonal whole.
 
     On a CPU each thread that torch has takes tiles of its own: the product costs the same, and what follows it,
-    which torch mostly does on one thread, is shared as well. A tile of 2,048 lies in the cache for it.
+    which torch mostly does on one thread, is shared as well. A tile of 2,048 lies in the cache for it. Of several
+    processes (`parallel`) each gets every so-manieth tile: what comes of them is still to be put together.
 
     Args:
         u: rows, shape (n, d).
@@ -33,9 +36,9 @@ def over_tiles(
         rows, columns = (slice(at, at + tile) for at in start)
         return visit(rows, columns, u[rows] @ u[columns].T)
 
-    starts = [(i, j) for i in range(0, len(u), tile) for j in range(i, len(u), tile)]
+    starts = list(parallel.mine((i, j) for i in range(0, len(u), tile) for j in range(i, len(u), tile)))
     threads = torch.get_num_threads()
-    if u.device.type != "cpu" or threads == 1 or len(starts) == 1:
+    if u.device.type != "cpu" or threads == 1 or len(starts) < 2:
         yield from map(one, starts)
         return
     try:

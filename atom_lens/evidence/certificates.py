@@ -13,6 +13,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from atom_lens import parallel
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
 from atom_lens.tiles import over_tiles
 
@@ -45,7 +46,7 @@ def atom_coherence(
     for rows, columns, of_rows, of_columns in over_tiles(units, ends, tile):
         largest[rows] = torch.maximum(largest[rows], of_rows)
         largest[columns] = torch.maximum(largest[columns], of_columns)
-    return largest.clamp_(max=1)
+    return parallel.largest(largest).clamp_(max=1)
 
 
 def rip_bound(coherence: float, k: int) -> float:

@@ -13,8 +13,8 @@ from atom_lens.rows import Rows, mean_row
 class SquaredSums:
     """Per row, what R² is made of: ||x - x_hat||² and ||x - mean(x)||², Euclidean and under `metric`.
 
-    Rows come in the order of `x`, a batch at a time; `rows` then holds (residual, residual_aip, total, total_aip),
-    each of shape (n,), float64, on the CPU.
+    `rows` holds (residual, residual_aip, total, total_aip), each of shape (n,), float64, on the CPU; rows that were not
+    given are zero.
     """
 
     def __init__(self, x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct | None) -> None:
@@ -25,19 +25,16 @@ class SquaredSums:
         # Below the rounding of float32 activations the rows are one point, and there is no variance to explain.
         if total <= 1e-12 * square:
             raise ValueError(f"R² is undefined: all {len(x)} rows are the same")
-        self._parts: list[list[Float[Tensor, " batch"]]] = [[], [], [], []]
+        self.rows: Float[Tensor, "4 n"] = torch.zeros(4, len(x), dtype=torch.float64)
 
-    def update(self, x: Float[Tensor, "batch d"], x_hat: Float[Tensor, "batch d"]) -> None:
-        """Add rows and their reconstructions."""
+    def update(self, start: int, x: Float[Tensor, "batch d"], x_hat: Float[Tensor, "batch d"]) -> None:
+        """Take in the rows from `start` on, and their reconstructions."""
         differences = x.double() - x_hat.double(), x.double() - self.mean.to(x.device)
         for i, difference in enumerate(differences):
-            self._parts[2 * i].append(difference.square().sum(dim=1).cpu())
+            self.rows[2 * i, start : start + len(x)] = difference.square().sum(dim=1).cpu()
             if self.metric is not None:
-                self._parts[2 * i + 1].append((difference @ self.metric.sqrt).square().sum(dim=1).cpu())
-
-    @property
-    def rows(self) -> tuple[Float[Tensor, " n"], ...]:
-        return tuple(torch.cat(parts) for parts in self._parts if parts)
+                whitened = difference @ self.metric.sqrt
+                self.rows[2 * i + 1, start : start + len(x)] = whitened.square().sum(dim=1).cpu()
 
 
 def explained(residual: Float[Tensor, " n"], total: Float[Tensor, " n"]) -> float:
@@ -63,7 +60,7 @@ def faithfulness(
     if len(x_hat) != len(x):
         raise ValueError(f"x_hat has {len(x_hat)} rows, expected {len(x)} as in x")
     sums = SquaredSums(x, metric)
-    for rows, reconstructions in zip(x.split(8192), x_hat.split(8192), strict=True):
-        sums.update(rows, reconstructions)
-    residual, total = sums.rows if metric is None else sums.rows[1::2]
+    for start in range(0, len(x), 8192):
+        sums.update(start, x[start : start + 8192], x_hat[start : start + 8192])
+    residual, total = sums.rows[::2] if metric is None else sums.rows[1::2]
     return explained(residual, total)

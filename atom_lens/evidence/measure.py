@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from atom_lens import parallel
 from atom_lens.evidence.faithfulness import SquaredSums, explained
 from atom_lens.evidence.stability import Stability, stability
 from atom_lens.geometry import AtomicInnerProduct, check_rows
@@ -103,24 +104,27 @@ def observe(
     metric = metric.to(device)
     norms = torch.cat([metric.whiten(part).norm(dim=1) for part in atoms.split(8192)])
     sums = SquaredSums(x, metric)
-    counts = []
+    l0 = torch.zeros(len(x), dtype=torch.long)
     k_atom = torch.zeros(len(atoms), dtype=torch.long, device=device)
     smallest, largest = torch.full_like(norms, torch.inf), torch.zeros_like(norms)
-    for rows in (chunk.to(device) for chunk in x.split(batch)):
+    for start in parallel.mine(range(0, len(x), batch)):
+        rows = x[start : start + batch].to(device)
         codes = dictionary.encode(rows)
         reconstruction = dictionary.decode(codes)
         check_rows(reconstruction, "the reconstruction", metric.width)
-        sums.update(rows, reconstruction)
+        sums.update(start, rows, reconstruction)
         active = codes != 0
-        counts.append(active.sum(dim=1))
-        k_atom = torch.maximum(k_atom, (active * counts[-1][:, None]).amax(dim=0))
+        k = active.sum(dim=1)
+        l0[start : start + len(rows)] = k.cpu()
+        k_atom = torch.maximum(k_atom, (active * k[:, None]).amax(dim=0))
         size = codes.abs()
         largest = torch.maximum(largest, size.amax(dim=0).double())
         smallest = torch.minimum(smallest, size.masked_fill(~active, torch.inf).amin(dim=0).double())
-    l0 = torch.cat(counts).cpu()
+    l0, k_atom, largest = parallel.summed(l0), parallel.largest(k_atom), parallel.largest(largest)
+    smallest = -parallel.largest(-smallest)
     alive = k_atom > 0
     return Observation(
-        *sums.rows,
+        *parallel.summed(sums.rows),
         l0=l0,
         k_atom=k_atom.cpu(),
         smallest=(smallest.masked_fill(~alive, 0) * norms).cpu(),

@@ -9,6 +9,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from atom_lens import parallel
 from atom_lens.evidence.measure import Dictionary
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
 from atom_lens.rows import Rows, scratch
@@ -53,8 +54,13 @@ class Pursuit:
 
     def residual(self, x: Float[Tensor | Rows, "n d"]) -> Float[Tensor, " n"]:
         """||x - x_hat||² of every row, Euclidean, float64, on the CPU."""
-        parts = [(rows - self.decode(self.encode(rows))).double().square().sum(dim=1).cpu() for rows in x.split(1024)]
-        return torch.cat(parts)
+        found = torch.zeros(len(x), dtype=torch.float64)
+        for start in parallel.mine(range(0, len(x), 1024)):
+            rows = x[start : start + 1024]
+            found[start : start + len(rows)] = (
+                (rows - self.decode(self.encode(rows))).double().square().sum(dim=1).cpu()
+            )
+        return parallel.summed(found)
 
 
 @dataclass(frozen=True)

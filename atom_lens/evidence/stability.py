@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from atom_lens import parallel
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
 from atom_lens.tiles import over_tiles, pairs_of
 
@@ -166,6 +167,7 @@ def _count_pairs(units: Float[Tensor, "F d"], k_max: int, tile: int) -> _Pairs:
         histogram += by_bin
         reached += by_limit
         top = torch.maximum(top, largest)
+    histogram, reached, top = parallel.summed(histogram), parallel.summed(reached), parallel.largest(top)
     reached.index_add_(0, torch.bucketize(bins, bins_of_limits)[~undecided], histogram[~undecided])
     histogram[_BINS - 1] += histogram[_BINS]  # a coherence of 1 lies in the last bin
     below = torch.cat([reached.sum()[None], reached.cumsum(0)[:k_max].flip(0)])

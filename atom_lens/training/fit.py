@@ -18,6 +18,7 @@ from sae_lens.training.activation_scaler import ActivationWhitening
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 
+from atom_lens import parallel
 from atom_lens.activations.models import pick_device
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import Rows
@@ -46,6 +47,8 @@ def fit_together(
 ) -> dict[str, Float[Tensor, " F"]]:
     """Train all `learners` in one pass over the activations; whitening and scaling are folded in at the end.
 
+    Several processes (`parallel`) share them out, and all have all of them afterwards.
+
     Args:
         streams: activations by name, the same number of rows each, kept where they are; batches move to the device.
         learners: by name; their SAEs are trained in place.
@@ -58,6 +61,25 @@ def fit_together(
     Returns:
         The log10 firing frequency of every atom over the last tenth of training, shape (F,) each.
     """
+    found = {name: torch.zeros(learner.sae.cfg.d_sae) for name, learner in learners.items()}
+    own = dict(parallel.mine(learners.items()))
+    if own:
+        trainer = _trained(streams, own, training, wandb, run_name, checkpoint)
+        found |= {name: one.log_feature_sparsity.cpu().float() for name, one in trainer.trainers.items()}
+    for number, (name, learner) in enumerate(learners.items()):
+        _share(learner.sae, found[name], source=number % parallel.size())
+    return found
+
+
+def _trained(
+    streams: Mapping[str, Float[Tensor | Rows, "n _"]],
+    learners: Mapping[str, Learner],
+    training: Training,
+    wandb: Wandb | None,
+    run_name: str | None,
+    checkpoint: Path | None,
+) -> MultiSAETrainer:
+    """The trainer of all `learners` after its last step."""
     device = pick_device(training.device)
     n = len(next(iter(streams.values())))
     batches = Batches(streams, training.batch_size, training.seed)
@@ -94,7 +116,16 @@ def fit_together(
             batches.checkpoints = Checkpoints(checkpoint, trainer, batches, training.checkpoint_minutes, about)
             batches.checkpoints.restore()
         trainer.fit()
-    return {name: one.log_feature_sparsity for name, one in trainer.trainers.items()}
+    return trainer
+
+
+def _share(sae: TrainingSAE[Any], sparsity: Float[Tensor, " F"], source: int) -> None:
+    """Give every process what process `source` has trained."""
+    for value in (*sae.state_dict().values(), sparsity):
+        whole = value.detach().contiguous()
+        value.detach().copy_(parallel.sent(whole, source))
+    # Folded in at the end of a training, like the scaling of other architectures.
+    sae.cfg.normalize_activations = parallel.agreed(lambda: sae.cfg.normalize_activations, source)
 
 
 @contextmanager

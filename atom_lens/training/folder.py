@@ -11,6 +11,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from atom_lens import parallel
 from atom_lens._files import locked, new_folder, read_json, settle, sweep, write_json
 from atom_lens._manifest import seal
 from atom_lens.rows import Rows
@@ -20,6 +21,12 @@ logger = logging.getLogger(__name__)
 _UNFINISHED = ".unfinished"
 _ACTIVATIONS = "activations.json"
 CHECKPOINT = ".checkpoint.safetensors"
+
+
+def checkpoint_file(work: Path, hook: str) -> Path:
+    """Where this process keeps the training of its dictionaries of a hook."""
+    several = f".{parallel.rank()}-of-{parallel.size()}" if parallel.size() > 1 else ""
+    return work / f"{hook}{several}{CHECKPOINT}"
 
 
 @contextmanager
@@ -37,13 +44,17 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
         FileExistsError: `path` exists and is not empty.
         ValueError: another process works there, or what is there belongs to another recipe.
     """
+    work = path.resolve().with_name(path.resolve().name + _UNFINISHED)
+    if parallel.rank() > 0:  # process 0 looks after the folder
+        parallel.together()
+        yield work
+        return
     if path.name.endswith(_UNFINISHED):
         raise ValueError(f"name is {path.name!r}, names that end in {_UNFINISHED} are kept for runs that are not done")
     target = path.resolve()  # where a link leads, the run goes
     with locked(target):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(f"output folder {str(path)!r} is not empty: choose another name= or remove it")
-        work = target.with_name(target.name + _UNFINISHED)
         sweep(work.parent, work.name)
         if work.exists():
             kept = work / "recipe.yaml"
@@ -54,6 +65,7 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
         else:
             with new_folder(work) as temporary:
                 (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        parallel.together()
         try:
             yield work
             (work / _ACTIVATIONS).unlink()
@@ -70,6 +82,8 @@ def same_activations(work: Path, activations: Mapping[str, Float[Tensor | Rows, 
     Raises:
         ValueError: they are not the same.
     """
+    if parallel.rank() > 0:
+        return
     found = {hook: fingerprint(x) for hook, x in activations.items()}
     kept = work / _ACTIVATIONS
     if kept.exists() and read_json(kept) != found:

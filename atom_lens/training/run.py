@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from atom_lens import parallel
 from atom_lens._files import new_folder, read_json, write_json
 from atom_lens._manifest import LOG, sealed_folder, verify
 from atom_lens.activations import Harvest, Prompt, harvest
@@ -21,7 +23,7 @@ from atom_lens.evidence import evaluate, identity, observe, table
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import Rows
 from atom_lens.training.controls import fit_with_controls
-from atom_lens.training.folder import CHECKPOINT, run_folder, same_activations
+from atom_lens.training.folder import CHECKPOINT, checkpoint_file, run_folder, same_activations
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.recipe_file import dump_recipe, load_recipe
 from atom_lens.training.split import heldout_rows
@@ -34,7 +36,8 @@ IDENTITY_FILENAME = "identity.safetensors"
 def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str | Path = "runs") -> Path:
     """Run a recipe; returns the run folder, which appears whole at the end or not at all.
 
-    A run that was stopped goes on from its last checkpoint when it is called again, and ends with the same bits.
+    A run that was stopped goes on from its last checkpoint when it is called again, and ends with the same bits. Under
+    `torchrun` the processes share it out: prompts, dictionaries, rows and pairs (`atom_lens.parallel`).
 
     Args:
         recipe: a `Recipe`, or the path of a YAML file.
@@ -50,23 +53,26 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
     for section in ("atoms", "training"):
         if getattr(recipe, section) is None:
             raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, train needs it")
-    with run_folder(folder, dump_recipe(recipe)) as work:
+    with parallel.processes(), run_folder(folder, dump_recipe(recipe)) as work:
         prompts = recipe.prompts.read()
         found = harvest_for(recipe, prompts)
         same_activations(work, found.views)
-        with _logging_to(work / LOG):
+        with _logging_to(work / LOG) if parallel.rank() == 0 else nullcontext():
             logger.info(
                 "harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store
             )
             for hook in found:
-                if (work / hook).is_dir():
+                if parallel.agreed((work / hook).is_dir):
                     verify(work / hook)
                 else:
-                    _one_hook(recipe, prompts, found, hook, work / hook)
-                (work / f"{hook}{CHECKPOINT}").unlink(missing_ok=True)
-        reports = {hook: read_json(work / hook / "report.json") for hook in found}
-        single = len(reports) == 1
-        write_json(work / "report.json", next(iter(reports.values())) if single else {"hooks": reports})
+                    _one_hook(recipe, prompts, found, hook, work)
+                if parallel.rank() == 0:
+                    for checkpoint in work.glob(f"{glob.escape(hook)}*{CHECKPOINT}"):
+                        checkpoint.unlink()
+        if parallel.rank() == 0:
+            reports = {hook: read_json(work / hook / "report.json") for hook in found}
+            single = len(reports) == 1
+            write_json(work / "report.json", next(iter(reports.values())) if single else {"hooks": reports})
     return folder
 
 
@@ -122,7 +128,7 @@ def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest,
     return SplitActivations(x.select(~out), x.select(out), subjects, which[~out].tolist(), which[out].tolist())
 
 
-def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, folder: Path) -> None:
+def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, work: Path) -> None:
     assert recipe.atoms is not None and recipe.training is not None
     x, heldout, subjects, *_ = split_activations(recipe, prompts, found, hook)
     dropped = found.dropped[hook]
@@ -138,7 +144,7 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
         "prepend_bos": found.prepend_bos,
         "model_class_name": "TransformerBridge",
     }
-    checkpoint = folder.with_name(folder.name + CHECKPOINT)
+    checkpoint = checkpoint_file(work, hook)
     resumed = checkpoint.exists()
     fitted = fit_with_controls(
         x,
@@ -185,7 +191,9 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
         report["identity"] = {**same.figures, "pw_mcc_start": fitted.start_pw_mcc}
         scores = same.scores
     logger.debug("%s:\n%s", hook, table(report))
-    with new_folder(folder) as temporary:
+    if parallel.rank() > 0:
+        return
+    with new_folder(work / hook) as temporary:
         save_atoms(atoms, temporary, report, fitted.sparsity[0], *scores[:1])
         for seed, run in enumerate(fitted.runs[1:], start=1):
             save_atoms(run, temporary / f"seed-{seed}", None, fitted.sparsity[seed], scores[seed])

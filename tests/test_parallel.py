@@ -1,0 +1,122 @@
+"""Several processes under torchrun: the same metric, atoms and evidence as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
+
+from atom_lens import AtomicInnerProduct, parallel
+from atom_lens.evidence import stability
+
+
+def launched(processes: int, script: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATOM_LENS_CACHE": str(folder / f"cache-{processes}")}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def folder(tiny: str, tmp_path: Path) -> Path:
+    draw = random.Random(0)
+    subjects = sorted({"".join(draw.choices("abcdefghijkl", k=4)) for _ in range(100)})[:80]
+    lines = [json.dumps({"template": "{} is a city in", "subject": subject}) for subject in subjects]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    recipe = {
+        "name": "tiny",
+        "model": {"name": tiny, "device": "cpu"},
+        "prompts": {"source": "jsonl", "path": "prompts.jsonl"},
+        "hooks": ["blocks.*.hook_resid_post"],
+        "atoms": {"capacity": 32, "target_l0": 2.0},
+        "training": {"steps": 20, "batch_size": 16, "device": "cpu", "seeds": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def test_two_processes_give_what_one_gives(folder: Path) -> None:
+    for processes in (1, 2, 3):
+        run = launched(processes, ["-m", "atom_lens", "train", "recipe.yaml", f"--out=runs-{processes}"], folder)
+        assert run.returncode == 0, run.stderr
+    runs = [folder / f"runs-{processes}" / "tiny" for processes in (1, 2, 3)]
+    files = [sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()) for run in runs]
+    assert files[0] == files[1] == files[2] and len(files[0]) > 10
+    for name in files[0]:
+        if name.endswith(".safetensors"):
+            one, *others = (load_file(run / name) for run in runs)
+            for other in others:
+                for key, value in one.items():
+                    # Not bit by bit: a batch of prompts holds others, so the model rounds otherwise.
+                    torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-5, msg=f"{key} of {name}")
+    reports = [json.loads((run / "report.json").read_text())["hooks"] for run in runs]
+    for hook, one in reports[0].items():
+        for other in reports[1:]:
+            for split in ("train", "heldout"):
+                for key in ("n", "q_star", "l0", "dead_atoms"):
+                    assert one[split][key] == other[hook][split][key], (hook, split, key)
+                assert one[split]["r2"] == pytest.approx(other[hook][split]["r2"], abs=1e-4)
+            assert one["nulls"].keys() == other[hook]["nulls"].keys()
+
+
+def test_an_error_ends_all_processes(folder: Path) -> None:
+    (folder / "runs" / "tiny" / "mine").mkdir(parents=True)
+    run = launched(2, ["-m", "atom_lens", "train", "recipe.yaml"], folder)
+    assert run.returncode != 0
+    assert "is not empty: choose another name= or remove it" in run.stderr
+    assert [p.name for p in (folder / "runs" / "tiny").iterdir()] == ["mine"]
+
+
+SHARED = """
+import sys, torch
+from atom_lens import AtomicInnerProduct, parallel
+from atom_lens.evidence import stability
+from atom_lens.evidence.certificates import atom_coherence
+from atom_lens.geometry import angle_histogram
+generator = torch.Generator().manual_seed(0)
+x = torch.randn(20_000, 12, generator=generator) + 1
+atoms = torch.randn(300, 12, generator=generator)
+l0 = torch.randint(0, 6, (50,), generator=generator)
+with parallel.processes():
+    metric = AtomicInnerProduct.estimate(x)
+    found = stability(atoms, l0, metric, tile=64)
+    angles = angle_histogram(x[:3000], metric)
+    result = [metric.eigenvalues, found.below, found.coherence_counts, torch.tensor(found.max_coherence)]
+    result += [atom_coherence(atoms, metric, tile=64), angles.counts, torch.tensor(angles.mean)]
+    if parallel.rank() == 0:
+        torch.save(result, sys.argv[1])
+"""
+
+
+def test_moments_and_pairs_are_the_same(tmp_path: Path) -> None:
+    """Exact: moments are summed in the order of the rows, and pairs are counted."""
+    (tmp_path / "script.py").write_text(SHARED)
+    found = []
+    for processes in (1, 2, 3):
+        run = launched(processes, ["script.py", f"{processes}.pt"], tmp_path)
+        assert run.returncode == 0, run.stderr
+        found.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
+    for other in found[1:]:
+        for one, two in zip(found[0][:-1], other[:-1], strict=True):
+            assert torch.equal(one, two)
+        torch.testing.assert_close(found[0][-1], other[-1], rtol=1e-12, atol=0)
+
+
+def test_an_own_process_group_is_left_alone(tmp_path: Path, generator: torch.Generator) -> None:
+    """A library that somebody calls in one of their processes only must not wait for the others."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert parallel.size() == 1 and parallel.rank() == 0
+        metric = AtomicInnerProduct.estimate(torch.randn(50, 4, generator=generator))
+        assert stability(torch.randn(9, 4, generator=generator), torch.tensor([1, 2]), metric).pairs == 36
+    finally:
+        dist.destroy_process_group()
