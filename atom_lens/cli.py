@@ -252,6 +252,3 @@ _COMMANDS = {
     "publish": _publish,
     "shift": _shift,
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

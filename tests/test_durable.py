@@ -159,7 +159,10 @@ def test_a_stopped_run_goes_on(recipe: dict[str, Any], tmp_path: Path, monkeypat
         if not name.endswith("aip.safetensors"):  # that one names its run
             assert weights_of(resumed)[name] == weights_of(whole)[name], name
     report = json.loads((resumed / HOOKS[1] / "report.json").read_text())
-    assert "train_rows_per_second" not in report["seconds"], "half of the time was another process'"
+    measured = {"train_rows_per_second", "train_share_of_floor"}
+    assert not measured & report["seconds"].keys(), "half of the time was another process'"
+    whole_report = json.loads((whole / HOOKS[1] / "report.json").read_text())
+    assert measured <= whole_report["seconds"].keys() and whole_report["seconds"]["train_share_of_floor"] > 0
     assert report["heldout"] == json.loads((whole / HOOKS[1] / "report.json").read_text())["heldout"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,6 +128,23 @@ def _share(sae: TrainingSAE[Any], sparsity: Float[Tensor, " F"], source: int) ->
         value.detach().copy_(parallel.sent(whole, source))
     # Folded in at the end of a training, like the scaling of other architectures.
     sae.cfg.normalize_activations = parallel.agreed(lambda: sae.cfg.normalize_activations, source)
+
+
+def encoder_seconds(width: int, atoms: Atoms, training: Training) -> float:
+    """Seconds that this machine takes for the encoder's product of one batch: no step of this kind is faster.
+
+    The median of a few, in the precision that the product has in training.
+    """
+    device = pick_device(training.device)
+    dtype = getattr(torch, atoms.encoder_product if atoms.step == "sparse" else "float32")
+    x = torch.ones(training.batch_size, width, dtype=dtype, device=device)
+    weights = torch.ones(atoms.capacity, width, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        (x @ weights.T)[0, 0].item()  # which also waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from atom_lens.evidence import evaluate, identity, observe, table
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import Rows
 from atom_lens.training.controls import fit_with_controls
+from atom_lens.training.fit import encoder_seconds
 from atom_lens.training.folder import CHECKPOINT, checkpoint_file, run_folder, same_activations
-from atom_lens.training.recipe import Recipe
+from atom_lens.training.recipe import Atoms, Recipe, Training
 from atom_lens.training.recipe_file import dump_recipe, load_recipe
 from atom_lens.training.split import heldout_rows
 from atom_lens.tsae import TSAE
@@ -160,8 +161,14 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
     )
     atoms = fitted.runs[0]
     trained = time.monotonic()
-    n_rows = recipe.training.steps * recipe.training.batch_size * fitted.trained
-    logger.info("%s: trained %d dictionaries in one pass in %.0f s", hook, fitted.trained, trained - estimated)
+    took = f"{hook}: trained {fitted.trained} dictionaries in one pass in {trained - estimated:.0f} s"
+    speed: dict[str, float] = {}
+    if not resumed:  # the steps of a process that was stopped took time that nobody measured
+        speed = _speed(recipe.training, recipe.atoms, x.shape[1], fitted.trained, trained - estimated)
+        took += (
+            f", {speed['train_rows_per_second']:,.0f} activations/s, {speed['train_share_of_floor']:.0%} of the floor"
+        )
+    logger.info(took)
     report = evaluate(
         atoms,
         x,
@@ -175,11 +182,9 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
             "hook": hook,
             "positions": recipe.positions,
             "massive_rows_dropped": dropped,
-            "seconds": {"harvest": found.seconds, "metric": estimated - start, "train": trained - estimated},
+            "seconds": {"harvest": found.seconds, "metric": estimated - start, "train": trained - estimated, **speed},
         },
     )
-    if not resumed:  # the steps of a process that was stopped took time that nobody measured
-        report["seconds"]["train_rows_per_second"] = n_rows / (trained - estimated)
     found_l0, wanted = report["train"]["l0"]["mean"], recipe.atoms.target_l0
     if abs(found_l0 - wanted) > 0.25 * wanted:
         why = ", the activations need no more" if found_l0 < wanted and report["train"]["r2_aip"] > 0.9 else ""
@@ -197,6 +202,13 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
         save_atoms(atoms, temporary, report, fitted.sparsity[0], *scores[:1])
         for seed, run in enumerate(fitted.runs[1:], start=1):
             save_atoms(run, temporary / f"seed-{seed}", None, fitted.sparsity[seed], scores[seed])
+
+
+def _speed(training: Training, atoms: Atoms, width: int, dictionaries: int, seconds: float) -> dict[str, float]:
+    """Activations a second, of all dictionaries together, and that as a share of what the encoder's product allows."""
+    floor = encoder_seconds(width, atoms, training) * training.steps * dictionaries / parallel.size()
+    rows = training.steps * training.batch_size * dictionaries
+    return {"train_rows_per_second": rows / seconds, "train_share_of_floor": floor / seconds}
 
 
 @contextmanager
