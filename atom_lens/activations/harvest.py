@@ -82,7 +82,7 @@ def harvest(
     prepend_bos: bool = True,
     unique: bool = False,
     max_tokens: int = 1024,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     store: str | Path | None = None,
 ) -> Harvest:
     """Activations of `prompts` at `hooks`.
@@ -101,7 +101,8 @@ def harvest(
         unique: read each token prefix once. A causal model gives the same activation again for a repeated prefix, which
             would then lie on both sides of a split. Off, so that rows and prompts correspond.
         max_tokens: longer prompts are cut, as they are at the model's own context length.
-        batch_tokens: tokens of a batch, padding included.
+        batch_tokens: tokens of a batch, padding included; None is 1,024 on a CPU, whose cache is full then, and 16,384
+            on a GPU.
         store: folder of the activation store; None is the cache folder.
 
     Raises:
@@ -146,7 +147,7 @@ def _run(
     prompts: Sequence[Prompt],
     patterns: Sequence[str],
     allocate: Allocate,
-    batch_tokens: int,
+    batch_tokens: int | None,
     max_tokens: int,
     **rules: Any,
 ) -> tuple[Int[Tensor, "n 2"], dict[str, Float[Tensor, "n _"]], bool]:
@@ -156,9 +157,10 @@ def _run(
     first_row = torch.tensor([0, *(len(read.tokens) for read in reads)]).cumsum(0).tolist()
 
     values: dict[str, Tensor] = {}
+    budget = batch_tokens or (1024 if backend.device.type == "cpu" else 16_384)
     with tqdm(total=len(reads), desc="Harvest", unit="prompt") as bar:
-        for batch in parallel.mine(_batches([len(read.ids) for read in reads], batch_tokens)):
-            longest = len(reads[batch[-1]].ids)
+        for batch in parallel.mine(_batches([len(read.ids) for read in reads], budget)):
+            longest = len(reads[batch[0]].ids)
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
             # Padding on the right: under a causal mask no real token sees it, and positions count from 0.
@@ -189,10 +191,15 @@ def _rows_of(hook: str, kept: dict[str, Tensor], at: Int[Tensor, "m 2"]) -> Floa
 
 
 def _batches(lengths: Sequence[int], budget: int) -> Iterable[list[int]]:
-    """Indices sorted by length, grouped so that a padded batch stays within `budget` tokens."""
+    """Indices, longest first, in batches of up to `budget` tokens with the padding.
+
+    A batch that is a quarter full takes in no prompt that would be padded by more than a tenth.
+    """
     batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[i] > budget:
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batch[0]] if batch else 0
+        padded = lengths[i] < 0.9 * longest and 4 * len(batch) * longest >= budget
+        if batch and (padded or (len(batch) + 1) * longest > budget):
             yield batch
             batch = []
         batch.append(i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -12,18 +13,16 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from atom_lens.activations.backends import Backend, Change, cached_tokens, forward_arguments
 from atom_lens.activations.hooks import component_hooks, layer_of
 
-_AFTER_LAYERS = "ln_final.hook_in"
 # TransformerLens removes hooks by the level of the context that added them; its own levels count from 0.
 _LEVELS = count(1 << 20)
 
 
-def _stop(value: Tensor, hook: Any) -> None:
-    raise StopAtLayerException(value)
+class _Read(Exception):
+    """All that was asked for is read."""
 
 
 class TransformerLensBackend:
@@ -56,21 +55,25 @@ class TransformerLensBackend:
     ) -> dict[str, Float[Tensor, "batch pos _"]]:
         kept: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Any:
-            def hook_fn(value: Tensor, hook: Any) -> None:
-                kept[name] = value
+        def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
+            def hook_fn(module: Any, args: Any, output: Tensor) -> None:
+                kept[name] = output
+                if len(kept) == len(hooks):
+                    # Here, not by stop_at_layer: after its last layer a bridge would run the unembedding all the same,
+                    # which can cost more than all layers together.
+                    raise _Read
 
             return hook_fn
 
-        fwd_hooks: list[Any] = [(name, keep(name)) for name in hooks]
-        if isinstance(self.model, TransformerBridge) and _AFTER_LAYERS in self.model.hook_dict:
-            # Asked to stop after its last layer the bridge runs the unembedding all the same, which can cost more
-            # than all layers together.
-            fwd_hooks.append((_AFTER_LAYERS, _stop))
-        with torch.no_grad():
-            self.model.run_with_hooks(
-                tokens, attention_mask=mask, fwd_hooks=fwd_hooks, stop_at_layer=max(map(layer_of, hooks)) + 1
-            )
+        # Not through run_with_hooks, which builds the table of all hook points anew for every hook.
+        points = self.model.hook_dict
+        handles = [points[self._points[name]].register_forward_hook(keep(name)) for name in hooks]
+        try:
+            with torch.no_grad(), suppress(_Read):
+                self.model(tokens, attention_mask=mask)
+        finally:
+            for handle in handles:
+                handle.remove()
         return kept
 
     @property

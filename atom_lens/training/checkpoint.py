@@ -179,10 +179,6 @@ def _restore(trainer: Any, state: dict[str, Any]) -> None:
     if isinstance(sae, TSAETraining):
         sae.generator.set_state(state["noise"])
     trainer.optimizer.load_state_dict(state["optimizer"])
-    for weights, moments in trainer.optimizer.state.items():
-        for name, value in moments.items():
-            if value.shape == weights.shape:  # fused Adam goes through memory: it must be laid out as the weights are
-                moments[name] = torch.empty_like(weights).copy_(value)
     trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
     for name, one in trainer.coefficient_schedulers.items():
         one.load_state_dict(state["coefficients"][name])

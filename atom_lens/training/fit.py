@@ -25,6 +25,7 @@ from atom_lens.activations.models import pick_device
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import Rows
 from atom_lens.training.checkpoint import Batches, Checkpoints
+from atom_lens.training.faster import fuse, whiten_once
 from atom_lens.training.recipe import Atoms, Training, Wandb
 from atom_lens.tsae import TSAE
 from atom_lens.tsae_training import TSAETraining, TSAETrainingConfig
@@ -83,6 +84,8 @@ def _trained(
 ) -> MultiSAETrainer:
     """The trainer of all `learners` after its last step."""
     device = pick_device(training.device)
+    for learner in learners.values():
+        learner.sae.to(device)
     n = len(next(iter(streams.values())))
     batches = Batches(streams, training.batch_size, training.seed)
     with _wandb_run(wandb, run_name) as logging:
@@ -105,11 +108,9 @@ def _trained(
             {name: learner.stream for name, learner in learners.items()},
             batches,
         )
-        for name, learner in learners.items():
-            one = trainer.trainers[name]
-            one.activation_scaler.whitening = learner.whitening
-            for group in one.optimizer.param_groups:
-                group["fused"] = True  # one pass over the weights instead of nine (docs/performance.md)
+        whiten_once(trainer.trainers, {name: (one.stream, one.whitening) for name, one in learners.items()})
+        for one in trainer.trainers.values():
+            fuse(one)
         if checkpoint is not None:
             about = {
                 "training": training.model_dump(),
