@@ -50,7 +50,8 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
         jumprelu_bandwidth: width of the straight-through window, in units of the norm of a whitened activation.
         step: "sparse" computes gradients at active entries and those inside the window only, where the others are
             zero; the same up to rounding, and faster while few are active (docs/performance.md). Forward hooks of the
-            SAE do not fire then, and steps in which many are active are dense all the same.
+            SAE do not fire then, `hidden_pre` of the step's output lacks b_enc, and steps in which many are active are
+            dense all the same.
         encoder_product: of sparse steps. "bfloat16" looks for the entries in a product of that precision, with a margin
             that misses none, and computes those it found in the precision of the weights: the same up to rounding.
     """
@@ -204,15 +205,16 @@ class TSAETraining(JumpReLUTrainingSAE):
         offset = self.b_enc - directions.detach() @ self.b_dec if self.cfg.apply_b_dec_to_input else self.b_enc
         with torch.no_grad():
             seen = self.process_sae_in(self._noisy(x))
-            cutoff = self.threshold - self.bandwidth / 2
+            cutoff = self.threshold - self.bandwidth / 2 - self.b_enc  # adding b_enc would copy a matrix
             if self.cfg.encoder_product == "bfloat16":
                 hidden_pre = upper_product(seen, directions)
-                entries = Entries.where(hidden_pre > cutoff - self.b_enc)
-                found = sampled_product(seen, directions, entries) + self.b_enc[entries.columns]
+                entries = Entries.where(hidden_pre > cutoff)
+                found = sampled_product(seen, directions, entries)
             else:
-                hidden_pre = torch.addmm(self.b_enc, seen, directions.T)
+                hidden_pre = seen @ directions.T
                 entries = Entries.where(hidden_pre > cutoff)
                 found = hidden_pre[entries.rows, entries.columns]
+            found = found + self.b_enc[entries.columns]
             self.density.fill_(len(entries.rows) / hidden_pre.numel())
 
         def pre(at: Entries, found: Tensor) -> Tensor:
