@@ -153,9 +153,9 @@ def _count_pairs(units: Float[Tensor, "F d"], k_max: int, tile: int) -> _Pairs:
 
     def count(rows: slice, columns: slice, cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pairs by bin; those in undecided bins by the number of limits they reach; the largest coherence."""
-        coherence = pairs_of(rows, columns, cosines).abs_().clamp_(max=1)
-        at = coherence.mul(_BINS).int()
-        close = coherence[flags.index_select(0, at).bool()]
+        coherence = pairs_of(rows, columns, cosines).abs_()
+        at = coherence.mul(_BINS).int()  # rounding may take a coherence above 1, but not by a bin
+        close = coherence[flags.index_select(0, at).view(torch.bool)]
         reached = torch.bincount(torch.bucketize(close, limits, right=True), minlength=k_max + 1)
         top = coherence.amax() if len(coherence) else coherence.new_zeros(())
         return torch.bincount(at, minlength=_BINS + 1), reached, top
@@ -171,7 +171,7 @@ def _count_pairs(units: Float[Tensor, "F d"], k_max: int, tile: int) -> _Pairs:
     reached.index_add_(0, torch.bucketize(bins, bins_of_limits)[~undecided], histogram[~undecided])
     histogram[_BINS - 1] += histogram[_BINS]  # a coherence of 1 lies in the last bin
     below = torch.cat([reached.sum()[None], reached.cumsum(0)[:k_max].flip(0)])
-    return _Pairs(histogram[:_BINS].cpu(), below.cpu(), float(top))
+    return _Pairs(histogram[:_BINS].cpu(), below.cpu(), min(float(top), 1.0))
 
 
 def _q_star(below: Int[Tensor, " k"], pairs: int, counts: Int[Tensor, " k"]) -> float:
