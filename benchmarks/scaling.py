@@ -38,7 +38,7 @@ WIDTH, BATCH = 640, 1024
 
 
 class Held:
-    """The most anonymous memory of this process while it is entered, in MB, above what it held at the start."""
+    """The most anonymous memory of this process while it is entered, in MB, and what it held at the start."""
 
     def __enter__(self) -> Held:
         self.before = self.most = self._now()
@@ -59,10 +59,6 @@ class Held:
     def _now() -> float:
         status = Path("/proc/self/status").read_text()
         return int(status.split("RssAnon:")[1].split()[0]) / 1024
-
-    @property
-    def above(self) -> float:
-        return self.most - self.before
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -89,7 +85,13 @@ def pairs(f: int, rounds: int) -> dict[str, Any]:
             products.append(seconds(bare))
             ours.append(seconds(lambda: stability(atoms, l0)))
     ratios = [one / other for one, other in zip(ours, products, strict=True)]
-    return {"F": f, "product_s": products, "stability_s": ours, "ratio": statistics.median(ratios), "MB": held.above}
+    return {
+        "F": f,
+        "product_s": products,
+        "stability_s": ours,
+        "ratio": statistics.median(ratios),
+        "MB": held.most - held.before,
+    }
 
 
 def rows_of(n: int) -> Rows:
@@ -121,7 +123,7 @@ def of_n(n: int) -> dict[str, Any]:
         data = data_atoms(x, tsae.cfg.d_sae, mean_row(x).float(), torch.Generator().manual_seed(0))
         null = Pursuit(data, mean_row(x).float(), aip, 8)
         took["null"] = seconds(lambda: observe(null, x, aip))
-    return {"n": n, "seconds": took, "MB": held.above, "file_MB": 4 * n * WIDTH / 1e6}
+    return {"n": n, "seconds": took, "MB": held.most, "file_MB": 4 * n * WIDTH / 1e6}
 
 
 def of_f(f: int, rounds: int) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for part, label in (("null", "a null, K = 8"), ("measure", "R², q*, L0"), ("metric", "metric")):
         time_n.plot(n, [one["seconds"][part] for one in found["n"]], "o-", label=label)
     time_n.set(xlabel="activations n, thousands", ylabel="seconds", title="Time, F = 1,280")
-    memory_n.plot(n, [one["MB"] for one in found["n"]], "o-", label="memory held")
+    memory_n.plot(n, [one["MB"] for one in found["n"]], "o-", label="memory of the process")
     memory_n.plot(n, [one["file_MB"] for one in found["n"]], "o--", color="C7", label="activations, in their file")
     memory_n.set(xlabel="activations n, thousands", ylabel="MB", title="Memory")
     f = [one["F"] / 1000 for one in found["F"]]
