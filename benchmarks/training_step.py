@@ -9,8 +9,8 @@ of steps, without what is estimated before the first; compare ratios, the machin
 that of raw held-out rows after as many steps, at the L0 beside it: thresholds that are learned from a random start take
 longer than a benchmark to bring it down to the target.
 
-Peers: `pip install 'atom-lens[bench]'`, and `pip install --no-deps dictionary-learning overcomplete`, whose dependencies
-are more than is used here or do not fit; those that are missing are left out.
+Peers: `pip install 'atom-lens[bench]'`, and `pip install --no-deps dictionary-learning overcomplete`, whose own
+dependencies do not fit or are more than is used here; those that are missing are left out.
 """
 
 from __future__ import annotations
