@@ -110,6 +110,26 @@ def test_moments_and_pairs_are_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(found[0][-1], other[-1], rtol=1e-12, atol=0)
 
 
+LOADED = """
+import sys, torch
+from atom_lens import harvest, open_model, parallel
+prompts = [" ".join(["a city"] * (1 + i % 7)) for i in range(60)]
+model = open_model(sys.argv[1], device="cpu")
+hook = "blocks.0.hook_resid_post"
+alone = harvest(model, prompts, hook, "last", batch_tokens=32)[hook]
+with parallel.processes():
+    assert parallel.size() == 2
+    assert torch.equal(harvest(model, prompts, hook, "last", batch_tokens=32)[hook], alone)
+"""
+
+
+def test_a_loaded_model_is_read_by_each_process(tiny: str, tmp_path: Path) -> None:
+    """What is not written to a common file cannot be shared out."""
+    (tmp_path / "script.py").write_text(LOADED)
+    run = launched(2, ["script.py", tiny], tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
 def test_an_own_process_group_is_left_alone(tmp_path: Path, generator: torch.Generator) -> None:
     """A library that somebody calls in one of their processes only must not wait for the others."""
     store = dist.FileStore(str(tmp_path / "store"), 1)

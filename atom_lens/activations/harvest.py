@@ -159,7 +159,9 @@ def _run(
     values: dict[str, Tensor] = {}
     budget = batch_tokens or (1024 if backend.device.type == "cpu" else 16_384)
     with tqdm(total=len(reads), desc="Harvest", unit="prompt") as bar:
-        for batch in parallel.mine(_batches([len(read.ids) for read in reads], budget)):
+        batches = _batches([len(read.ids) for read in reads], budget)
+        # Into files each process writes the rows that are its own; in memory it would be left without the others'.
+        for batch in batches if allocate is in_memory else parallel.mine(batches):
             longest = len(reads[batch[0]].ids)
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
