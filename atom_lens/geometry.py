@@ -316,17 +316,17 @@ def angle_histogram(
         raise ValueError(f"angles need at least 2 rows, got {len(x)}")
     u = unit_rows(x.double() if metric is None else metric.whiten(x))
 
-    def angles(rows: slice, columns: slice, cosines: Tensor) -> tuple[Tensor, float]:
+    def angles(rows: slice, columns: slice, cosines: Tensor) -> tuple[Tensor, Tensor]:
         found = pairs_of(rows, columns, cosines).clamp_(-1, 1).acos_().rad2deg_()
         cells = (found * (bins / 180)).long().clamp_(max=bins - 1)
-        return torch.bincount(cells, minlength=bins), float(found.sum())
+        return torch.bincount(cells, minlength=bins), found.sum()
 
-    counts, total = torch.zeros(bins, dtype=torch.int64, device=x.device), 0.0
+    counts = torch.zeros(bins, dtype=torch.int64, device=u.device)
+    total = torch.zeros((), dtype=torch.float64, device=u.device)
     for part, sum_of_part in over_tiles(u, angles):
         counts += part
         total += sum_of_part
-    counts = parallel.summed(counts)
-    total = float(parallel.summed(torch.tensor(total, dtype=torch.float64)))
+    counts, total = parallel.summed(counts), float(parallel.summed(total))
     return AngleHistogram(counts.cpu(), torch.linspace(0, 180, bins + 1), total / (len(x) * (len(x) - 1) / 2))
 
 

@@ -13,8 +13,8 @@ from atom_lens.rows import Rows, mean_row
 class SquaredSums:
     """Per row, what R² is made of: ||x - x_hat||² and ||x - mean(x)||², Euclidean and under `metric`.
 
-    `rows` holds (residual, residual_aip, total, total_aip), each of shape (n,), float64, on the CPU; rows that were not
-    given are zero.
+    `rows` holds (residual, residual_aip, total, total_aip), each of shape (n,), float64, on the device of the metric;
+    rows that were not given are zero.
     """
 
     def __init__(self, x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct | None) -> None:
@@ -25,16 +25,17 @@ class SquaredSums:
         # Below the rounding of float32 activations the rows are one point, and there is no variance to explain.
         if total <= 1e-12 * square:
             raise ValueError(f"R² is undefined: all {len(x)} rows are the same")
-        self.rows: Float[Tensor, "4 n"] = torch.zeros(4, len(x), dtype=torch.float64)
+        device = x.device if metric is None else metric.eigenvalues.device
+        self.rows: Float[Tensor, "4 n"] = torch.zeros(4, len(x), dtype=torch.float64, device=device)
 
     def update(self, start: int, x: Float[Tensor, "batch d"], x_hat: Float[Tensor, "batch d"]) -> None:
         """Take in the rows from `start` on, and their reconstructions."""
         differences = x.double() - x_hat.double(), x.double() - self.mean.to(x.device)
         for i, difference in enumerate(differences):
-            self.rows[2 * i, start : start + len(x)] = difference.square().sum(dim=1).cpu()
+            self.rows[2 * i, start : start + len(x)] = difference.square().sum(dim=1)
             if self.metric is not None:
                 whitened = difference @ self.metric.sqrt
-                self.rows[2 * i + 1, start : start + len(x)] = whitened.square().sum(dim=1).cpu()
+                self.rows[2 * i + 1, start : start + len(x)] = whitened.square().sum(dim=1)
 
 
 def explained(residual: Float[Tensor, " n"], total: Float[Tensor, " n"]) -> float:

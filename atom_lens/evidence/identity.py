@@ -19,8 +19,8 @@ from torch import Tensor
 from atom_lens.evidence.certificates import whitened_units
 from atom_lens.geometry import AtomicInnerProduct
 
-# Up to here the full matrix of coherences is matched (3 GB in float64); above it only the closest candidates.
-_DENSE_MOST = 20_000
+# Up to here the full matrix of coherences is matched (0.13 GB in float64); above it only the closest candidates.
+_DENSE_MOST = 4096
 _CANDIDATES = 32
 
 

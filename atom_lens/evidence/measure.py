@@ -104,7 +104,7 @@ def observe(
     metric = metric.to(device)
     norms = torch.cat([metric.whiten(part).norm(dim=1) for part in atoms.split(8192)])
     sums = SquaredSums(x, metric)
-    l0 = torch.zeros(len(x), dtype=torch.long)
+    l0 = torch.zeros(len(x), dtype=torch.long, device=device)
     k_atom = torch.zeros(len(atoms), dtype=torch.long, device=device)
     smallest, largest = torch.full_like(norms, torch.inf), torch.zeros_like(norms)
     for start in parallel.mine(range(0, len(x), batch)):
@@ -115,16 +115,16 @@ def observe(
         sums.update(start, rows, reconstruction)
         active = codes != 0
         k = active.sum(dim=1)
-        l0[start : start + len(rows)] = k.cpu()
+        l0[start : start + len(rows)] = k
         k_atom = torch.maximum(k_atom, (active * k[:, None]).amax(dim=0))
         size = codes.abs()
         largest = torch.maximum(largest, size.amax(dim=0).double())
         smallest = torch.minimum(smallest, size.masked_fill(~active, torch.inf).amin(dim=0).double())
-    l0, k_atom, largest = parallel.summed(l0), parallel.largest(k_atom), parallel.largest(largest)
+    l0, k_atom, largest = parallel.summed(l0).cpu(), parallel.largest(k_atom), parallel.largest(largest)
     smallest = -parallel.largest(-smallest)
     alive = k_atom > 0
     return Observation(
-        *parallel.summed(sums.rows),
+        *parallel.summed(sums.rows).cpu(),
         l0=l0,
         k_atom=k_atom.cpu(),
         smallest=(smallest.masked_fill(~alive, 0) * norms).cpu(),

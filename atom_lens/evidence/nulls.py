@@ -54,13 +54,11 @@ class Pursuit:
 
     def residual(self, x: Float[Tensor | Rows, "n d"]) -> Float[Tensor, " n"]:
         """||x - x_hat||² of every row, Euclidean, float64, on the CPU."""
-        found = torch.zeros(len(x), dtype=torch.float64)
+        found = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for start in parallel.mine(range(0, len(x), 1024)):
             rows = x[start : start + 1024]
-            found[start : start + len(rows)] = (
-                (rows - self.decode(self.encode(rows))).double().square().sum(dim=1).cpu()
-            )
-        return parallel.summed(found)
+            found[start : start + len(rows)] = (rows - self.decode(self.encode(rows))).double().square().sum(dim=1)
+        return parallel.summed(found).cpu()
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,9 @@ def fit_together(
     if own:
         trainer = _trained(streams, own, training, wandb, run_name, checkpoint)
         found |= {name: one.log_feature_sparsity.cpu().float() for name, one in trainer.trainers.items()}
-    for number, (name, learner) in enumerate(learners.items()):
-        _share(learner.sae, found[name], source=number % parallel.size())
+    if parallel.size() > 1:
+        for number, (name, learner) in enumerate(learners.items()):
+            _share(learner.sae, found[name], source=number % parallel.size())
     return found
 
 
