@@ -18,12 +18,12 @@ T = TypeVar("T")
 def over_tiles(
     u: Float[Tensor, "n d"],
     visit: Callable[[slice, slice, Float[Tensor, "rows columns"]], T],
-    tile: int = 2048,
+    tile: int = 1024,
 ) -> Iterator[T]:
     """What `visit` makes of u[rows] u[columns]ᵀ, for every tile that holds pairs i <= j; tiles on the diagonal whole.
 
     On a CPU each thread that torch has takes tiles of its own: the product costs the same, and what follows it,
-    which torch mostly does on one thread, is shared as well. A tile of 2,048 lies in the cache for it. Of several
+    which torch mostly does on one thread, is shared as well. A tile of 1,024 lies in the cache for it. Of several
     processes (`parallel`) each gets every so-manieth tile: what comes of them is still to be put together.
 
     Args:

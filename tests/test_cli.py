@@ -147,8 +147,28 @@ def test_shift(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None
     code, out, err = run("--json", "shift.json", command="shift", other_text={"source": "text", "path": "other.txt"})
     assert code == 0, err
     found = json.loads(Path("shift.json").read_text())["blocks.1.hook_resid_post"]
-    assert found["n"] == 64 and abs(found["aip_same"]["mean"] - 90) < 5  # 1/d leaves 3.6 degrees at this width
+    here = found["prompts"]
+    assert here["n"] == 64 and abs(here["seen"]["mean"] - 90) < 5  # 1/d leaves 3.6 degrees at this width
+    assert set(here["under"]) == set(found) == {"prompts", "other text"}
     assert "blocks.1.hook_resid_post other text" in out
+
+
+def test_shift_between_domains(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """Three domains: every metric on every domain; what stands under a domain's own metric is near 90 degrees."""
+    domains = {
+        name: {"prompts": {"source": name, "limit": 60}, "positions": "all"}
+        for name in ("arithmetic", "sentiment", "python_docs")
+    }
+    code, out, err = run("--json", "shift.json", command="shift", domains=domains)
+    assert code == 0, err
+    found = json.loads(Path("shift.json").read_text())["blocks.1.hook_resid_post"]
+    assert set(found) == set(domains)
+    for name, one in found.items():
+        assert set(one["under"]) == set(domains)
+        assert abs(one["under"][name]["mean"] - 90) < 8
+    assert "under sentiment" in out
+    code, _, err = run(command="shift", domains={"poems": {"prompts": {"source": "poems"}}})
+    assert code == 2 and "key domains.poems.prompts.source is 'poems', allowed are cities, " in err
 
 
 def test_wandb_offline(

@@ -18,12 +18,13 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 from atom_lens import AtomicInnerProduct, load_atoms
 from atom_lens.cli import main
 from atom_lens.experiments.frontier import comparison_table, margins, verdict
+from atom_lens.experiments.matched import matched, matched_table
 from atom_lens.training.fit import fit_together
 from atom_lens.training.recipe import Atoms, Training
 from atom_lens.training.units import trained_unit, unit_learner
 
 HOOK = "blocks.1.hook_resid_post"
-STOCK = ["relu", "topk", "batchtopk", "jumprelu"]
+STOCK = ["relu", "gated", "topk", "batchtopk", "jumprelu"]
 
 
 @pytest.mark.parametrize("unit", [*STOCK, *(f"{name}_whitened" for name in STOCK), "tsae_tied", "tsae_free"])
@@ -149,3 +150,40 @@ def test_train_with_seeds_saves_identity(run: Callable[..., tuple[int, str, str]
     assert not torch.equal(second.W_dec, load_atoms(tmp_path / "runs" / "tiny").W_dec)
     assert load_file(folder / "seed-2" / "identity.safetensors")["identity"].shape == (32,)
     assert main(["evaluate", "runs/tiny", "--quiet"]) == 0
+
+
+def swept(unit: str, points: list[tuple[float, float]]) -> list[dict[str, Any]]:
+    """Cells of a sweep, as (L0, R²) on held-out activations."""
+    made = [cell(unit, l0, 0.5, r2) for l0, r2 in points]
+    for one, (l0, _) in zip(made, points, strict=True):
+        one["runs"][0]["heldout"]["l0"] = {"mean": l0}
+    return made
+
+
+def test_matched_sparsity_interpolates_and_never_extrapolates() -> None:
+    cells = [*swept("topk", [(4, 0.4), (16, 0.8)]), *swept("relu", [(10, 0.5), (90, 0.9)]), *swept("gated", [(8, 0.3)])]
+    rows = {row["unit"]: row for row in matched(cells, 8.0)}
+    assert rows["topk"]["r2"] == pytest.approx(0.6) and rows["topk"]["between"] == [4, 16]
+    assert rows["relu"]["between"] is None and rows["gated"]["between"] is None
+    table = matched_table(list(rows.values()))
+    assert "TopK" in table and "no sweep across this L0: ReLU, gated" in table
+    assert {row["unit"]: row for row in matched(cells, 16.0)}["topk"]["r2"] == pytest.approx(0.8)
+
+
+def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+    """The paper's table: means over layers; checked against the JSON by hand."""
+    compare = {"units": ["neurons", "tsae_free"], "l0": [2, 4], "matched": [3]}
+    code, out, err = run("hooks=[blocks.*.hook_resid_post]", command="compare", compare=compare)
+    assert code == 0, err
+    folder = tmp_path / "runs" / "tiny"
+    hooks = json.loads((folder / "compare.json").read_text())["hooks"]
+    assert len(hooks) == 3 and all("matched" in found for found in hooks.values())
+    cells = [
+        one for found in hooks.values() for one in found["cells"] if (one["unit"], one["level"]) == ("null_data", 2)
+    ]
+    held = [one["runs"][0]["heldout"] for one in cells]
+    line = next(line for line in out.split("mean over 3 hooks")[1].splitlines() if line.startswith("null: data points"))
+    for key in ("r2", "q_star"):
+        assert f"{sum(one[key] for one in held) / 3:.3f}" in line
+    with Image.open(folder / "layers.png") as image:
+        assert image.width > 800

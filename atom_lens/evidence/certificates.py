@@ -31,7 +31,7 @@ def whitened_units(atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | Non
 
 
 def atom_coherence(
-    atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None = None, tile: int = 2048
+    atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None = None, tile: int = 1024
 ) -> Float[Tensor, " F"]:
     """Of every atom, the largest coherence with another: max_j |<d_i, d_j>_S|. Shape (F,); 0 for a single atom."""
     units = whitened_units(atoms, metric)

@@ -16,7 +16,8 @@ from atom_lens.tiles import over_tiles, pairs_of
 # The smallest gap from a threshold 1/(2k-1) that a cosine must keep, per dtype: rounding may not turn a tie
 # (two copies of one atom, say) into a pair that passes.
 _TIE = {torch.float32: 2e-6, torch.float64: 1e-12}
-_BINS = 10_000
+_SCALE = 128.0  # a power of two: multiplying by it rounds nothing
+_BINS = int(_SCALE**2)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Stability:
         return _q_star(self.below, self.pairs, torch.bincount(l0, minlength=len(self.below))) if self.n_atoms else 0.0
 
     def coherence_quantile(self, q: float) -> float:
-        """mu_q, the q-quantile of the pairwise coherences, to the width of a histogram bin (1e-4)."""
+        """mu_q, the q-quantile of the pairwise coherences, to the width of a histogram bin (2⁻¹⁴)."""
         if not 0 <= q <= 1:
             raise ValueError(f"q is {q}, allowed is 0 to 1")
         if self.pairs == 0:
@@ -72,7 +73,7 @@ def stability(
     l0: Int[Tensor, " n"],
     metric: AtomicInnerProduct | None = None,
     alive: Bool[Tensor, " F"] | None = None,
-    tile: int = 2048,
+    tile: int = 1024,
 ) -> Stability:
     """Exact q* of a dictionary and the L0 of its codes, in one tiled pass over the pairs of atoms.
 
@@ -141,20 +142,20 @@ def _count_pairs(units: Float[Tensor, "F d"], k_max: int, tile: int) -> _Pairs:
     """Exact counts at little more than the price of the product.
 
     A bin of the histogram lies wholly on one side of every limit 1/(2k-1) that is not inside it; only pairs in the
-    bins that hold one are compared with the limits themselves.
+    bins that hold one are compared with the limits themselves. Atoms are scaled so that a product reads in bins.
     """
     device, dtype = units.device, units.dtype
     ks = torch.arange(k_max, 0, -1, dtype=torch.float64)
-    limits = (1 / (2 * ks - 1) - _TIE[dtype]).to(device, dtype)  # ascending
+    limits = ((1 / (2 * ks - 1) - _TIE[dtype]) * _BINS).to(device, dtype)  # ascending
     bins = torch.arange(_BINS + 1, dtype=torch.int32, device=device)
-    bins_of_limits = (limits * _BINS).int()
+    bins_of_limits = limits.int()
     undecided = torch.isin(bins, bins_of_limits)
     flags = undecided.to(torch.uint8)
 
-    def count(rows: slice, columns: slice, cosines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs by bin; those in undecided bins by the number of limits they reach; the largest coherence."""
-        coherence = pairs_of(rows, columns, cosines).abs_()
-        at = coherence.mul(_BINS).int()  # rounding may take a coherence above 1, but not by a bin
+    def count(rows: slice, columns: slice, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs by bin; those in undecided bins by the number of limits they reach; the largest coherence in bins."""
+        coherence = pairs_of(rows, columns, products).abs_()
+        at = coherence.int()  # rounding may take a coherence above 1, but not by a bin
         close = coherence[flags.index_select(0, at).view(torch.bool)]
         reached = torch.bincount(torch.bucketize(close, limits, right=True), minlength=k_max + 1)
         top = coherence.amax() if len(coherence) else coherence.new_zeros(())
@@ -163,7 +164,7 @@ def _count_pairs(units: Float[Tensor, "F d"], k_max: int, tile: int) -> _Pairs:
     histogram = torch.zeros(_BINS + 1, dtype=torch.int64, device=device)
     reached = torch.zeros(k_max + 1, dtype=torch.int64, device=device)
     top = torch.zeros((), dtype=dtype, device=device)
-    for by_bin, by_limit, largest in over_tiles(units, count, tile):
+    for by_bin, by_limit, largest in over_tiles(units * _SCALE, count, tile):
         histogram += by_bin
         reached += by_limit
         top = torch.maximum(top, largest)
@@ -171,7 +172,7 @@ def _count_pairs(units: Float[Tensor, "F d"], k_max: int, tile: int) -> _Pairs:
     reached.index_add_(0, torch.bucketize(bins, bins_of_limits)[~undecided], histogram[~undecided])
     histogram[_BINS - 1] += histogram[_BINS]  # a coherence of 1 lies in the last bin
     below = torch.cat([reached.sum()[None], reached.cumsum(0)[:k_max].flip(0)])
-    return _Pairs(histogram[:_BINS].cpu(), below.cpu(), min(float(top), 1.0))
+    return _Pairs(histogram[:_BINS].cpu(), below.cpu(), min(float(top) / _BINS, 1.0))
 
 
 def _q_star(below: Int[Tensor, " k"], pairs: int, counts: Int[Tensor, " k"]) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 
+from atom_lens import parallel
 from atom_lens._files import locked, replacing, sweep, write_json
 from atom_lens.activations.models import pick_device
 from atom_lens.training.recipe import Features, Recipe
@@ -24,9 +25,14 @@ Cell = dict[str, Any]
 
 @contextmanager
 def claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
-    """A folder is continued by the recipe that began it only, and by one process at a time."""
+    """A folder is continued by the recipe that began it only, and by one process, or torchrun's together, at a time."""
+    if parallel.rank() > 0:  # process 0 looks after the folder
+        parallel.together()
+        yield
+        return
     with locked(folder):
         _claim(folder, recipe)
+        parallel.together()
         yield
 
 
@@ -46,11 +52,13 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 
 def kept(path: Path, make: Callable[[], Cell], says: Callable[[Cell], str]) -> Cell:
     """The cell at `path`, made and logged with what it `says` if it is not there yet."""
-    if path.is_file():
+    if parallel.agreed(path.is_file):
         return json.loads(path.read_text(encoding="utf-8"))
     start = time.monotonic()
     cell = make()
     cell["seconds"] = time.monotonic() - start
+    if parallel.rank() > 0:
+        return cell
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, cell)
     logger.info("%-24s %s, %.0f s", path.stem, says(cell), cell["seconds"])

@@ -25,6 +25,8 @@ from atom_lens.evidence.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.evidence.report import versions
 from atom_lens.experiments.cells import Cell, claimed, kept, pretrained
 from atom_lens.experiments.frontier import draw, to_csv
+from atom_lens.experiments.layers import draw_layers
+from atom_lens.experiments.matched import matched
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import mean_row
 from atom_lens.training.fit import Learner, fit_together
@@ -42,9 +44,7 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
     Raises:
         ValueError: the recipe lacks atoms or training, or the folder holds a study of another recipe.
     """
-    for section in ("atoms", "training"):
-        if getattr(recipe, section) is None:
-            raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, compare needs it")
+    recipe.needs("compare", "atoms", "training")
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
         _compare(recipe, folder)
@@ -69,12 +69,15 @@ def _compare(recipe: Recipe, folder: Path) -> None:
             "n_over_f": len(split.x) / recipe.atoms.capacity,
             "metric": {"n": aip.n, "ridge": aip.ridge, "condition": aip.condition},
             "cells": cells,
+            "matched": [row for l0 in recipe.compare.matched for row in matched(cells, l0)],
         }
     result = {"schema_version": 1, "model": recipe.model.name, "hooks": hooks, "versions": versions()}
     write_json(folder / "compare.json", result)
     to_csv(result, folder / "compare.csv")
     for hook in hooks:
         draw(hooks[hook], f"{hook} of {recipe.model.name}", folder / f"{hook}.png")
+    if len(hooks) > 1:
+        draw_layers(result, folder / "layers.png")
 
 
 def _says(cell: Cell) -> str:
@@ -98,7 +101,7 @@ def _cells(
             for k in sorted({max(1, round(level)) for level in recipe.compare.l0} | {aip.width}):
                 yield f"{unit}-{k}", lambda k=k: _cell("principal", float(k), [principal(split.x, aip, k)], split, aip)
         else:
-            for level in recipe.compare.l1 if unit.startswith("relu") else recipe.compare.l0:
+            for level in recipe.compare.l1 if unit.startswith(("relu", "gated")) else recipe.compare.l0:
                 yield f"{unit}-{level:g}", lambda unit=unit, level=level: _trained(unit, level, recipe, split, aip)
     for features in recipe.compare.features:
         yield (

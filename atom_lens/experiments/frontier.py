@@ -18,10 +18,12 @@ LABELS: dict[str, str] = {
     "neurons": "neurons",
     "principal": "principal directions",
     "relu": "ReLU",
+    "gated": "gated",
     "topk": "TopK",
     "batchtopk": "BatchTopK",
     "jumprelu": "JumpReLU",
     "relu_whitened": "ReLU, whitened",
+    "gated_whitened": "gated, whitened",
     "topk_whitened": "TopK, whitened",
     "batchtopk_whitened": "BatchTopK, whitened",
     "jumprelu_whitened": "JumpReLU, whitened",
@@ -30,10 +32,10 @@ LABELS: dict[str, str] = {
 }
 # Controls, not competitors: their encoder is a pursuit, or they are not sparse.
 _LEAST_Q = 0.5
-_CONTROLS = ("null_random", "null_data", "neurons", "principal")
+CONTROLS = ("null_random", "null_data", "neurons", "principal")
 
 
-def _mean(cell: Mapping[str, Any], split: str, *path: str) -> float:
+def mean_of(cell: Mapping[str, Any], split: str, *path: str) -> float:
     """Mean over seeds."""
     values = []
     for run in cell["runs"]:
@@ -56,16 +58,16 @@ def comparison_table(found: Mapping[str, Any]) -> str:
             [
                 LABELS.get(cell["unit"], str(cell["unit"])),
                 "" if cell["level"] is None else f"{cell['level']:g}",
-                f"{_mean(cell, 'train', 'l0', 'mean'):.1f}",
-                f"{_mean(cell, 'heldout', 'l0', 'mean'):.1f}",
-                f"{_mean(cell, 'train', 'r2'):.3f}",
+                f"{mean_of(cell, 'train', 'l0', 'mean'):.1f}",
+                f"{mean_of(cell, 'heldout', 'l0', 'mean'):.1f}",
+                f"{mean_of(cell, 'train', 'r2'):.3f}",
                 f"{np.mean(held):.3f}",
                 f"± {(max(held) - min(held)) / 2:.3f}" if len(held) > 1 else "",
-                f"{_mean(cell, 'heldout', 'r2_aip'):.3f}",
-                f"{_mean(cell, 'train', 'q_star'):.3f}",
-                f"{_mean(cell, 'heldout', 'q_star'):.3f}",
-                f"{_mean(cell, 'heldout', 'empty_codes'):.1%}",
-                f"{_mean(cell, 'train', 'dead_atoms'):.0f}",
+                f"{mean_of(cell, 'heldout', 'r2_aip'):.3f}",
+                f"{mean_of(cell, 'train', 'q_star'):.3f}",
+                f"{mean_of(cell, 'heldout', 'q_star'):.3f}",
+                f"{mean_of(cell, 'heldout', 'empty_codes'):.1%}",
+                f"{mean_of(cell, 'train', 'dead_atoms'):.0f}",
                 f"{same['pw_mcc']:.3f}" if same else "",
                 f"{same['pw_mcc_start']:.3f}" if same else "",
                 f"{same['above_09']:.1%}" if same else "",
@@ -81,11 +83,11 @@ def margins(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     as stable. Nothing is interpolated. Below q* = 0.5 codes are dense and R² is no merit: neurons have 1.
     """
     cells = found["cells"]
-    points = [(c, _mean(c, "heldout", "q_star"), _mean(c, "heldout", "r2")) for c in cells]
+    points = [(c, mean_of(c, "heldout", "q_star"), mean_of(c, "heldout", "r2")) for c in cells]
     ours = [(q, r2) for c, q, r2 in points if c["unit"].startswith("tsae")]
     result = []
     for cell, q, r2 in points:
-        if cell["unit"].startswith("tsae") or cell["unit"] in _CONTROLS or q < _LEAST_Q:
+        if cell["unit"].startswith("tsae") or cell["unit"] in CONTROLS or q < _LEAST_Q:
             continue
         as_stable = [value for at, value in ours if at >= q]
         margin = max(as_stable) - r2 if as_stable else None
@@ -138,8 +140,8 @@ def draw(found: Mapping[str, Any], title: str, path: Path) -> None:
     for panel, (key, label) in zip(panels, (("r2", "R²"), ("r2_aip", "R² (AIP)")), strict=True):
         for index, unit in enumerate(units):
             cells = [cell for cell in found["cells"] if cell["unit"] == unit]
-            points = sorted((_mean(c, "heldout", "q_star"), _mean(c, "heldout", key)) for c in cells)
-            control, ours = unit in _CONTROLS, unit.startswith("tsae")
+            points = sorted((mean_of(c, "heldout", "q_star"), mean_of(c, "heldout", key)) for c in cells)
+            control, ours = unit in CONTROLS, unit.startswith("tsae")
             panel.plot(
                 *zip(*points, strict=True),
                 label=LABELS.get(unit, unit),

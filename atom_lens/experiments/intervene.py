@@ -44,9 +44,7 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
         ValueError: no atoms or training in the recipe, prompts without answers, fewer than 10 facts that the model
             knows on either side of the split, positions that choose several tokens, or a folder of another recipe.
     """
-    for section in ("atoms", "training"):
-        if getattr(recipe, section) is None:
-            raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, intervene needs it")
+    recipe.needs("intervene", "atoms", "training")
     if recipe.positions not in ("subject_last", "last"):
         raise ValueError(f"positions is {recipe.positions!r}, intervene allows subject_last and last")
     prompts = recipe.prompts.read()

@@ -1,69 +1,76 @@
-"""Representation shift: what angle do activations centre on, and does the metric put it back to 90 degrees?"""
+"""Representation shift: what angle do activations centre on, and which metric puts it back to 90 degrees?
+
+A metric undoes the shift of the kind of text that it was estimated on. How far it does so on other kinds is a matrix: a
+metric from each domain, on held-out activations of every domain.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
+from atom_lens.evidence.reading import aligned
 from atom_lens.evidence.report import angles
 from atom_lens.geometry import AtomicInnerProduct
-from atom_lens.rows import Rows
-from atom_lens.training.recipe import Recipe
-from atom_lens.training.run import harvest_for, split_activations
+from atom_lens.training.recipe import Domain, Recipe
+from atom_lens.training.run import SplitActivations, harvest_for, split_activations
+
+_NAMES = {"euclidean": "Euclidean", "seen": "AIP, seen"}
 
 
 def shift(recipe: Recipe) -> dict[str, Any]:
-    """Mean angles at every hook of `recipe`, Euclidean and under metrics from the same and from other text.
+    """Angles at every hook of `recipe`, Euclidean and under the metric of each domain.
+
+    The domains are `recipe.domains`; without any, the prompts as they are read, and all tokens of `recipe.other_text`.
 
     Returns:
-        hook -> {"n", "euclidean", "aip_same" (rows the metric saw), "aip_heldout" (other subjects of the same
-        distribution), "aip_other_text" (metric from `recipe.other_text`), "other_text": {the same the other way}}.
-        Angles are {"mean", "median"} in degrees (theory.md section 1).
+        hook -> domain -> {"n", "n_heldout", "condition", "euclidean", "seen" (rows that the domain's metric saw),
+        "heldout" (other subjects or texts of the domain, Euclidean), "under": {domain: those under its metric}}.
+        Angles are {"mean", "median", "percentiles"} in degrees (theory.md section 1).
+
+    Raises:
+        ValueError: a domain has fewer activations than the metric needs.
     """
-    prompts, texts = recipe.prompts.read(), recipe.other_text.read()
-    here = harvest_for(recipe, prompts)
-    there = harvest_for(recipe.model_copy(update={"positions": "all"}), texts)
+    domains = recipe.domains or {
+        "prompts": Domain(prompts=recipe.prompts, positions=recipe.positions),
+        "other text": Domain(prompts=recipe.other_text),
+    }
+    splits: dict[str, dict[str, SplitActivations]] = {}
+    for name, domain in domains.items():
+        own = recipe.model_copy(update={"prompts": domain.prompts, "positions": domain.positions})
+        prompts = own.prompts.read()
+        found = harvest_for(own, prompts)
+        for hook in found:
+            try:
+                splits.setdefault(hook, {})[name] = split_activations(own, prompts, found, hook)
+            except ValueError as error:
+                raise ValueError(f"domain {name!r}: {error}") from error
+    return {hook: _matrix(recipe, by_domain) for hook, by_domain in splits.items()}
+
+
+def _matrix(recipe: Recipe, splits: dict[str, SplitActivations]) -> dict[str, Any]:
+    metrics = {name: AtomicInnerProduct.estimate(split.x, recipe.metric.ridge, name) for name, split in splits.items()}
     found = {}
-    for hook in here:
-        x, heldout, *_ = split_activations(recipe, prompts, here, hook)
-        other, other_heldout, *_ = split_activations(recipe, texts, there, hook)
-        metric = AtomicInnerProduct.estimate(x, recipe.metric.ridge, "the prompts")
-        other_metric = AtomicInnerProduct.estimate(other, recipe.metric.ridge, "other text")
-        found[hook] = _angles(x, heldout, metric, other_metric)
-        found[hook]["other_text"] = _angles(other, other_heldout, other_metric, metric)
+    for name, split in splits.items():
+        seen = angles(split.x, metrics[name])
+        under = {other: angles(split.heldout, metric) for other, metric in metrics.items()}
+        found[name] = {
+            "n": len(split.x),
+            "n_heldout": len(split.heldout),
+            "condition": metrics[name].condition,
+            "euclidean": seen["euclidean"],
+            "seen": seen["aip"],
+            "heldout": under[name]["euclidean"],
+            "under": {other: one["aip"] for other, one in under.items()},
+        }
     return found
 
 
-def _angles(
-    x: Float[Tensor | Rows, "n d"],
-    heldout: Float[Tensor | Rows, "m d"],
-    same: AtomicInnerProduct,
-    other: AtomicInnerProduct,
-) -> dict[str, Any]:
-    here = angles(x, same)
-    return {
-        "n": len(x),
-        "n_metric": {"same": same.n, "other": other.n},
-        "condition": same.condition,
-        "euclidean": here["euclidean"],
-        "aip_same": here["aip"],
-        "aip_heldout": angles(heldout, same)["aip"],
-        "aip_other_text": angles(heldout, other)["aip"],
-    }
-
-
 def shift_table(found: dict[str, Any]) -> str:
-    """Mean angles in degrees, a line per hook and distribution."""
-    columns = ("n", "Euclidean", "AIP", "AIP held-out", "AIP, other metric")
-    widths = (7, 10, 8, 13, 18)
-    header = f"{'mean angle, degrees':<36} " + " ".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))
-    lines = [header, "-" * len(header)]
-    for hook, prompts in found.items():
-        for label, f in ((f"{hook} prompts", prompts), (f"{hook} other text", prompts["other_text"])):
-            means = [f[key]["mean"] for key in ("euclidean", "aip_same", "aip_heldout", "aip_other_text")]
-            lines.append(
-                f"{label:<36} {f['n']:>7} {means[0]:>10.2f} {means[1]:>8.2f} {means[2]:>13.2f} {means[3]:>18.2f}"
-            )
-    return "\n".join(lines)
+    """Mean angles in degrees, a line per hook and domain; "under": held-out rows under the metric of a domain."""
+    domains = list(next(iter(found.values())))
+    rows = [["mean angle, degrees", "n", *_NAMES.values(), *(f"under {domain}" for domain in domains)]]
+    for hook, matrix in found.items():
+        for domain, one in matrix.items():
+            means = [one[key]["mean"] for key in _NAMES] + [one["under"][other]["mean"] for other in domains]
+            rows.append([f"{hook} {domain}", str(one["n"]), *(f"{mean:.2f}" for mean in means)])
+    return aligned(rows)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from atom_lens.activations import generated
 from atom_lens.activations import prompts as sources
 from atom_lens.activations.positions import Positions
 from atom_lens.activations.prompts import Prompt
@@ -97,7 +98,42 @@ class HubDataset(Section):
         return sources.hub_dataset(self.path, self.split, self.limit, self.columns, self.config)
 
 
-Prompts = Annotated[Cities | PythonDocs | TextFile | JsonLines | HubDataset, Field(discriminator="source")]
+class Generated(Section):
+    """Prompts made by rule: arithmetic, facts in two steps (multi_step), questions, opinions (sentiment)."""
+
+    source: Literal["arithmetic", "multi_step", "questions", "sentiment"]
+    limit: int = Field(2000, ge=1)
+    seed: int = 0
+
+    def read(self) -> list[Prompt]:
+        return getattr(generated, self.source)(self.limit, self.seed)
+
+
+class PythonCode(Section):
+    """Functions and classes of the standard library that every Python ships."""
+
+    source: Literal["python_code"]
+    limit: int | None = Field(None, ge=1)
+
+    def read(self) -> list[Prompt]:
+        return generated.python_code(self.limit)
+
+
+Prompts = Annotated[
+    Cities | PythonDocs | PythonCode | Generated | TextFile | JsonLines | HubDataset, Field(discriminator="source")
+]
+SOURCES: dict[str, type[Section]] = {
+    source: kind
+    for kind in get_args(get_args(Prompts)[0])
+    for source in get_args(kind.model_fields["source"].annotation)
+}
+
+
+class Domain(Section):
+    """A kind of text, and where it is read."""
+
+    prompts: Prompts
+    positions: Positions = "all"
 
 
 class Split(Section):
@@ -177,10 +213,12 @@ Unit = Literal[
     "neurons",
     "principal",
     "relu",
+    "gated",
     "topk",
     "batchtopk",
     "jumprelu",
     "relu_whitened",
+    "gated_whitened",
     "topk_whitened",
     "batchtopk_whitened",
     "jumprelu_whitened",
@@ -190,12 +228,27 @@ Unit = Literal[
 
 
 class Compare(Section):
-    """Units side by side. `l0` is swept by every unit that takes a target, `l1` by ReLU SAEs."""
+    """Units side by side. `l0` is swept by every unit that takes a target, `l1` by ReLU and gated SAEs.
 
-    units: list[Unit] = Field(list(get_args(Unit)), min_length=1)
+    `matched` are L0 on held-out activations at which the units are set side by side, between two points of a sweep.
+    """
+
+    units: list[Unit] = Field([unit for unit in get_args(Unit) if not unit.startswith("gated")], min_length=1)
     l0: list[Number] = Field([4.0, 8.0, 16.0], min_length=1)
     l1: list[Number] = Field([2.0, 5.0, 12.0], min_length=1)
+    matched: list[Annotated[float, Field(strict=False, gt=0)]] = []
     features: list[Features] = []
+
+
+class Scale(Section):
+    """The grid of `atom-lens scale`: every capacity at every number of training activations, `training.seeds` each."""
+
+    capacities: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    n: list[Annotated[int, Field(ge=2)]] = Field(min_length=1, description="training activations, drawn nested")
+    null: bool = Field(True, description="the same grid on activations whose coordinates were shuffled")
+    levels: list[Annotated[float, Field(strict=False, gt=0, lt=1)]] = Field(
+        [0.9], min_length=1, description="of R², at which the critical capacity is read off"
+    )
 
 
 class Intervene(Section):
@@ -230,8 +283,8 @@ class Intervene(Section):
 class Recipe(Section):
     """One study: model, prompts, hooks and positions, split, metric; atoms and training where some are trained.
 
-    `other_text` is what a metric from another distribution is estimated on (`atom-lens shift`), and what edits should
-    leave alone (`atom-lens intervene`).
+    `other_text` is what edits should leave alone (`atom-lens intervene`), and, unless `domains` names others, the other
+    distribution of `atom-lens shift`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -247,6 +300,14 @@ class Recipe(Section):
     atoms: Atoms | None = None
     training: Training | None = None
     compare: Compare = Compare.model_validate({})
+    scale: Scale | None = None
     intervene: Intervene = Intervene.model_validate({})
     wandb: Wandb = Wandb()
     other_text: Prompts = PythonDocs(source="python_docs", limit=300)
+    domains: dict[str, Domain] = {}
+
+    def needs(self, command: str, *sections: str) -> None:
+        """Raise ValueError where a section that `command` cannot do without is missing."""
+        for section in sections:
+            if getattr(self, section) is None:
+                raise ValueError(f"key {section} is missing in recipe {self.name!r}, {command} needs it")

@@ -10,16 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from atom_lens.training.recipe import (
-    Cities,
-    HubDataset,
-    JsonLines,
-    PythonDocs,
-    Recipe,
-    Section,
-    TextFile,
-    existing,
-)
+from atom_lens.training.recipe import SOURCES, Recipe, Section, existing
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -81,7 +72,7 @@ def _sentence(error: ValidationError, kind: type[Section]) -> str:
     # A misspelt key is also a missing one: name the misspelling.
     problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # A union's location holds the tag of the member: prompts.cities.limit is written prompts.limit in the file.
-    tags = ("cities", "python_docs", "text", "jsonl", "dataset", "constrained-float", "literal['oas']")
+    tags = (*SOURCES, "constrained-float", "literal['oas']")
     location = [str(part) for part in problem["loc"] if str(part) not in tags]
     key = ".".join(location) or "the recipe"
     if problem["type"] == "extra_forbidden":
@@ -92,7 +83,7 @@ def _sentence(error: ValidationError, kind: type[Section]) -> str:
     if problem["type"] == "missing":
         return f"key {key} is missing"
     if problem["type"].startswith("union_tag"):
-        return f"key {key}.source is {_shown(problem['input'])}, allowed are {', '.join(tags[:5])}"
+        return f"key {key}.source is {_shown(problem['input'])}, allowed are {', '.join(SOURCES)}"
     if problem["type"] == "value_error":  # from a validator of ours: a sentence already
         return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
     allowed = problem["msg"].removeprefix("Input should be ")
@@ -107,15 +98,8 @@ def _shown(value: Any) -> str:
 def _known_keys(kind: type[Section], location: tuple[int | str, ...]) -> list[str]:
     section: Any = kind
     for part in location:
-        members = {
-            "cities": Cities,
-            "python_docs": PythonDocs,
-            "text": TextFile,
-            "jsonl": JsonLines,
-            "dataset": HubDataset,
-        }
-        if part in members:
-            section = members[str(part)]
+        if part in SOURCES:
+            section = SOURCES[str(part)]
         elif str(part) in section.model_fields:
             annotation = section.model_fields[str(part)].annotation
             options = [annotation, *get_args(annotation)]  # Training | None stands for Training

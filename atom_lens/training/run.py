@@ -51,9 +51,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     folder = Path(out) / recipe.name
-    for section in ("atoms", "training"):
-        if getattr(recipe, section) is None:
-            raise ValueError(f"key {section} is missing in recipe {recipe.name!r}, train needs it")
+    recipe.needs("train", "atoms", "training")
     with parallel.processes(), run_folder(folder, dump_recipe(recipe)) as work:
         prompts = recipe.prompts.read()
         found = harvest_for(recipe, prompts)

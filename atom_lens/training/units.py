@@ -11,6 +11,8 @@ from sae_lens import (
     SAE,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
     StandardTrainingSAE,
@@ -42,7 +44,7 @@ def unit_learner(
 
     Args:
         unit: its name.
-        sparsity: target L0, K, or the weight of ReLU's L1.
+        sparsity: target L0, K, or the weight of the L1 of ReLU and gated SAEs.
         x: training activations, shape (n, d), from which TSAEs start.
         aip: the metric TSAEs train in.
         atoms: capacity of all units, and what else TSAEs need.
@@ -72,8 +74,9 @@ def stock_sae(
     """A stock training SAE of sae-lens, with its defaults.
 
     Args:
-        architecture: relu, topk, batchtopk or jumprelu.
-        sparsity: K of TopK and BatchTopK, the target L0 of JumpReLU (its quadratic loss), the weight of ReLU's L1.
+        architecture: relu, gated, topk, batchtopk or jumprelu.
+        sparsity: K of TopK and BatchTopK, the target L0 of JumpReLU (its quadratic loss), the weight of the L1 of ReLU
+            and gated SAEs.
         d_in: width of the activations.
         d_sae: number of latents.
         whitened: with sae-lens' own `covariance_whitening`, or on raw activations.
@@ -90,6 +93,8 @@ def stock_sae(
         torch.manual_seed(seed)
         if architecture == "relu":
             return StandardTrainingSAE(StandardTrainingSAEConfig(l1_coefficient=sparsity, **shared))
+        if architecture == "gated":
+            return GatedTrainingSAE(GatedTrainingSAEConfig(l1_coefficient=sparsity, **shared))
         if architecture == "topk":
             return TopKTrainingSAE(TopKTrainingSAEConfig(k=round(sparsity), **shared))
         if architecture == "batchtopk":

@@ -1,0 +1,131 @@
+"""The n x F grid: from the command line, in one process and two, resumed; and the law read off it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_cli import recipe, run  # noqa: F401  (fixtures)
+from test_parallel import launched
+
+from atom_lens.experiments.scale_law import critical_capacity, laws
+
+HOOK = "blocks.1.hook_resid_post"
+GRID = {"capacities": [8, 64], "n": [32, 64], "levels": [0.5]}
+
+
+def cell(n: int, capacity: int, r2: float, data: str = "activations", heldout: float = -0.2) -> dict[str, Any]:
+    """As scale.json has it, R² alone; two seeds whose mean is `r2`."""
+    runs = [{"train": {"r2": r2 + off}, "heldout": {"r2": heldout}} for off in (-0.01, 0.01)]
+    return {"n": n, "capacity": capacity, "data": data, "runs": runs}
+
+
+@settings(max_examples=25)
+@given(st.floats(0.3, 1.5), st.floats(0.2, 4.0))
+def test_a_planted_law_is_found(exponent: float, factor: float) -> None:
+    """R² that rises through 0.9 at F = factor n^exponent, linear in log F: the line and its exponent come back."""
+    sizes = (500, 1000, 2000, 4000)
+    capacities = np.unique(np.geomspace(0.05, 20 * max(sizes) ** 1.5, 12).astype(int) + 1).tolist()
+    cells = [cell(n, f, 0.9 + 0.1 * float(np.log(f / (factor * n**exponent)))) for n in sizes for f in capacities]
+    train, heldout = laws(cells, [0.9])
+    assert train["exponent"] == pytest.approx(exponent, abs=1e-6) and train["factor"] == pytest.approx(factor, rel=1e-4)
+    low, high = train["exponent_interval"]
+    assert low <= train["exponent"] <= high and high - low < 1e-4
+    assert heldout["points"] == [] and heldout["exponent"] is None and heldout["of"] == 4
+
+
+def test_the_interval_is_that_of_the_regression() -> None:
+    """Against numpy's least squares with its covariance, on points that do not lie on a line."""
+    sizes, critical = np.array([100, 200, 400, 800, 1600]), np.array([90.0, 250.0, 350.0, 900.0, 1400.0])
+    cells = [cell(int(n), f, 0.0 if f < c else 1.0) for n, c in zip(sizes, critical, strict=True) for f in (1, 10**5)]
+    for one, c in zip(cells, np.repeat(critical, 2), strict=True):  # crossing of 0.5 exactly at c
+        share = np.log(c) / np.log(10**5)
+        for each in one["runs"]:
+            each["train"]["r2"] = 0.5 - share if one["capacity"] == 1 else 0.5 + (1 - share)
+    law = laws(cells, [0.5])[0]
+    assert [point["capacity"] for point in law["points"]] == pytest.approx(critical)
+    (slope, _), covariance = np.polyfit(np.log(sizes), np.log(critical), 1, cov=True)
+    assert law["exponent"] == pytest.approx(slope)
+    half = 3.182446 * float(np.sqrt(covariance[0, 0]))  # 97.5% of Student's t with 3 degrees of freedom
+    assert law["exponent_interval"] == pytest.approx([slope - half, slope + half], rel=1e-5)
+
+
+def test_a_crossing_outside_the_grid_is_none() -> None:
+    assert critical_capacity([cell(10, 4, 0.95), cell(10, 8, 0.99)], "train", 0.9) is None
+    assert critical_capacity([cell(10, 4, 0.5), cell(10, 8, 0.6)], "train", 0.9) is None
+    # A curve that falls below the level again has not crossed it yet.
+    dip = [cell(10, 4, 0.95), cell(10, 8, 0.8), cell(10, 16, 1.0)]
+    assert critical_capacity(dip, "train", 0.9) == pytest.approx(np.sqrt(8 * 16))
+
+
+def test_grid_from_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+    training = {"steps": 30, "batch_size": 16, "device": "cpu", "seeds": 2}
+    code, out, err = run(command="scale", scale=GRID, training=training)
+    assert code == 0, err
+    folder = tmp_path / "runs" / "tiny"
+    found = json.loads((folder / "scale.json").read_text())["hooks"][HOOK]
+    by_cell = {(one["data"], one["n"], one["capacity"]): one for one in found["cells"]}
+    assert set(by_cell) == {(data, n, f) for data in ("activations", "shuffled") for n in (32, 64) for f in (8, 64)}
+    for one in by_cell.values():
+        assert len(one["runs"]) == 2 and one["runs"][0]["train"]["n"] == one["n"]
+        assert one["runs"][0]["heldout"]["n"] == 16
+    assert "R² train, n =" in out and "shuffled, R² held-out, n =" in out and "too few for a law" in out
+    with Image.open(folder / f"{HOOK}.png") as image:
+        assert image.width > 800
+    # Resumed: only the row that is missing is made again, to the same figures.
+    kept = folder / "cells" / HOOK
+    times = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    (kept / "n-64.json").unlink()
+    assert run(command="scale", scale=GRID, training=training)[0] == 0
+    assert {path.name for path in kept.iterdir() if times[path.name] != path.stat().st_mtime_ns} == {"n-64.json"}
+    again = json.loads((folder / "scale.json").read_text())["hooks"][HOOK]
+    assert again["cells"] == found["cells"]
+    code, _, error = run(command="scale", scale={**GRID, "n": [32, 65]}, training=training)
+    assert code == 2 and "holds a study of another recipe" in error
+
+
+def test_two_processes_fill_the_same_grid(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    training = {"steps": 12, "batch_size": 16, "device": "cpu", "seeds": 2}
+    assert run("--quiet", command="scale", scale=GRID, training=training)[0] == 0
+    two = launched(2, ["-m", "atom_lens", "scale", "recipe.yaml", "name=two", "--quiet"], tmp_path)
+    assert two.returncode == 0, two.stderr
+    one, other = (
+        json.loads((tmp_path / "runs" / name / "scale.json").read_text())["hooks"][HOOK] for name in ("tiny", "two")
+    )
+    for here, there in zip(one["cells"], other["cells"], strict=True):
+        for first, second in zip(here["runs"], there["runs"], strict=True):
+            assert first["train"]["q_star"] == second["train"]["q_star"]
+            assert first["heldout"]["r2"] == pytest.approx(second["heldout"]["r2"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "key scale is missing in recipe 'tiny', scale needs it"),
+        (
+            {"scale": {**GRID, "n": [32, 650]}},
+            "scale.n has 650, the training activations at blocks.1",
+        ),
+        ({"scale": {**GRID, "capacities": []}}, "key scale.capacities is []"),
+        ({"scale": {**GRID, "levels": [1.5]}}, "key scale.levels.0 is 1.5, allowed is less than 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    code, _, error = run("--quiet", command="scale", **changes)
+    assert code == 2 and message in error and error.count("\n") == 1
