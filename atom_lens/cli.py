@@ -1,4 +1,4 @@
-"""The command line: ``atom-lens train | evaluate | compare | convert | intervene | planted | publish | shift``."""
+"""The command line, ``atom-lens``: one function per command, which imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
     compare.add_argument("--out", default="runs", help="folder of run folders (default: runs)")
 
+    scale = command("scale", "The n x F grid: what is learned, what memorised, and a law for the capacity; resumes.")
+    scale.add_argument("recipe", help="YAML file, see recipes/capacity.yaml")
+    scale.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
+    scale.add_argument("--out", default="runs", help="folder of run folders (default: runs)")
+
     causal = command("intervene", "Edit codes in the live model: do answers change as they should? Resumes.")
     causal.add_argument("recipe", help="YAML file, see recipes/intervene.yaml")
     causal.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
@@ -58,6 +63,34 @@ def parser() -> argparse.ArgumentParser:
     planted.add_argument("recipe", help="YAML file, see recipes/planted.yaml")
     planted.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
     planted.add_argument("--json", type=Path, help="also write the figures to this file")
+
+    page = command("report", "One HTML file about runs and studies: figures, tables, an atoms browser; no network.")
+    page.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train, folders of compare, scale, ...")
+    page.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    page.add_argument("--out", type=Path, help="the file (default: report.html in the first folder's parent)")
+
+    judge = command("judge", "Do an atom's contexts have something in common? A language model, and labels, say.")
+    judge.add_argument("run", help="run folder")
+    judge.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
+    judge.add_argument("--hook", help="which atoms, where the run has several hooks")
+    judge.add_argument("--model", help="of the judge, as its server names it; none: only what needs no judge")
+    judge.add_argument("--base-url", help="of any OpenAI-compatible server (default: $OPENAI_BASE_URL)")
+    judge.add_argument("--second-model", help="another judge, for the agreement between the two")
+    judge.add_argument("--human", type=Path, help="CSV of a person's scores, for the agreement with them")
+    judge.add_argument("--units", type=int, default=50, help="units drawn of each kind (default: 50)")
+    judge.add_argument("--contexts", type=int, default=10, help="contexts shown of each unit (default: 10)")
+    judge.add_argument("--budget", type=float, default=1.0, help="dollars at most (default: 1)")
+    judge.add_argument(
+        "--prices",
+        type=float,
+        nargs=2,
+        default=(0.0, 0.0),
+        metavar=("IN", "OUT"),
+        help="dollars per million tokens read and written (default: 0 0)",
+    )
+    judge.add_argument("--seed", type=int, default=0, help="of what is drawn and how it is shuffled")
+    judge.add_argument("--dry-run", action="store_true", help="say what would be asked and what it costs, ask nothing")
+    judge.add_argument("--out", type=Path, help="folder (default: judge/ in the run folder)")
 
     share = command("publish", "Publish a run on the Hugging Face Hub: atoms, evidence and a card, in one commit.")
     share.add_argument("run", help="run folder")
@@ -86,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     shift.add_argument("recipe", help="YAML file, see recipes/")
     shift.add_argument("overrides", nargs="*", metavar="section.key=value", help=overriding)
     shift.add_argument("--json", type=Path, help="also write the figures to this file")
+    shift.add_argument("--plot", type=Path, help="also draw the matrix of domains and metrics, as PNG")
     return main_parser
 
 
@@ -115,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"atom-lens {arguments.command}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = arguments.command in ("train", "compare", "intervene")
+        goes_on = arguments.command in ("train", "compare", "intervene", "judge", "scale")
         after = "the same command goes on from what is kept, if anything was yet" if goes_on else "nothing was written"
         print(f"atom-lens {arguments.command}: interrupted, {after}", file=sys.stderr)
         return 130
@@ -159,10 +193,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _shift(arguments: argparse.Namespace) -> None:
-    from atom_lens.experiments.shift import shift, shift_table
+    from atom_lens.experiments.shift import draw_shift, shift, shift_table
     from atom_lens.training import load_recipe
 
-    _show(arguments, shift(load_recipe(arguments.recipe, arguments.overrides)), shift_table)
+    found = shift(load_recipe(arguments.recipe, arguments.overrides))
+    if arguments.plot:
+        draw_shift(found, arguments.plot)
+    _show(arguments, found, shift_table)
 
 
 def _show(arguments: argparse.Namespace, found: dict[str, Any], as_table: Callable[[dict[str, Any]], str]) -> None:
@@ -177,15 +214,48 @@ def _show(arguments: argparse.Namespace, found: dict[str, Any], as_table: Callab
 def _compare(arguments: argparse.Namespace) -> None:
     from atom_lens.experiments.compare import compare
     from atom_lens.experiments.frontier import comparison_table, verdict
+    from atom_lens.experiments.layers import layers_table
+    from atom_lens.experiments.matched import matched_table
     from atom_lens.training import load_recipe
 
     folder = compare(load_recipe(arguments.recipe, arguments.overrides), arguments.out)
     if arguments.quiet:
         return
-    for hook, found in json.loads((folder / "compare.json").read_text())["hooks"].items():
+    result = json.loads((folder / "compare.json").read_text())
+    for hook, found in result["hooks"].items():
         head = f"{hook}, n = {found['n']}, F = {found['d_sae']}, n / F = {found['n_over_f']:.1f}"
         print(f"\n{head}\n\n{comparison_table(found)}\n\n{verdict(found)}")
+        if found["matched"]:
+            print(f"\n{matched_table(found['matched'])}")
+    if len(result["hooks"]) > 1:
+        print(f"\n{layers_table(result)}")
     print(f"\nwritten to {folder}")
+
+
+def _scale(arguments: argparse.Namespace) -> None:
+    from atom_lens.experiments.scale import scale, scale_table
+    from atom_lens.training import load_recipe
+
+    folder = scale(load_recipe(arguments.recipe, arguments.overrides), arguments.out)
+    if not arguments.quiet:
+        print(f"\n{scale_table(json.loads((folder / 'scale.json').read_text()))}\n\nwritten to {folder}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from atom_lens.page import write_page
+
+    _no_overrides(arguments, "run folders")
+    print(f"written to {write_page(arguments.runs, arguments.out)}")
+
+
+def _judge(arguments: argparse.Namespace) -> None:
+    from atom_lens.judging import judge, judge_table
+
+    names = ("hook", "model", "base_url", "second_model", "human", "units", "contexts")
+    names += ("budget", "prices", "seed", "dry_run", "out")
+    found = judge(arguments.run, overrides=arguments.overrides, **{name: getattr(arguments, name) for name in names})
+    if not arguments.quiet:
+        print(judge_table(found))
 
 
 def _intervene(arguments: argparse.Namespace) -> None:
@@ -248,7 +318,10 @@ _COMMANDS = {
     "compare": _compare,
     "convert": _convert,
     "intervene": _intervene,
+    "judge": _judge,
     "planted": _planted,
     "publish": _publish,
+    "report": _report,
+    "scale": _scale,
     "shift": _shift,
 }

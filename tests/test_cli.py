@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import save_tiny_model
+from PIL import Image
 from sae_lens import SAE
 from safetensors.torch import load_file
 
@@ -159,8 +160,10 @@ def test_shift_between_domains(run: Callable[..., tuple[int, str, str]], tmp_pat
         name: {"prompts": {"source": name, "limit": 60}, "positions": "all"}
         for name in ("arithmetic", "sentiment", "python_docs")
     }
-    code, out, err = run("--json", "shift.json", command="shift", domains=domains)
+    code, out, err = run("--json", "shift.json", "--plot", "shift.png", command="shift", domains=domains)
     assert code == 0, err
+    with Image.open("shift.png") as image:
+        assert image.width > 300
     found = json.loads(Path("shift.json").read_text())["blocks.1.hook_resid_post"]
     assert set(found) == set(domains)
     for name, one in found.items():

@@ -6,8 +6,10 @@ metric from each domain, on held-out activations of every domain.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from atom_lens._files import replacing
 from atom_lens.evidence.reading import aligned
 from atom_lens.evidence.report import angles
 from atom_lens.geometry import AtomicInnerProduct
@@ -74,3 +76,38 @@ def shift_table(found: dict[str, Any]) -> str:
             means = [one[key]["mean"] for key in _NAMES] + [one["under"][other]["mean"] for other in domains]
             rows.append([f"{hook} {domain}", str(one["n"]), *(f"{mean:.2f}" for mean in means)])
     return aligned(rows)
+
+
+def draw_shift(found: dict[str, Any], path: Path) -> None:
+    """A matrix per hook: mean angle of held-out rows of a domain, Euclidean and under the metric of each."""
+    from matplotlib.figure import Figure
+
+    domains = list(next(iter(found.values())))
+    size = 2.2 + 0.42 * len(domains)
+    figure = Figure(figsize=(1.2 + size * len(found), size + 0.5), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    image = None
+    for panel, (hook, matrix) in zip(panels, found.items(), strict=True):
+        means = [
+            [one["heldout"]["mean"], *(one["under"][other]["mean"] for other in domains)] for one in matrix.values()
+        ]
+        image = panel.imshow(means, vmin=0, vmax=90, cmap="cividis")
+        for i, row in enumerate(means):
+            for j, mean in enumerate(row):
+                panel.text(
+                    *(j, i, f"{mean:.0f}"),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if mean < 55 else "black",
+                )
+        panel.axvline(0.5, color="white", linewidth=3)
+        panel.set_xticks(range(len(domains) + 1), ["Euclidean", *domains], rotation=60, ha="right", fontsize=8)
+        panel.set_yticks(range(len(domains)), domains, fontsize=8)
+        panel.set_title(hook, fontsize=9)
+        panel.set_xlabel("metric of", fontsize=8)
+    panels[0].set_ylabel("held-out activations of", fontsize=8)
+    if image is not None:
+        figure.colorbar(image, ax=panels, label="mean angle, degrees", shrink=0.8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
