@@ -16,8 +16,10 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from atom_lens import parallel
 from atom_lens._files import locked, replacing, sweep, write_json
 from atom_lens.activations.models import pick_device
+from atom_lens.training.folder import same_activations
 from atom_lens.training.recipe import Features, Recipe
 from atom_lens.training.recipe_file import dump_recipe
+from atom_lens.training.run import SplitActivations, harvest_for, split_activations
 
 logger = logging.getLogger(__name__)
 Cell = dict[str, Any]
@@ -63,6 +65,15 @@ def kept(path: Path, make: Callable[[], Cell], says: Callable[[Cell], str]) -> C
     write_json(path, cell)
     logger.info("%-24s %s, %.0f s", path.stem, says(cell), cell["seconds"])
     return cell
+
+
+def splits(recipe: Recipe, folder: Path) -> Iterator[tuple[str, SplitActivations]]:
+    """Each hook with its activations of both splits; a study ends with the activations that it began with, or not."""
+    prompts = recipe.prompts.read()
+    found = harvest_for(recipe, prompts)
+    same_activations(folder, found.views)
+    for hook in found:
+        yield hook, split_activations(recipe, prompts, found, hook)
 
 
 def pretrained(features: Features, device: str) -> SAE[Any]:

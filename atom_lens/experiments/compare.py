@@ -23,16 +23,15 @@ from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Dictionary, Observation
 from atom_lens.evidence.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.evidence.report import versions
-from atom_lens.experiments.cells import Cell, claimed, kept, pretrained
+from atom_lens.experiments.cells import Cell, claimed, kept, pretrained, splits
 from atom_lens.experiments.frontier import draw, to_csv
 from atom_lens.experiments.layers import draw_layers
 from atom_lens.experiments.matched import matched
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import mean_row
 from atom_lens.training.fit import Learner, fit_together
-from atom_lens.training.folder import same_activations
 from atom_lens.training.recipe import Recipe
-from atom_lens.training.run import SplitActivations, harvest_for, split_activations
+from atom_lens.training.run import SplitActivations
 from atom_lens.training.units import trained_unit, unit_learner
 
 logger = logging.getLogger(__name__)
@@ -52,12 +51,8 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
 
 
 def _compare(recipe: Recipe, folder: Path) -> None:
-    prompts = recipe.prompts.read()
-    found = harvest_for(recipe, prompts)
-    same_activations(folder, found.views)
     hooks = {}
-    for hook in found:
-        split = split_activations(recipe, prompts, found, hook)
+    for hook, split in splits(recipe, folder):
         aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge, f"{len(split.x)} training activations")
         cells = [kept(folder / "cells" / hook / f"{key}.json", make, _says) for key, make in _cells(recipe, split, aip)]
         assert recipe.atoms is not None

@@ -22,14 +22,13 @@ from atom_lens.evidence import identity, observe
 from atom_lens.evidence.nulls import shuffle_coordinates
 from atom_lens.evidence.reading import aligned
 from atom_lens.evidence.report import versions
-from atom_lens.experiments.cells import Cell, claimed, kept
+from atom_lens.experiments.cells import Cell, claimed, kept, splits
 from atom_lens.experiments.scale_law import draw, laws
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import Rows
 from atom_lens.training.fit import Learner, finish, fit_together, tsae_learner
-from atom_lens.training.folder import same_activations
 from atom_lens.training.recipe import Recipe
-from atom_lens.training.run import SplitActivations, harvest_for, split_activations
+from atom_lens.training.run import SplitActivations
 
 logger = logging.getLogger(__name__)
 _DATA = ("activations", "shuffled")
@@ -53,12 +52,8 @@ def scale(recipe: Recipe, out: str | Path = "runs") -> Path:
 
 def _scale(recipe: Recipe, folder: Path) -> None:
     assert recipe.scale is not None
-    prompts = recipe.prompts.read()
-    found = harvest_for(recipe, prompts)
-    same_activations(folder, found.views)
     hooks = {}
-    for hook in found:
-        split = split_activations(recipe, prompts, found, hook)
+    for hook, split in splits(recipe, folder):
         if max(recipe.scale.n) > len(split.x):
             raise ValueError(
                 f"scale.n has {max(recipe.scale.n)}, the training activations at {hook} are {len(split.x)}"
@@ -112,7 +107,7 @@ def _row(recipe: Recipe, split: SplitActivations, n: int) -> Cell:
             same = None
             if len(runs) > 1 and all(mask.any() for mask in alive):
                 same = identity([run.W_dec.detach() for run in runs], aip, alive).figures
-            figures = [{split: one.figures for split, one in each.items()} for each in seen]
+            figures = [{part: one.figures for part, one in each.items()} for each in seen]
             cells.append({"n": n, "capacity": capacity, "data": name, "runs": figures, "identity": same})
     return {"cells": cells}
 

@@ -90,6 +90,7 @@ def draw(found: Mapping[str, Any], title: str, path: Path) -> None:
                 panel.plot(capacities, means, style, color=colours[n], markersize=3.5, label=label)
             panel.axvline(n, color=colours[n], linewidth=0.8, alpha=0.35)
         panel.set(xscale="log", xlabel="capacity F (thin lines: F = n)", ylabel="R²", ylim=(-0.55, 1.05))
+        _plain(panel.xaxis, sorted({cell["capacity"] for cell in found["cells"]}))
         panel.set_title("activations" if kind == "activations" else "null: shuffled coordinates", fontsize=10)
         panel.grid(alpha=0.3)
     panels[0].plot([], [], "k-", label="training")
@@ -105,8 +106,16 @@ def draw(found: Mapping[str, Any], title: str, path: Path) -> None:
     last.plot(sizes, sizes, color="0.6", linewidth=0.9, label="F = n")
     last.set(xscale="log", yscale="log", xlabel="activations n", title="critical capacity, in sample")
     last.title.set_fontsize(10)
+    _plain(last.xaxis, sizes)
+    _plain(last.yaxis, sizes)
     last.grid(alpha=0.3)
     last.legend(fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _plain(axis: Any, ticks: Sequence[int]) -> None:
+    """Ticks where something was measured, as whole numbers: powers of ten hide what lies between."""
+    axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=7)
+    axis.set_ticks([], minor=True)
