@@ -1,0 +1,111 @@
+"""The documentation: builds without a warning, reads without a network, and leaves nothing out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import atom_lens
+from atom_lens.cli import parser
+
+TOP = Path(__file__).resolve().parent.parent
+PAGES = {
+    page.relative_to(TOP / "docs").as_posix(): page.read_text(encoding="utf-8") for page in TOP.glob("docs/**/*.md")
+}
+
+
+class Found(HTMLParser):
+    """What a page has under a name, where it leads, and what it fetches."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.anchors |= {found[name] for name in ("id", "name") if name in found}
+        if tag == "a" and "href" in found:
+            self.links.append(found["href"])
+        if "src" in found:
+            self.fetched.append(found["src"])
+        if tag == "link" and found.get("rel", "") in ("stylesheet", "icon", "preconnect", "preload"):
+            self.fetched.append(found["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Found]]:
+    """Every page of the built site."""
+    if find_spec("mkdocs") is None or find_spec("mkdocstrings") is None:
+        pytest.skip("mkdocs is not installed: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site").resolve()
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)]
+    built = subprocess.run(command, cwd=TOP, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = {page: Found(page.read_text(encoding="utf-8")) for page in folder.glob("**/*.html")}
+    assert len(pages) >= len(PAGES)
+    yield pages
+
+
+def test_nothing_is_fetched_from_elsewhere(site: dict[Path, Found]) -> None:
+    for page, found in site.items():
+        for address in found.fetched:
+            assert not urlsplit(address).scheme and not address.startswith("//"), (page.name, address)
+    for style in next(iter(site)).parent.glob("**/*.css"):
+        assert not re.search(r"url\(['\"]?https?:|@import", style.read_text(encoding="utf-8")), style.name
+
+
+def test_links_lead_somewhere(site: dict[Path, Found]) -> None:
+    """Every link and picture within the site, anchors included."""
+    checked = 0
+    for page, found in site.items():
+        if page.name == "404.html":  # is made for a server's root
+            continue
+        for address in [*found.links, *found.fetched]:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            target = target / "index.html" if target.is_dir() else target
+            assert target.is_file(), (page.name, address)
+            if parts.fragment and target in site:
+                assert unquote(parts.fragment) in site[target].anchors, (page.name, address)
+            checked += 1
+    assert checked > 500
+
+
+def test_every_public_name_is_in_the_reference(site: dict[Path, Found]) -> None:
+    page = next(page for page in site if page.parts[-2:] == ("api", "atom_lens.html"))
+    for name in atom_lens.__all__:
+        if not name.startswith("__"):
+            one = getattr(atom_lens, name)
+            assert f"{one.__module__}.{name}" in site[page].anchors, name
+
+
+@pytest.mark.parametrize("recipe", [path.name for path in sorted(TOP.glob("recipes/*.yaml"))])
+def test_every_recipe_is_in_the_gallery(recipe: str) -> None:
+    assert f"`{recipe}`" in PAGES["recipes.md"]
+
+
+def test_every_command_is_explained() -> None:
+    actions = [action for action in parser()._actions if action.dest == "command"]
+    commands = list(actions[0].choices or [])
+    assert len(commands) >= 11
+    for command in commands:
+        assert any(f"atom-lens {command}" in text for text in PAGES.values()), command
+
+
+def test_pictures_are_small() -> None:
+    """Git keeps every version of them."""
+    for picture in TOP.glob("docs/img/*.png"):
+        assert picture.stat().st_size < 250_000, picture.name
