@@ -279,6 +279,8 @@ def test_hook_patterns() -> None:
     names = [f"blocks.{i}.{name}" for i in range(3) for name in ("hook_resid_post", "hook_mlp_out")]
     assert expand_hooks(["blocks.*.hook_mlp_out"], names, 3) == names[1::2]
     assert expand_hooks(["blocks.1.hook_mlp_out", "blocks.1.*"], names, 3) == [names[3], names[2]]
+    deep = [f"blocks.{layer}.hook_mlp_out" for layer in range(12)]
+    assert expand_hooks(["blocks.*.hook_mlp_out"], sorted(deep), 12) == deep
     with pytest.raises(ValueError, match="near are blocks.1.hook_resid_post"):
         expand_hooks(["blocks.1.hook_resid_pots"], names, 3)
     with pytest.raises(ValueError, match="asks for layer 7, the model has layers 0 to 2"):

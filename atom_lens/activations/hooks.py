@@ -48,8 +48,8 @@ def expand_hooks(patterns: Sequence[str], available: Iterable[str], n_layers: in
                 )
             near = difflib.get_close_matches(pattern, names, n=3) or [f"blocks.0.{name}" for name in COMMON]
             raise ValueError(f"hook {pattern!r} is not in this model, near are {', '.join(near)}")
-        for match in matches:
-            layer_of(match)
+        # A bridge of ten layers and more lists them as text is sorted.
+        for match in sorted(matches, key=layer_of):
             found[match] = None
     return list(found)
 

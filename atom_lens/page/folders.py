@@ -1,0 +1,88 @@
+"""What a page is made of: folders of `train`, and of studies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atom_lens._files import read_json, shown
+from atom_lens.evidence.report import SCHEMA_VERSION
+
+_STUDIES = ("compare", "intervene", "scale")
+_STUDY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One RUN.
+
+    Attributes:
+        path: as it was given.
+        name: what the page calls it.
+        recipe: its recipe.yaml, as text.
+        reports: hook -> report, of a run of `train`; empty for a study.
+        studies: what compare.json, intervene.json and scale.json hold, by the name of their command.
+    """
+
+    path: Path
+    name: str
+    recipe: str
+    reports: dict[str, dict[str, Any]]
+    studies: dict[str, dict[str, Any]]
+
+    @property
+    def model(self) -> str:
+        """What it is about."""
+        return str(self._any.get("model"))
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of what measured it."""
+        return self._any["versions"]
+
+    @property
+    def _any(self) -> dict[str, Any]:
+        return next(iter([*self.reports.values(), *self.studies.values()]))
+
+
+def read_folders(runs: Sequence[str | Path]) -> list[Folder]:
+    """The folders at `runs`; two of one name are called by their paths.
+
+    Raises:
+        ValueError: no folder is given, or one holds neither a run nor a study, or files that are damaged.
+    """
+    paths = [Path(run) for run in runs]
+    if not paths:
+        raise ValueError("runs is empty, a page needs at least one folder of train, compare, intervene or scale")
+    names = [path.resolve().name for path in paths]
+    return [_read(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)]
+
+
+def _read(path: Path, name: str) -> Folder:
+    recipe = path / "recipe.yaml"
+    has_run = recipe.is_file() and (path / "report.json").is_file()
+    files = {study: path / f"{study}.json" for study in _STUDIES if (path / f"{study}.json").is_file()}
+    studies = {study: _checked(file, read_json(file), _STUDY_VERSION) for study, file in files.items()}
+    if not has_run and not studies:
+        raise ValueError(
+            f"{str(path)!r} is no folder that a page can be made of, allowed are folders of train (recipe.yaml and "
+            "report.json) and those that hold a compare.json, intervene.json or scale.json"
+        )
+    report = read_json(path / "report.json") if has_run else {"hooks": {}}
+    reports = report["hooks"] if "hooks" in report else {str(report.get("hook")): report}
+    for one in reports.values():
+        _checked(path / "report.json", one, SCHEMA_VERSION)
+    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+    return Folder(path, name, text, reports, studies)
+
+
+def _checked(file: Path, found: dict[str, Any], allowed: int) -> dict[str, Any]:
+    """What has another form than this page knows is refused before any of it is used."""
+    if found.get("schema_version") != allowed:
+        raise ValueError(
+            f"{str(file)!r} has schema_version {shown(found.get('schema_version'))}, a page can be made of {allowed}: "
+            "measure again with this version of atom-lens"
+        )
+    return found

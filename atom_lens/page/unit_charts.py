@@ -1,0 +1,172 @@
+"""Where units stand: R² against q* of everything that was measured, and both over the layers of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+from atom_lens.experiments.frontier import LABELS
+from atom_lens.page.charts import (
+    ATOMS,
+    DASHES,
+    LEAST,
+    MARKS,
+    NULLS,
+    QUIET,
+    SERIES,
+    figure,
+    mark,
+    note_below,
+    reach,
+    value_of,
+)
+from atom_lens.page.folders import Folder
+
+_CONTROLS = {"neurons": "star-square", "principal": "hexagon"}
+_FAMILIES = {
+    "tsae": ATOMS,
+    "topk": SERIES[1],
+    "batchtopk": SERIES[5],
+    "jumprelu": SERIES[4],
+    "relu": SERIES[2],
+    "gated": SERIES[6],
+}
+
+
+class Unit(NamedTuple):
+    """One dictionary, or several of one kind: what it is called, drawn with, and its figures by split, a run each."""
+
+    name: str
+    symbol: str
+    color: str
+    dash: str
+    detail: str
+    runs: list[Mapping[str, Any]]
+    null: bool
+
+
+def units_of(folder: Folder, number: int | None = None) -> Iterator[tuple[str, Unit]]:
+    """(hook, unit) of everything in a run or a comparison that has an R² and a q*.
+
+    Where a page is about several folders, `number` is which one this is: units of a run then have its name and colour.
+    """
+    prefix = "" if number is None else f"{folder.name}, "
+    color = ATOMS if number is None else SERIES[number % len(SERIES)]
+    quiet = QUIET if number is None else color
+    for hook, report in folder.reports.items():
+        yield hook, Unit(f"{prefix}atoms", "star", color, "solid", "", [report], False)
+        for key, null in report["nulls"].items():
+            name = f"{prefix}null: {NULLS.get(key, key)}"
+            yield hook, Unit(name, MARKS.get(key, "cross"), quiet, DASHES.get(key, "dot"), "", [null], True)
+    for hook, found in folder.studies.get("compare", {}).get("hooks", {}).items():
+        for cell in found["cells"]:
+            detail = "" if cell["level"] is None else f"asked {cell['level']:g}"
+            unit = str(cell["unit"])
+            null = unit.startswith("null_")
+            yield hook, Unit(LABELS.get(unit, unit), *_look(unit), detail, cell["runs"], null)
+
+
+def _look(unit: str) -> tuple[str, str, str]:
+    """Symbol, colour and dash: a family has a colour, its whitened or tied kind another mark; controls are grey."""
+    if unit.startswith("null_"):
+        kind = unit.removeprefix("null_")
+        return MARKS.get(kind, "cross"), QUIET, DASHES.get(kind, "dot")
+    if unit in _CONTROLS:
+        return _CONTROLS[unit], QUIET, "dot"
+    family, _, variant = unit.partition("_")
+    symbol = {"": "circle", "whitened": "square", "free": "star", "tied": "star-diamond"}.get(variant, "pentagon")
+    return symbol, _FAMILIES.get(family, SERIES[7]), "solid"
+
+
+def plane(units: Sequence[Unit], key: str, label: str) -> go.Figure:
+    """Every unit as points, held-out filled and train hollow; runs of one name share a legend entry."""
+    made = figure("stability q*", label)
+    named: set[str] = set()
+    qs: list[float] = []
+    r2s: list[float] = []
+    for unit in units:
+        for split in ("train", "heldout"):
+            runs = [run[split] for run in unit.runs if run.get(split)]
+            if not runs:
+                continue
+            x, y = [run["q_star"] for run in runs], [value_of(run, key) for run in runs]
+            qs, r2s = qs + x, r2s + y
+            shown = split == "heldout" or not unit.runs[0].get("heldout")
+            made.add_scatter(
+                x=x,
+                y=y,
+                mode="markers",
+                name=unit.name,
+                legendgroup=unit.name,
+                showlegend=shown and unit.name not in named,
+                marker=mark(unit.symbol, unit.color, split, 12 if unit.symbol.startswith("star") else 9),
+                customdata=[[run["l0"]["mean"], run["n"]] for run in runs],
+                hovertemplate=f"<b>{unit.name}</b> {unit.detail}<br>{split.replace('heldout', 'held-out')}: "
+                f"{label} %{{y:.4f}}, q* %{{x:.4f}}<br>"
+                "L0 %{customdata[0]:.1f}, n = %{customdata[1]}<extra></extra>",
+            )
+            if shown:
+                named.add(unit.name)
+    note_below(made, r2s)
+    made.update_xaxes(range=reach(qs, 0.0, 1.0))
+    made.update_yaxes(range=reach([*r2s, 0.0], LEAST, 1.0), zeroline=True)
+    return made
+
+
+def layers(units: Mapping[int, Sequence[Unit]], key: str, label: str) -> go.Figure:
+    """A line per unit over the layers, means over seeds: held-out in full, train thin and hollow, nulls dashed."""
+    made = figure("layer", label)
+    values: list[float] = []
+    names = dict.fromkeys(unit.name for here in units.values() for unit in here)
+    for name in names:
+        found = {layer: unit for layer, here in units.items() for unit in here if unit.name == name}
+        first = next(iter(found.values()))
+        for split in ("heldout", "train"):
+            points = [(layer, _mean(unit, split, key)) for layer, unit in found.items() if unit.runs[0].get(split)]
+            if not points or (first.null and split == "train"):
+                continue
+            x, y = zip(*points, strict=True)
+            values += y
+            held = split == "heldout"
+            made.add_scatter(
+                x=x,
+                y=y,
+                mode="lines+markers",
+                name=name,
+                legendgroup=name,
+                showlegend=held,
+                line={"color": first.color, "dash": first.dash if held else "dot", "width": 2.4 if held else 1.4},
+                marker=mark(first.symbol, first.color, split, 8),
+                hovertemplate=f"layer %{{x}}: {label} %{{y:.4f}}<extra>{name}, "
+                f"{split.replace('heldout', 'held-out')}</extra>",
+            )
+    made.update_xaxes(tickmode="array", tickvals=list(units))
+    made.update_yaxes(range=reach([*values, 0.0] if key == "r2" else values, LEAST, 1.0), zeroline=True)
+    note_below(made, values)
+    return made
+
+
+def _mean(unit: Unit, split: str, key: str) -> float:
+    return float(np.mean([value_of(run[split], key) for run in unit.runs]))
+
+
+def by_layer(folder: Folder) -> dict[str, dict[int, list[Unit]]]:
+    """Title -> layer -> units, for each kind of hook that is there for consecutive layers.
+
+    A comparison has a set of curves for each sparsity that was asked for.
+    """
+    found: dict[str, dict[int, list[Unit]]] = {}
+    for hook, unit in units_of(folder):
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
+        if match:
+            title = ", ".join(part for part in (folder.name, match[2], unit.detail) if part)
+            found.setdefault(title, {}).setdefault(int(match[1]), []).append(unit)
+    return {
+        title: dict(sorted(here.items()))
+        for title, here in found.items()
+        if len(here) > 1 and max(here) - min(here) == len(here) - 1
+    }

@@ -1,0 +1,457 @@
+"""The page in a real browser: whole, quick, without a network; and what it shows against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_intervene import study, talking  # noqa: F401 -- talking is a fixture
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from atom_lens import load_atoms, train
+from atom_lens.evidence import observe
+from atom_lens.experiments.compare import compare
+from atom_lens.experiments.contexts import codes_of, corpus
+from atom_lens.experiments.intervene import intervene
+from atom_lens.experiments.scale import scale
+from atom_lens.page import write_page
+from atom_lens.page.atoms import browse, neighbours, window_margin
+from atom_lens.page.geometry_charts import angles, coherences
+from atom_lens.page.words import check_residual, columns, open_lens
+from atom_lens.training.recipe import Model, Recipe
+from atom_lens.training.recipe_file import check_recipe, load_recipe
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EVIL = "</script><img src=x onerror=pwned=1>"
+HOOK = "blocks.1.hook_resid_post"
+
+
+class Browser:
+    """A tab of a headless Chromium, driven over its DevTools protocol.
+
+    Attributes:
+        troubles: what it logged as errors or warnings, and uncaught exceptions.
+        requests: every URL it asked for.
+    """
+
+    def __init__(self, profile: Path) -> None:
+        self.websocket = pytest.importorskip("websocket", reason="pip install websocket-client")
+        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
+        arguments += ["--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen(
+            [str(CHROMIUM), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        port = profile / "DevToolsActivePort"
+        self.until(lambda: port.is_file() and port.read_text().count("\n"), "chromium did not start")
+        at, path = port.read_text().split()
+        self.socket = self.websocket.create_connection(f"ws://127.0.0.1:{at}{path}", suppress_origin=True, timeout=60)
+        self.numbers = itertools.count(1)
+        self.session: dict[str, str] = {}
+        self.troubles: list[str] = []
+        self.requests: list[str] = []
+        target = self.send("Target.getTargets")["targetInfos"][0]["targetId"]
+        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+
+    def close(self) -> None:
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Call a method of the protocol, and note the events that come in meanwhile."""
+        number = next(self.numbers)
+        self.socket.send(json.dumps({"id": number, "method": method, "params": parameters, **self.session}))
+        while True:
+            found = json.loads(self.socket.recv())
+            if found.get("id") == number:
+                assert "error" not in found, (method, found["error"])
+                return found["result"]
+            about = found.get("params", {})
+            match found["method"]:
+                case "Runtime.exceptionThrown":
+                    self.troubles.append(str(about["exceptionDetails"]))
+                case "Runtime.consoleAPICalled" if about["type"] in ("error", "warning", "assert"):
+                    self.troubles.append(str(about["args"]))
+                case "Log.entryAdded" if about["entry"]["level"] in ("error", "warning"):
+                    self.troubles.append(str(about["entry"]))
+                case "Network.requestWillBeSent":
+                    self.requests.append(about["request"]["url"])
+
+    def js(self, expression: str) -> Any:
+        """The value of an expression in the page; promises are waited for."""
+        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def open(self, file: Path, width: int = 1280, height: int = 900) -> None:
+        """Open a file in a window of this size, a phone's below 500, and wait until it is loaded."""
+        phone = width < 500
+        self.troubles.clear()
+        self.requests.clear()
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone}
+        self.send("Emulation.setDeviceMetricsOverride", **size)
+        self.send("Emulation.setTouchEmulationEnabled", enabled=phone)
+        self.prefer("light")
+        self.send("Page.navigate", url=file.resolve().as_uri())
+        loaded = "document.readyState === 'complete' && location.protocol === 'file:'"
+        self.until(lambda: self.js(loaded), "the page did not load")
+
+    def prefer(self, scheme: str) -> None:
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def draw_all(self) -> None:
+        """Scroll through the page, so that every figure is drawn, and back."""
+        self.js(
+            "(async () => { for (let y = 0; y < document.body.scrollHeight; y += 300) {"
+            " scrollTo(0, y); await new Promise(done => setTimeout(done, 30)); } scrollTo(0, 0); })()"
+        )
+        drawn = "[...document.querySelectorAll('.plot')].every(plot => plot.dataset.drawn)"
+        self.until(lambda: self.js(drawn), "some figure was not drawn")
+
+    def search(self, text: str) -> list[int]:
+        """Type into the search field; the atoms that the list then shows."""
+        self.js(f"search.value = {json.dumps(text)}; search.dispatchEvent(new Event('input'))")
+        return self.listed()
+
+    def listed(self) -> list[int]:
+        return self.js("[...document.querySelectorAll('#list tbody tr')].map(row => Number(row.dataset.atom))")
+
+    @staticmethod
+    def until(ready: Callable[[], Any], otherwise: str, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < end, otherwise
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def work(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with 120 prompts, one of them hostile, that recipes are run in."""
+    folder = tmp_path_factory.mktemp("page")
+    draw = random.Random(0)
+    subjects = sorted({"".join(draw.choices("abcdefghijkl", k=4)) for _ in range(400)})[:120]
+    rows = [{"template": "{} is a city in", "subject": s, "answer": draw.choice(["Frânce", "Italy"])} for s in subjects]
+    rows[7] = {"template": f"{EVIL} {{}} is", "subject": "<img src=y>", "answer": EVIL}
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATOM_LENS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.chdir(folder)
+        yield folder
+
+
+def recipe(tiny: str, name: str, **changes: Any) -> Recipe:
+    return check_recipe(
+        {
+            "name": name,
+            "model": {"name": tiny, "device": "cpu"},
+            "prompts": {"source": "jsonl", "path": "prompts.jsonl"},
+            "hooks": ["blocks.*.hook_resid_post"],
+            "atoms": {"capacity": 40, "target_l0": 3.0},
+            "training": {"steps": 20, "batch_size": 16, "device": "cpu", "seeds": 2},
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny: str, work: Path) -> Path:
+    """A run of three hooks from two seeds, with all nulls."""
+    return train(recipe(tiny, "run"))
+
+
+@pytest.fixture(scope="module")
+def page(tiny: str, run: Path, work: Path, request: pytest.FixtureRequest) -> Path:
+    """One page about a run and a study of every kind."""
+    units = {"units": ["neurons", "topk", "tsae_free"], "l0": [2.0, 4.0], "matched": [3.0]}
+    two = ["blocks.0.hook_resid_post", HOOK]
+    studies = [compare(recipe(tiny, "comparison", hooks=two, compare=units))]
+    grid = {"n": [24, 48, 96], "capacities": [8, 16, 32], "levels": [0.3]}
+    once = {"steps": 10, "batch_size": 16, "device": "cpu"}
+    studies.append(scale(recipe(tiny, "grid", hooks=[HOOK], scale=grid, training=once)))
+    studies.append(intervene(load_recipe(study(request.getfixturevalue("talking"), work))))
+    return write_page([run, *studies], work / "all.html")
+
+
+def test_it_is_whole_and_asks_for_nothing(browser: Browser, page: Path) -> None:
+    """Every section, every figure under every choice, no trouble, and not one request but for the file."""
+    browser.open(page)
+    sections = browser.js("[...document.querySelectorAll('section')].map(section => section.id)")
+    assert sections == ["figures", "geometry", "units", "layers", "capacity", "atoms", "interventions"]
+    browser.draw_all()
+    # What is drawn is data: every figure that is shown has a mark or a line of some length.
+    drawn = (
+        "[...document.querySelectorAll('.plot')].filter(plot => !plot.closest('figure').hidden).map(plot =>"
+        " [...plot.querySelectorAll('.scatterlayer path')].filter(path => path.getTotalLength() > 0).length)"
+    )
+    marks = browser.js(drawn)
+    assert len(marks) >= 11 and min(marks) > 0
+    for choice in range(1, 3):
+        browser.js(
+            f"document.querySelectorAll('select[data-section]').forEach(select => {{ select.selectedIndex = {choice};"
+            " select.dispatchEvent(new Event('change')); })"
+        )
+        assert min(browser.js(drawn)) > 0
+    assert browser.js("document.querySelectorAll('img').length") == 0 and browser.js("typeof pwned") == "undefined"
+    assert browser.troubles == []
+    assert set(browser.requests) == {page.resolve().as_uri()}
+
+
+def test_hostile_text_stays_text(browser: Browser, run: Path, page: Path) -> None:
+    html = page.read_text(encoding="utf-8")
+    assert "<img" not in html and "onerror" in html
+    browser.open(page)
+    found = browser.search("<img src=y>")
+    assert found
+    for atom in found:
+        browser.js(f"document.querySelector('#list tr[data-atom=\"{atom}\"]').click()")
+        texts = browser.js("[...card.querySelectorAll('.context')].map(context => context.textContent)")
+        assert f"{EVIL} <img src=y> is" in texts
+        answers = browser.js("[...card.querySelectorAll('.answer')].map(answer => answer.textContent)")
+        assert f"answer: {EVIL}" in answers
+    assert browser.js("document.querySelectorAll('img').length") == 0 and browser.troubles == []
+
+
+def top(codes: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """The four rows of a split at which an atom is strongest."""
+    rows = np.flatnonzero(side & (codes != 0))
+    return rows[np.argsort(-codes[rows], kind="stable")][:4]
+
+
+def test_search_sort_and_detail(browser: Browser, tiny: str, run: Path, page: Path) -> None:
+    """The list against the atoms themselves: who fires where, in which order, and what a card says."""
+    hook = "blocks.0.hook_resid_post"
+    atoms, seen = load_atoms(run, hook=hook), corpus(load_recipe(run / "recipe.yaml"), hook)
+    codes = codes_of(atoms, seen.x).toarray()
+    held = seen.heldout.numpy()
+    browser.open(page)
+    assert browser.js("of.selectedOptions[0].textContent") == f"run · {hook}"
+    fires = (codes[held] != 0).sum(0)
+    assert browser.listed() == sorted(range(40), key=lambda i: (-fires[i], i))[:25]
+
+    def click(column: str) -> list[int]:
+        heads = "[...document.querySelectorAll('#list thead button')]"
+        browser.js(f"{heads}.find(button => button.textContent.startsWith('{column}')).click()")
+        return browser.listed()
+
+    assert click("atom") == list(range(25))
+    assert browser.js("document.querySelector('#list th[aria-sort]').getAttribute('aria-sort')") == "ascending"
+    browser.js("next.click()")
+    assert browser.listed() == list(range(25, 40)) and browser.js("next.disabled")
+    assert click("atom") == list(range(39, 14, -1))
+    fires = (codes[~held] != 0).sum(0)
+    assert click("train") == sorted(range(40), key=lambda i: (-fires[i], i))[:25]
+    scores = json.loads(browser.js("document.getElementById('atoms-0').textContent"))["identity"]
+    assert click("identity") == sorted(range(40), key=lambda i: (-scores[i], i))[:25]
+    margins = window_margin(atoms, observe(atoms, seen.x.select(seen.heldout), atoms.aip)).nan_to_num(-torch.inf)
+    rounded = [float(f"{margin:.4g}") for margin in margins.tolist()]
+    assert click("margin") == sorted(range(40), key=lambda i: (-rounded[i], i))[:25]
+
+    click("atom")
+    assert browser.search("17") == [17]
+    strongest = [
+        {str(seen.prompt(int(row)).subject) for side in (held, ~held) for row in top(codes[:, i], side)}
+        for i in range(40)
+    ]
+    for subject in list(strongest[3])[:3]:
+        assert browser.search(subject) == [i for i in range(40) if subject in strongest[i]]
+    assert browser.search("frânce") == browser.search("FRANCE") != []
+    assert browser.search("nothing is called this") == []
+    assert browser.js("document.getElementById('page').textContent") == "no atom fits"
+
+    browser.search("")
+    browser.js("document.querySelector('#list tr[data-atom=\"3\"]').click()")
+    assert browser.js("card.querySelector('h3').textContent") == "Atom 3"
+    shown = browser.js(
+        "[...card.querySelectorAll('ol li')].map(line => [line.querySelector('.context').textContent,"
+        " line.querySelector('mark').textContent, line.querySelector('.badge').textContent])"
+    )
+    rows = np.sort(np.concatenate([top(codes[:, 3], side) for side in (held, ~held)]))
+    expected = []
+    for row in rows[np.argsort(-codes[rows, 3], kind="stable")].tolist():
+        text, (start, end) = seen.prompt(row).text, seen.span(row)
+        expected.append([text, text[start:end], "held-out" if held[row] else "train"])
+    assert len(expected) > 2 and shown == expected
+    near = browser.js("Number(card.querySelector('.near button').firstChild.textContent)")
+    cosine = atoms.aip.cosine(atoms.W_dec.detach(), atoms.W_dec.detach()).abs().fill_diagonal_(0)
+    assert near == int(cosine[3].argmax())
+    browser.js("card.querySelector('.near button').click()")
+    assert browser.js("card.querySelector('h3').textContent") == f"Atom {near}"
+    browser.js("document.activeElement.blur(); document.dispatchEvent(new KeyboardEvent('keydown', { key: '/' }))")
+    assert browser.js("document.activeElement.id") == "search"
+    assert browser.troubles == []
+
+
+def test_dark_and_light(browser: Browser, page: Path) -> None:
+    """The system's choice, then the button's, on the page and in the figures."""
+    browser.open(page)
+    browser.draw_all()
+    look = "[getComputedStyle(document.body).backgroundColor, document.querySelector('.plot .xtick text').style.fill]"
+    light = browser.js(look)
+    browser.prefer("dark")
+    browser.until(lambda: browser.js(look)[1] != light[1], "figures did not follow the system")
+    dark = browser.js(look)
+    assert light[0] == "rgb(255, 255, 255)" and dark[0] == "rgb(20, 23, 26)"
+    browser.js("theme.click()")
+    browser.until(lambda: browser.js(look) == light, "the button did not bring the light back")
+    assert browser.js("theme.getAttribute('aria-pressed')") == "false" and browser.troubles == []
+
+
+def test_on_a_phone(browser: Browser, page: Path) -> None:
+    """Nothing is wider than the screen but what scrolls in a box of its own; a card opens over the list."""
+    browser.open(page, 390, 844)
+    browser.draw_all()
+    browser.js("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    assert browser.js("document.documentElement.scrollWidth <= innerWidth && innerWidth === 390")
+    assert browser.js("getComputedStyle(card).display") == "none"
+    browser.js("document.querySelector('#list tbody tr').click()")
+    assert browser.js("card.getBoundingClientRect().bottom <= innerHeight && document.activeElement === card")
+    small = "[...document.querySelectorAll('#list tbody button, .pager button, .near button, #theme, .bar nav a')]"
+    assert browser.js(f"Math.min(...{small}.map(target => target.getBoundingClientRect().height))") >= 40
+    browser.js("card.querySelector('.close').click()")
+    assert browser.js("getComputedStyle(card).display") == "none" and browser.troubles == []
+
+
+def test_ten_thousand_atoms(browser: Browser, tiny: str, work: Path) -> None:
+    """Usable at once, and a page of rows in the document, however many atoms there are."""
+    one = {"steps": 2, "batch_size": 16, "device": "cpu", "nulls": False}
+    many = recipe(tiny, "many", hooks=[HOOK], atoms={"capacity": 10_000, "target_l0": 40.0}, training=one)
+    file = write_page([train(many)], work / "many.html")
+    browser.open(file)
+    ready = browser.js("Number(document.documentElement.dataset.ready)")
+    assert 0 < ready < 10_000, f"first rows after {ready} ms"
+    assert browser.js("count.textContent") == "10,000 atoms" and len(browser.listed()) == 25
+    assert browser.search("9876") == [9876]
+    assert browser.js("document.querySelectorAll('*').length") < 5000 and browser.troubles == []
+
+
+def test_columns_against_brute_force(run: Path, work: Path) -> None:
+    atoms, seen = load_atoms(run, hook=HOOK), corpus(load_recipe(run / "recipe.yaml"), HOOK)
+    heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
+    found = browse(atoms, seen, heldout, None)
+    codes = atoms.encode(seen.x[:]).detach().numpy()
+    held = seen.heldout.numpy()
+    assert found["train"] == (codes[~held] != 0).sum(0).tolist()
+    assert found["heldout"] == (codes[held] != 0).sum(0).tolist()
+    bars = np.array(found["bars"]).reshape(-1, 16)
+    assert bars.sum(1).tolist() == (codes != 0).sum(0).tolist()
+    for i in range(codes.shape[1]):
+        values = codes[codes[:, i] != 0, i]
+        if not len(values):
+            assert found["mean"][i] is None
+            continue
+        assert found["mean"][i] == pytest.approx(values.mean(), rel=1e-3)
+        assert bars[i].tolist() == np.histogram(values, 16, (0, values.max()))[0].tolist()
+    report = json.loads((run / HOOK / "report.json").read_text())
+    margin = window_margin(atoms, heldout)
+    assert int(margin.isnan().sum()) == report["heldout"]["dead_atoms"]
+    assert float((margin[~margin.isnan()] > 0).double().mean()) == report["certificates"]["window"]["inside"]
+    near, coherence = neighbours(atoms.W_dec.detach(), atoms.aip)
+    cosine = atoms.aip.cosine(atoms.W_dec.detach(), atoms.W_dec.detach()).abs().fill_diagonal_(-1)
+    assert torch.allclose(coherence, cosine.topk(5).values, atol=1e-6) and not (near == torch.arange(40)[:, None]).any()
+
+
+def test_silent_atoms(run: Path, work: Path) -> None:
+    """Atoms that never fire have no figures, and the page says so with dashes, not numbers."""
+    atoms, seen = load_atoms(run, hook=HOOK), corpus(load_recipe(run / "recipe.yaml"), HOOK)
+    atoms.threshold.data.fill_(1e9)
+    heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
+    found = browse(atoms, seen, heldout, None)
+    assert set(found["mean"]) == set(found["margin"]) == {None} and found["at"] == [0] * 41 and found["rows"] == {}
+    assert coherences(heldout, atoms.aip, 0) is None
+
+
+def test_spectrum_and_angles(run: Path, work: Path) -> None:
+    """Thresholds where the report's L0 puts them, shares that add up, and the metric at 90 degrees."""
+    atoms, seen = load_atoms(run, hook=HOOK), corpus(load_recipe(run / "recipe.yaml"), HOOK)
+    heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
+    figure = coherences(heldout, atoms.aip, 0)
+    assert figure is not None
+    l0 = json.loads((run / HOOK / "report.json").read_text())["heldout"]["l0"]
+    ks = {max(1, l0[key]) for key in ("p50", "p998", "max")}
+    assert {round(shape.x0, 9) for shape in figure.layout.shapes} == {round(1 / (2 * k - 1), 9) for k in ks}
+    pairs = atoms.aip.cosine(atoms.W_dec[heldout.alive].detach(), atoms.W_dec[heldout.alive].detach()).abs()
+    flat = pairs[torch.triu(torch.ones_like(pairs), 1) > 0]
+    assert sum(figure.data[0].customdata) == pytest.approx(float((flat >= 2**-10).double().mean()), abs=1e-3)
+    turned = angles(seen, atoms.aip)
+    assert [sum(trace.y) for trace in turned.data] == pytest.approx([1] * 4, abs=1e-5)
+    mean = re.search(r"mean ([\d.]+)", str(turned.data[2].name))
+    assert mean is not None and abs(float(mean[1]) - 90) < 6
+
+
+def test_lens_is_the_models_own(tiny: str, tmp_path: Path) -> None:
+    """Against transformers alone: the direction through the final norm, RMSNorm or LayerNorm, and the unembedding."""
+    directions = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    shutil.copytree(tiny, tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    vocabulary = AutoModelForCausalLM.from_pretrained(tiny).config.vocab_size
+    config = GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    torch.manual_seed(1)
+    other = GPT2LMHeadModel(config)
+    other.transformer.ln_f.weight.data.uniform_(0.2, 2)
+    other.transformer.ln_f.bias.data.normal_(std=5)  # stands in every logit, whatever the atom
+    other.save_pretrained(tmp_path / "gpt2")
+    for folder in (tiny, str(tmp_path / "gpt2")):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        norm = model.model.norm if hasattr(model, "model") else model.transformer.ln_f
+        with torch.no_grad():
+            logits = (norm(directions) - norm(-directions)) @ model.get_output_embeddings().weight.T
+        lens = open_lens(Model(name=folder, device="cpu"))
+        up, down = lens.top(directions)
+        assert torch.equal(up, logits.topk(8).indices) and torch.equal(down, (-logits).topk(8).indices)
+        words = columns(lens, directions)
+        assert words["table"][words["up"][8]] == lens.tokenizer.decode([int(up[1, 0])])
+    check_residual("blocks.3.hook_mlp_out")
+    with pytest.raises(ValueError, match="hook 'blocks.3.attn.hook_z' is not in the residual stream"):
+        check_residual("blocks.3.attn.hook_z")
+
+
+def test_what_is_missing_is_said(run: Path, work: Path, tmp_path: Path) -> None:
+    """Without its prompts a run still has figures and nulls, and one sentence on the rest."""
+    copy = tmp_path / "moved"
+    shutil.copytree(run, copy)
+    text = (copy / "recipe.yaml").read_text().replace("prompts.jsonl", "gone.jsonl")
+    (copy / "recipe.yaml").write_text(text)
+    file = write_page([copy])
+    assert file == tmp_path / "report.html"
+    html = file.read_text(encoding="utf-8")
+    assert "atoms are left out, file &#39;gone.jsonl&#39; does not exist." in html and 'id="browser"' not in html
+    held = json.loads((run / HOOK / "report.json").read_text())["heldout"]
+    low, high = held["interval"]["r2"]
+    assert f'<td class="held">{held["r2"]:.4f}<small>{low:.3f} to {high:.3f}</small></td>' in html
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="other' is no folder that a page can be made of, allowed are"):
+        write_page([tmp_path / "other"])
+    with pytest.raises(ValueError, match="runs is empty, a page needs at least one folder"):
+        write_page([])
+    (tmp_path / "other" / "scale.json").write_text("{")
+    with pytest.raises(ValueError, match="is not strict JSON"):
+        write_page([tmp_path / "other"])
+    (tmp_path / "other" / "scale.json").write_text('{"schema_version": 7}')
+    with pytest.raises(ValueError, match="scale.json' has schema_version 7, a page can be made of 1"):
+        write_page([tmp_path / "other"])
+    assert not (tmp_path / "report.html").exists()
