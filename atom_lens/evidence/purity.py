@@ -1,0 +1,148 @@
+"""Purity: whether the rows a unit is active at share a label, such as a country, more than by chance; no judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csc_array
+from scipy.stats import false_discovery_control
+
+_TIE = 1e-9  # the same counts may sum to figures that differ in the last digits
+_ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of every unit that was kept, and the same with labels that were permuted over the rows.
+
+    Attributes:
+        observed: shape (units,).
+        null: shape (permutations, units); a permutation is the same for all units.
+    """
+
+    observed: np.ndarray
+    null: np.ndarray
+
+    @property
+    def p(self) -> np.ndarray:
+        """Share of the permutations, the identity among them, that reach what was observed; shape (units,)."""
+        reached = (self.null >= self.observed - _TIE).sum(axis=0)
+        return (1 + reached) / (1 + len(self.null))
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Means over the units beside their null, and the shares of units that are above their own."""
+        means = self.null.mean(axis=1)
+        return {
+            "mean": float(self.observed.mean()),
+            "null": float(means.mean()),
+            "null_interval": np.quantile(means, [0.025, 0.975]).tolist(),
+            "excess": float(self.observed.mean() - means.mean()),
+            "above_null": float((self.p <= _ALPHA).mean()),
+            "above_null_fdr": float((false_discovery_control(self.p) <= _ALPHA).mean()),
+        }
+
+
+@dataclass(frozen=True)
+class Purity:
+    """What units have to do with the labels of the rows they are active at.
+
+    Attributes:
+        units: that are active often enough to say anything, shape (units,).
+        left_out: how many are not.
+        active: rows at which each unit is active, shape (units,).
+        information: mutual information of "active" and the label, in bits. It is above 0 by chance, the more so the
+            fewer rows there are; so is its null, and their difference is what counts.
+        share: of the commonest label among the strongest rows of a unit.
+        entropy: of the labels, in bits.
+    """
+
+    units: np.ndarray
+    left_out: int
+    active: np.ndarray
+    information: Score
+    share: Score
+    entropy: float
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Plain data: numbers of units, "information" (in bits) and "purity", each None where no unit is left."""
+        some = len(self.units) > 0
+        return {
+            "units": len(self.units),
+            "left_out": self.left_out,
+            "active_p50": float(np.median(self.active)) if some else None,
+            "entropy": self.entropy,
+            "information": self.information.figures if some else None,
+            "purity": self.share.figures if some else None,
+        }
+
+
+def purity(
+    codes: csc_array, labels: np.ndarray, *, top: int = 10, least: int = 5, permutations: int = 200, seed: int = 0
+) -> Purity:
+    """Mutual information with the labels, and purity of the strongest rows, of every unit, each with its null.
+
+    Args:
+        codes: shape (n, F); a unit is active at the rows of its non-zero entries.
+        labels: integers from 0 on, shape (n,).
+        top: rows that purity looks at, the largest in size; all of a unit that has fewer.
+        least: units that are active at fewer rows are left out.
+        permutations: of the labels over the rows, shared by all units, so that their means have a null too.
+        seed: of the permutations.
+
+    Raises:
+        ValueError: labels of another length, or all the same.
+    """
+    shape: Any = codes.shape
+    n, n_units = shape
+    if len(labels) != n:
+        raise ValueError(f"labels has {len(labels)} rows, the codes have {n}")
+    totals = np.bincount(labels)
+    if (totals > 0).sum() < 2:
+        raise ValueError("all labels are the same, purity needs at least 2")
+    codes = codes.copy()
+    codes.eliminate_zeros()
+    often = np.diff(codes.indptr)
+    kept = often >= least
+    column = np.repeat(np.arange(n_units), often)
+    order = np.lexsort((-np.abs(codes.data), column))
+    rank = np.arange(len(column)) - codes.indptr[column]
+    chosen = kept[column]
+    rows, unit, leading = codes.indices[order][chosen], (np.cumsum(kept) - 1)[column[chosen]], rank[chosen] < top
+    active = often[kept]
+    # x log2 x of every count there can be
+    counts = np.arange(n + 1, dtype=np.float64)
+    xlogx = counts * np.log2(np.maximum(counts, 1))
+
+    def scores(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        of, label, together = _tally(unit, labels[rows], len(totals))
+        # Labels at which a unit is never active cancel out of the sum over the contingency table.
+        cells = xlogx[together] + xlogx[totals[label] - together] - xlogx[totals[label]]
+        joint = np.bincount(of, cells, minlength=len(active))
+        of, _, together = _tally(unit[leading], labels[rows[leading]], len(totals))
+        commonest = np.zeros(len(active))
+        np.maximum.at(commonest, of, together)
+        return (joint - xlogx[active] - xlogx[n - active] + xlogx[n]) / n, commonest / np.minimum(active, top)
+
+    generator = np.random.default_rng(seed)
+    information, share = scores(labels)
+    nulls = [scores(generator.permutation(labels)) for _ in range(permutations)]
+    entropy = float((xlogx[n] - xlogx[totals].sum()) / n)
+    by_chance = [np.stack(part) for part in zip(*nulls, strict=True)]
+    return Purity(
+        np.flatnonzero(kept),
+        int((~kept).sum()),
+        active,
+        Score(information, by_chance[0]),
+        Score(share, by_chance[1]),
+        entropy,
+    )
+
+
+def _tally(unit: np.ndarray, label: np.ndarray, n_labels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(unit, label, how often) of the pairs that occur."""
+    pairs, together = np.unique(unit.astype(np.int64) * n_labels + label, return_counts=True)
+    return *np.divmod(pairs, n_labels), together
