@@ -140,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("atom_lens").setLevel(logging.INFO)
     try:
         _COMMANDS[arguments.command](arguments)
+    except BrokenPipeError:  # who reads has seen enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         if arguments.debug:
             raise

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -336,3 +337,19 @@ def test_train_from_python(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert folder == tmp_path / "out" / "tiny"
     with pytest.raises(FileExistsError, match="is not empty"):
         train(check_recipe(recipe), out=tmp_path / "out")
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    """As in `atom-lens shift ... | head -1`."""
+    script = """
+import atom_lens.cli as cli
+cli._COMMANDS["planted"] = lambda _: print("x" * 10**7)
+raise SystemExit(cli.main(["planted", "recipe.yaml"]))
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert "roken pipe" not in process.stderr.read()
+    assert process.returncode == 1
