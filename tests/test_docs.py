@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ TOP = Path(__file__).resolve().parent.parent
 PAGES = {
     page.relative_to(TOP / "docs").as_posix(): page.read_text(encoding="utf-8") for page in TOP.glob("docs/**/*.md")
 }
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Found(HTMLParser):
@@ -44,24 +45,33 @@ class Found(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Found]]:
-    """Every page of the built site."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site."""
     if find_spec("mkdocs") is None or find_spec("mkdocstrings") is None:
         pytest.skip("mkdocs is not installed: pip install '.[docs]'")
     folder = tmp_path_factory.mktemp("site").resolve()
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)]
+    # Not with -q: what is not logged is not counted, and --strict would pass whatever is wrong.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)]
     built = subprocess.run(command, cwd=TOP, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(folder: Path) -> dict[Path, Found]:
+    """Every page of it."""
     pages = {page: Found(page.read_text(encoding="utf-8")) for page in folder.glob("**/*.html")}
-    assert len(pages) >= len(PAGES)
-    yield pages
+    assert len(pages) > len(PAGES)  # and the one for what is not found
+    return pages
 
 
-def test_nothing_is_fetched_from_elsewhere(site: dict[Path, Found]) -> None:
+def test_nothing_is_fetched_from_elsewhere(folder: Path, site: dict[Path, Found]) -> None:
     for page, found in site.items():
         for address in found.fetched:
             assert not urlsplit(address).scheme and not address.startswith("//"), (page.name, address)
-    for style in next(iter(site)).parent.glob("**/*.css"):
+    styles = list(folder.glob("**/*.css"))
+    assert len(styles) >= 3
+    for style in styles:
         assert not re.search(r"url\(['\"]?https?:|@import", style.read_text(encoding="utf-8")), style.name
 
 
@@ -82,6 +92,17 @@ def test_links_lead_somewhere(site: dict[Path, Found]) -> None:
                 assert unquote(parts.fragment) in site[target].anchors, (page.name, address)
             checked += 1
     assert checked > 500
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_search_works_in_a_folder(folder: Path, tmp_path: Path) -> None:
+    command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    address = f"{(folder / 'api' / 'geometry.html').as_uri()}?q=oas_ridge"
+    shown = subprocess.run(
+        [*command, "--virtual-time-budget=10000", "--dump-dom", address], capture_output=True, text=True, timeout=60
+    ).stdout
+    results = re.findall(r'<a href="([^"]*)" class="md-search-result__link', shown)
+    assert any("geometry.html" in urlsplit(result).path for result in results), results
 
 
 def test_every_public_name_is_in_the_reference(site: dict[Path, Found]) -> None:
