@@ -50,4 +50,4 @@ def test_columns_are_those_of_the_dense_codes(run: Callable[..., tuple[int, str,
     unit = int((dense != 0).sum(axis=0).argmax())
     rows, values = active_rows(codes, unit)
     assert len(rows) > 1 and set(rows) == set(np.flatnonzero(dense[:, unit]))
-    np.testing.assert_array_equal(values, np.sort(dense[rows, unit])[::-1])
+    np.testing.assert_array_equal(values, np.sort(codes.toarray()[rows, unit])[::-1])

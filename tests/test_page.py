@@ -60,7 +60,7 @@ class Browser:
         self.session: dict[str, str] = {}
         self.troubles: list[str] = []
         self.requests: list[str] = []
-        target = self.send("Target.getTargets")["targetInfos"][0]["targetId"]
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
