@@ -24,7 +24,8 @@ from typing_extensions import override
 
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import Rows, mean_row
-from atom_lens.sparse import Entries, sampled_product, sparse_decode, sparse_encode, upper_product
+from atom_lens.search import Search
+from atom_lens.sparse import Entries, sparse_decode, sparse_encode
 from atom_lens.tsae import ARCHITECTURE, TSAE, WHITENED, TSAEConfig
 
 DENSITY_LIMIT = 0.08  # share of entries; dense steps are faster from 0.09 to 0.13 on (docs/performance.md)
@@ -50,8 +51,8 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
         jumprelu_bandwidth: width of the straight-through window, in units of the norm of a whitened activation.
         step: "sparse" computes gradients at active entries and those inside the window only, where the others are
             zero; the same up to rounding, and faster while few are active (docs/performance.md). Forward hooks of the
-            SAE do not fire then, `hidden_pre` of the step's output lacks b_enc, and steps in which many are active are
-            dense all the same.
+            SAE do not fire then, `feature_acts` and `hidden_pre` of the step's output are sparse tensors of these
+            entries, and steps in which many are active are dense all the same.
         encoder_product: of sparse steps. "bfloat16" looks for the entries in a product of that precision, with a margin
             that misses none, and computes those it found in the precision of the weights: the same up to rounding.
     """
@@ -105,12 +106,14 @@ class TSAETraining(JumpReLUTrainingSAE):
     loss_weight: Tensor
     density: Tensor
     generator: torch.Generator
+    search: Search
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self.register_buffer("loss_weight", torch.ones(self.cfg.d_in, dtype=torch.float32, device=self.device))
         self.register_buffer("density", torch.zeros((), dtype=torch.float64))
+        self.search = Search(self.cfg.encoder_product)
         if self.cfg.step == "sparse":
             # Rows of W_encᵀ lie together: that is how its gradient comes about, and it need not be turned.
             self.W_enc.data = self.W_enc.data.T.contiguous().T
@@ -199,30 +202,21 @@ class TSAETraining(JumpReLUTrainingSAE):
 
     def _sparse_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """The same losses as of a dense step, with gradients at the entries where they are not zero."""
-        x, tied = step_input.sae_in, self.cfg.encoder == "tied"
-        directions = self.W_dec if tied else self.W_enc.T
-        # b_dec acts on the encoder by one vector: that way its gradient is a product with a vector, not with a matrix.
-        offset = self.b_enc - directions.detach() @ self.b_dec if self.cfg.apply_b_dec_to_input else self.b_enc
+        x = step_input.sae_in
+        directions = self.W_dec if self.cfg.encoder == "tied" else self.W_enc.T
         with torch.no_grad():
             seen = self.process_sae_in(self._noisy(x))
             cutoff = self.threshold - self.bandwidth / 2 - self.b_enc  # adding b_enc would copy a matrix
-            if self.cfg.encoder_product == "bfloat16":
-                hidden_pre = upper_product(seen, directions)
-                entries = Entries.where(hidden_pre > cutoff)
-                found = sampled_product(seen, directions, entries)
-            else:
-                hidden_pre = seen @ directions.T
-                entries = Entries.where(hidden_pre > cutoff)
-                found = hidden_pre[entries.rows, entries.columns]
+            entries, found = self.search(seen, directions, cutoff.to(seen))
             found = found + self.b_enc[entries.columns]
-            self.density.fill_(len(entries.rows) / hidden_pre.numel())
+            self.density.fill_(len(entries.rows) / (len(x) * self.cfg.d_sae))
 
-        def pre(at: Entries, found: Tensor) -> Tensor:
-            bias = offset[at.columns]  # it is in what was found already: only its gradient is wanted
-            return sparse_encode(seen, directions, found, at) + (bias - bias.detach())
+        def pre(found: Tensor, at: Entries) -> Tensor:
+            b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
+            return sparse_encode(found, seen, directions, self.b_enc, b_dec, at)
 
         # sae-lens' own estimators, on the entries in a row instead of the whole matrix.
-        values, threshold = pre(entries, found)[None], self.threshold.to(hidden_pre.dtype)[entries.columns]
+        values, threshold = pre(found, entries)[None], self.threshold.to(found)[entries.columns]
         estimator = (threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input)
         codes = JumpReLU.apply(values, *estimator)[0]
         active = Step.apply(values, *estimator)[0]
@@ -238,11 +232,15 @@ class TSAETraining(JumpReLUTrainingSAE):
         dead = step_input.dead_neuron_mask
         if self.cfg.revival and dead is not None and dead.any():
             at, candidates = self._revived(seen, directions, dead)
-            left = x - sae_out.detach() - sparse_decode(pre(at, candidates), self.W_dec, at)
+            left = x - sae_out.detach() - sparse_decode(pre(candidates, at), self.W_dec, at)
             losses["revival_loss"] = self.cfg.revival * (left.square() * self.loss_weight).sum(dim=-1).mean()
         fired = codes.detach() > 0
         places = torch.stack([entries.rows[fired], entries.columns[fired]])
-        feature_acts = torch.sparse_coo_tensor(places, codes.detach()[fired], hidden_pre.shape, is_coalesced=True)
+        size = (len(x), self.cfg.d_sae)
+        feature_acts = torch.sparse_coo_tensor(places, codes.detach()[fired], size, is_coalesced=True)
+        hidden_pre = torch.sparse_coo_tensor(
+            torch.stack([entries.rows, entries.columns]), found, size, is_coalesced=True
+        )
         loss = torch.stack(list(losses.values())).sum()
         return TrainStepOutput(x, sae_out, feature_acts, hidden_pre, loss, losses)
 

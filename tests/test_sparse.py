@@ -12,34 +12,36 @@ from hypothesis import strategies as st
 from sae_lens.saes.sae import TrainStepInput
 
 from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig
-from atom_lens.sparse import Entries, sparse_decode, sparse_encode, upper_product
+from atom_lens.search import _SHARED, Search
+from atom_lens.sparse import Entries, sparse_decode, sparse_encode
 from atom_lens.training.fit import Learner, fit_together
 from atom_lens.training.recipe import Training
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    batch=st.integers(1, 7), d=st.integers(1, 5), f=st.integers(1, 9), share=st.floats(0, 1), seed=st.integers(0, 99)
+    batch=st.integers(1, 7), d=st.integers(1, 5), f=st.integers(1, 20), share=st.floats(0, 1), seed=st.integers(0, 99)
 )
 def test_sparse_products(batch: int, d: int, f: int, share: float, seed: int) -> None:
     """Values and gradients against dense products, empty rows, columns and masks included."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(batch, f, generator=generator) < share
     entries = Entries.where(mask)
-    x = torch.randn(batch, d, generator=generator, dtype=torch.float64)
-    weight = torch.randn(batch, d, generator=generator, dtype=torch.float64)
-    start = torch.randn(f, d, generator=generator, dtype=torch.float64)
+    assert torch.equal(torch.stack([entries.rows, entries.columns]), mask.nonzero().T)
+    x, weight = (torch.randn(batch, d, generator=generator, dtype=torch.float64) for _ in range(2))
+    starts = [torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((f, d), (f,), (d,))]
     found = []
     for sparse in (False, True):
-        atoms = start.clone().requires_grad_()
-        product = x @ atoms.T
+        atoms, b_enc, b_dec = (start.clone().requires_grad_() for start in starts)
+        product = (x - b_dec) @ atoms.T + b_enc
         if sparse:
-            values = sparse_encode(x, atoms, product.detach()[entries.rows, entries.columns], entries)
+            values = product.detach()[entries.rows, entries.columns]
+            values = sparse_encode(values, x - b_dec.detach(), atoms, b_enc, b_dec, entries)
             out = sparse_decode(values, atoms, entries)
         else:
             out = (product * mask) @ atoms
         (out * weight).sum().backward()
-        found.append((out.detach(), atoms.grad))
+        found.append((out.detach(), atoms.grad, b_enc.grad, b_dec.grad))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two)
 
@@ -92,16 +94,49 @@ def test_one_step_is_the_dense_one(product: Any, encoder: Any, to_input: bool, m
         torch.testing.assert_close(dense[name], sparse[name], rtol=close, atol=close)
 
 
-@settings(max_examples=60, deadline=None)
-@given(d=st.integers(1, 700), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
-def test_upper_product_is_above(d: int, scale: float, seed: int) -> None:
-    """The product of low precision that looks for entries misses none, and is not far off."""
+@settings(max_examples=80, deadline=None)
+@given(
+    d=st.integers(1, 700),
+    f=st.integers(1, 12),
+    scale=st.floats(1e-3, 1e3),
+    at=st.floats(-2, 2),
+    close=st.booleans(),
+    worst=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_search_misses_none(d: int, f: int, scale: float, at: float, close: bool, worst: bool, seed: int) -> None:
+    """Of either precision, at cutoffs that entries are a rounding error away from as well; and not far off.
+
+    At worst all that rounding takes points the same way, as the bound has it.
+    """
     generator = torch.Generator().manual_seed(seed)
-    x = scale * torch.randn(5, d, generator=generator)
-    directions = torch.randn(7, d, generator=generator)
-    off = upper_product(x, directions).double() - x.double() @ directions.double().T
-    assert (off >= 0).all()
-    assert (off <= 0.027 * x.norm(dim=1, keepdim=True) * directions.norm(dim=1).max()).all()
+    x, directions = scale * torch.randn(5, d, generator=generator), torch.randn(f, d, generator=generator)
+    if worst:
+        x, directions = (torch.full_like(one, 1 + 0.49 * 2**-7) for one in (x, directions))
+    exact = x.double() @ directions.double().T
+    lengths = x.norm(dim=1, keepdim=True) * directions.norm(dim=1)
+    cutoff = exact[2].float() * (1 - 2**-20) if close else at * lengths.mean(dim=0) / d**0.5
+    for precision, slack in (("float32", 1e-4), ("bfloat16", 0.011)):
+        entries, values = Search(precision)(x, directions, cutoff)
+        mask = torch.zeros(exact.shape, dtype=torch.bool)
+        mask[entries.rows, entries.columns] = True
+        torch.testing.assert_close(values.double(), exact[mask], rtol=1e-4, atol=1e-4 * float(lengths.max()))
+        rounding = 2**-23 * d * lengths if precision == "float32" else 0
+        assert mask[exact > cutoff + rounding].all(), "none is missed"
+        assert (exact + slack * lengths + 2**-12 * cutoff.abs() >= cutoff)[mask].all(), "what is found is near"
+
+
+def test_searches_share_their_memory() -> None:
+    """Of one shape they do; of another, and after the last is gone, they do not."""
+    x, cutoff = torch.randn(3, 4), torch.zeros(8)
+    one, two, other = (Search("bfloat16") for _ in range(3))
+    for search in (one, two):
+        search(x, torch.randn(8, 4), cutoff)
+    other(torch.randn(5, 4), torch.randn(8, 4), cutoff)
+    assert one._kept["product"] is two._kept["product"] and one._kept["product"] is not other._kept["product"]
+    before = len(_SHARED)
+    del one, two, search, other
+    assert len(_SHARED) == before - 3
 
 
 @pytest.mark.parametrize("encoder", ["tied", "free"])
