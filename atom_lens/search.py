@@ -6,6 +6,7 @@ Few entries do, so what is to be saved beside the product is going over its memo
 from __future__ import annotations
 
 import math
+import threading
 from typing import Literal
 from weakref import WeakValueDictionary
 
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from atom_lens.sparse import Entries, sampled_product
 
-_SHARED: WeakValueDictionary[tuple[str, torch.Size, torch.dtype, torch.device], Tensor] = WeakValueDictionary()
+_SHARED: WeakValueDictionary[tuple[str, torch.Size, torch.dtype, torch.device, int], Tensor] = WeakValueDictionary()
 
 
 class Search:
     """Finds entries of x directionsᵀ, and keeps the memory that takes for the next time.
 
     Memory of this size is given back to the system when it is freed, and taken anew page by page: a tenth of a step.
-    Searches of one shape share it, as only one goes on at a time.
+    Searches of one shape share it within a thread, where only one goes on at a time.
     """
 
     def __init__(self, precision: Literal["float32", "bfloat16"]) -> None:
@@ -74,7 +75,7 @@ class Search:
         return left, right
 
     def _memory(self, name: str, size: torch.Size, like: Tensor) -> Tensor:
-        key = (name, size, like.dtype, like.device)
+        key = (name, size, like.dtype, like.device, threading.get_ident())
         found = _SHARED.get(key)
         if found is None:
             found = _SHARED[key] = like.new_empty(size)
