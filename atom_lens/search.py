@@ -55,20 +55,22 @@ class Search:
 
         With x = x^ + dx and w = w^ + dw, of which x^ and w^ have 8 bits, x w - x^ w^ is at most |dx| |w| + |x^| |dw|
         (Cauchy-Schwarz), |dw| at most 2⁻⁸ |w|, and sums in float32 are off by at most 2⁻²³ d |x^| |w| in any order.
-        This margin and the cutoff (in two parts, 16 bits) are three columns more.
+        A GPU may round partial sums to 8 bits as well. This margin and the cutoff (in two parts, 16 bits) are three
+        columns more.
         """
         d = x.shape[1]
         wide = 16 * math.ceil((d + 3) / 16)
         above = 1 + 2**-7  # of what it is rounded from
+        sums = 2**-23 * d + (2**-7 if x.is_cuda else 0)
         rounded = x.bfloat16()
         left = rounded.new_zeros(len(x), wide)
         left[:, :d] = rounded
-        left[:, d] = above * ((x - rounded).norm(dim=1) + (2**-8 + 2**-23 * d) * rounded.to(x).norm(dim=1))
+        left[:, d] = above * ((x - rounded).norm(dim=1) + (2**-8 + sums) * rounded.to(x).norm(dim=1))
         left[:, d + 1 : d + 3] = 1
         right = self._memory("directions", torch.Size((len(directions), wide)), left)
         right[:, :d] = directions
         right[:, d] = above * directions.norm(dim=1)
-        below = -(cutoff - 2**-15 * cutoff.abs())
+        below = -(cutoff - (2**-15 + sums) * cutoff.abs())
         right[:, d + 1] = below
         right[:, d + 2] = below - right[:, d + 1]
         right[:, d + 3 :] = 0

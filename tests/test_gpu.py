@@ -12,6 +12,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from atom_lens import AtomicInnerProduct, Prompt, evaluate, fit, harvest, load_atoms, open_model, splice, stability
 from atom_lens.interventions import attribution, read
+from atom_lens.search import Search
 from atom_lens.training.checkpoint import Checkpoints
 from atom_lens.training.fit import fit_together, tsae_learner
 from atom_lens.training.recipe import Atoms, Training
@@ -34,6 +35,17 @@ def test_training_and_evidence(generator: torch.Generator, tmp_path) -> None:
         on_cpu, on_gpu = (trained[f"{device} report"][split] for device in ("cpu", "cuda"))
         assert on_gpu["r2"] == pytest.approx(on_cpu["r2"], abs=0.02)
     trained["cuda"].save_model(tmp_path)
+
+
+def test_a_search_misses_none(generator: torch.Generator) -> None:
+    """In bfloat16, of many terms, which a GPU may sum in parts that it rounds."""
+    x, directions = torch.randn(64, 4096, generator=generator), torch.randn(256, 4096, generator=generator)
+    exact = x.double() @ directions.double().T
+    cutoff = exact.amax(dim=0).float() * (1 - 2**-20)
+    entries, _ = Search("bfloat16")(x.cuda(), directions.cuda(), cutoff.cuda())
+    found = torch.zeros(exact.shape, dtype=torch.bool)
+    found[entries.rows.cpu(), entries.columns.cpu()] = True
+    assert found[exact > cutoff].all() and found.sum() < found.numel() / 2
 
 
 def test_stability(generator: torch.Generator) -> None:
