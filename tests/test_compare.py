@@ -19,6 +19,8 @@ from atom_lens import AtomicInnerProduct, load_atoms
 from atom_lens.cli import main
 from atom_lens.experiments.frontier import comparison_table, margins, verdict
 from atom_lens.experiments.matched import matched, matched_table
+from atom_lens.page.folders import read_folders
+from atom_lens.page.study_tables import over_hooks
 from atom_lens.training.fit import fit_together
 from atom_lens.training.recipe import Atoms, Training
 from atom_lens.training.units import trained_unit, unit_learner
@@ -99,17 +101,42 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
         ({"compare": {"units": ["atoms"]}}, "key compare.units.0 is 'atoms', allowed is 'neurons'"),
         ({"compare": {"l0": []}}, "key compare.l0 is []"),
         ({"compare": {"features": [{"name": "x"}]}}, "features 'x' needs either path, or both release"),
-        ({"compare": {"units": ["neurons"], "features": [{"name": "x", "path": "no"}]}}, "no cfg.json in path 'no'"),
+        ({"compare": {"units": ["topk"], "features": [{"name": "x", "path": "no"}]}}, "no cfg.json in path 'no'"),
+        (
+            {"compare": {"features": [{"name": "../../../evil", "path": "no"}]}},
+            "key compare.features.0.name is '../../../evil', allowed is String should match pattern",
+        ),
+        (
+            {"compare": {"features": [{"name": "x", "path": "no"}] * 2}},
+            "compare.features has 'x' 2 times, allowed is once",
+        ),
+        *(
+            (
+                {"compare": {"features": [{"name": name, "path": "no"}]}},
+                f"features have name '{name}', allowed are names",
+            )
+            for name in ("topk", "neurons", "tsae_x", "null_x")
+        ),
+        ({"compare": {"l0": [-3, 50]}}, "key compare.l0.0 is -3, allowed is greater than 0"),
+        ({"compare": {"l0": [0]}}, "key compare.l0.0 is 0, allowed is greater than 0"),
+        ({"compare": {"l1": [0]}}, "key compare.l1.0 is 0, allowed is greater than 0"),
+        (
+            {"compare": {"l0": [0.4], "units": ["topk_whitened"]}},
+            "compare.l0 has 0.4, allowed is at least 1 for topk_whit",
+        ),
+        ({"compare": {"l0": [2, 50]}}, "compare.l0 has 50, allowed is up to atoms.capacity=32"),
         ({"atoms": None}, "key atoms is missing"),
     ],
 )
 def test_bad_input_is_one_sentence(
     run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    tmp_path: Path,
     changes: dict[str, Any],
     message: str,
 ) -> None:
     code, _, error = run("--quiet", command="compare", **changes)
     assert code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()  # before anything is read or trained
 
 
 def cell(unit: str, level: float, q: float, r2: float) -> dict[str, Any]:
@@ -172,7 +199,9 @@ def test_matched_sparsity_interpolates_and_never_extrapolates() -> None:
 
 def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
     """The paper's table: means over layers; checked against the JSON by hand."""
-    compare = {"units": ["neurons", "tsae_free"], "l0": [2, 4], "matched": [3]}
+    assert run("name=features", "--quiet")[0] == 0
+    mine = [{"name": "mine", "path": f"runs/features/{HOOK}"}]
+    compare = {"units": ["neurons", "tsae_free"], "l0": [2, 4, 4], "matched": [3], "features": mine}
     code, out, err = run("hooks=[blocks.*.hook_resid_post]", command="compare", compare=compare)
     assert code == 0, err
     folder = tmp_path / "runs" / "tiny"
@@ -185,5 +214,38 @@ def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str
     line = next(line for line in out.split("mean over 3 hooks")[1].splitlines() if line.startswith("null: data points"))
     for key in ("r2", "q_star"):
         assert f"{sum(one[key] for one in held) / 3:.3f}" in line
+    # Features are of one hook, and where a mean is not over all hooks it says so.
+    at = {hook: [one["unit"] for one in found["cells"]].count("mine") for hook, found in hooks.items()}
+    assert (
+        at == {hook: int(hook == HOOK) for hook in hooks}
+        and sum("mine (1 of 3 hooks)" in row for row in out.split("\n")) == 1
+    )
+    assert all([one["unit"] for one in found["cells"]].count("tsae_free") == 2 for found in hooks.values())
+    code, _, err = run("--quiet", "hooks=[blocks.0.*.hook_z]", "name=other", command="compare", compare=compare)
+    assert code == 2 and f"features 'mine' are of hook '{HOOK}', allowed are hooks blocks.0.*.hook_z" in err
     with Image.open(folder / "layers.png") as image:
         assert image.width > 800
+
+
+def test_hooks_of_different_widths(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+    """Levels end at the width: units that are at one hook only have a point there, in the table and in the figure."""
+    hooks = [HOOK, "blocks.1.mlp.hook_post"]
+    compare = {"units": ["principal", "principal", "neurons"], "l0": [3, 3, 20]}
+    code, out, err = run(command="compare", hooks=hooks, compare=compare)
+    assert code == 0, err
+    found = json.loads((tmp_path / "runs" / "tiny" / "compare.json").read_text())["hooks"]
+    levels = {
+        hook: {
+            unit: [one["level"] for one in found[hook]["cells"] if one["unit"] == unit]
+            for unit in ("principal", "null_data")
+        }
+        for hook in hooks
+    }
+    assert levels[hooks[0]] == {"principal": [3, 16], "null_data": [3, 16]}
+    assert levels[hooks[1]] == {"principal": [3, 20, 24], "null_data": [3, 20]}
+    assert (
+        out.count("principal directions (1 of 2 hooks)") == 3 and (tmp_path / "runs" / "tiny" / "layers.png").is_file()
+    )
+    table = over_hooks(read_folders([tmp_path / "runs" / "tiny"])[0])
+    assert [name for name, *_ in table.rows].count("principal directions (1 of 2 hooks)") == 3
+    assert [name for name, *_ in table.rows].count("principal directions") == 1

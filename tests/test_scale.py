@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_cli import recipe, run  # noqa: F401  (fixtures)
 from test_parallel import launched
 
+from atom_lens.evidence import observe
+from atom_lens.experiments import scale
 from atom_lens.experiments.scale_law import critical_capacity, laws
+from atom_lens.training.fit import fit_together
 
 HOOK = "blocks.1.hook_resid_post"
 GRID = {"capacities": [8, 64], "n": [32, 64], "levels": [0.5]}
@@ -65,7 +69,26 @@ def test_a_crossing_outside_the_grid_is_none() -> None:
     assert critical_capacity(dip, "train", 0.9) == pytest.approx(np.sqrt(8 * 16))
 
 
-def test_grid_from_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+def test_grid_from_the_command_line(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained: dict[int, dict[str, torch.Tensor]] = {}
+    heldout: dict[str, torch.Tensor] = {}
+
+    def watched_fit(data: dict[str, Any], *rest: Any) -> Any:
+        rows = {name: torch.as_tensor(x[:]).clone() for name, x in data.items()}
+        trained[len(rows["activations"])] = rows
+        return fit_together(data, *rest)
+
+    def watched_observe(dictionary: Any, x: Any, metric: Any) -> Any:
+        if len(x) == 16:
+            heldout[metric.source.split()[1]] = torch.as_tensor(x[:]).clone()
+        return observe(dictionary, x, metric)
+
+    monkeypatch.setattr(scale, "fit_together", watched_fit)
+    monkeypatch.setattr(scale, "observe", watched_observe)
     training = {"steps": 30, "batch_size": 16, "device": "cpu", "seeds": 2}
     code, out, err = run(command="scale", scale=GRID, training=training)
     assert code == 0, err
@@ -76,6 +99,12 @@ def test_grid_from_the_command_line(run: Callable[..., tuple[int, str, str]], tm
     for one in by_cell.values():
         assert len(one["runs"]) == 2 and one["runs"][0]["train"]["n"] == one["n"]
         assert one["runs"][0]["heldout"]["n"] == 16
+    # The null is of the same columns in another order, on both splits; smaller sets lie in larger ones.
+    for real, shuffled in (*(tuple(rows.values()) for rows in trained.values()), tuple(heldout.values())):
+        assert torch.equal(real.sort(dim=0).values, shuffled.sort(dim=0).values)
+        assert (torch.cdist(shuffled.double(), real.double()).min(dim=1).values > 1e-3).all()
+    assert list(trained[32]) == list(heldout) == ["activations", "shuffled"]
+    assert torch.equal(trained[32]["activations"], trained[64]["activations"][:32])
     assert "R² train, n =" in out and "shuffled, R² held-out, n =" in out and "too few for a law" in out
     with Image.open(folder / f"{HOOK}.png") as image:
         assert image.width > 800

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from atom_lens.experiments.matched import matched
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import mean_row
 from atom_lens.training.fit import Learner, fit_together
-from atom_lens.training.recipe import Recipe
+from atom_lens.training.recipe import Features, Recipe
 from atom_lens.training.run import SplitActivations
 from atom_lens.training.units import trained_unit, unit_learner
 
@@ -41,20 +42,41 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
     """Measure every unit of `recipe.compare` at every hook; returns ``out/<name>`` with JSON, CSV and figures.
 
     Raises:
-        ValueError: the recipe lacks atoms or training, or the folder holds a study of another recipe.
+        ValueError: the recipe lacks atoms or training, asks for more active units than there are, or for features that
+            cannot be opened or are of another hook; or the folder holds a study of another recipe.
     """
     recipe.needs("compare", "atoms", "training")
+    assert recipe.atoms is not None
+    # Not for the recipe to check: a run of `train` has a section compare too, with whatever defaults.
+    if max(recipe.compare.l0) > recipe.atoms.capacity:
+        raise ValueError(
+            f"compare.l0 has {max(recipe.compare.l0):g}, allowed is up to atoms.capacity={recipe.atoms.capacity}"
+        )
+    homes = {features.name: _home(features, recipe) for features in recipe.compare.features}
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
-        _compare(recipe, folder)
+        _compare(recipe, folder, homes)
     return folder
 
 
-def _compare(recipe: Recipe, folder: Path) -> None:
+def _home(features: Features, recipe: Recipe) -> str | None:
+    """The hook that pretrained features are of, if they say so; opened before hours of training, not after them."""
+    hook = pretrained(features, "cpu").cfg.metadata.hook_name
+    if hook is not None and not any(fnmatchcase(hook, pattern) for pattern in recipe.hooks):
+        raise ValueError(
+            f"features {features.name!r} are of hook {hook!r}, allowed are hooks {', '.join(recipe.hooks)}"
+        )
+    return hook
+
+
+def _compare(recipe: Recipe, folder: Path, homes: Mapping[str, str | None]) -> None:
     hooks = {}
     for hook, split in splits(recipe, folder):
         aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge, f"{len(split.x)} training activations")
-        cells = [kept(folder / "cells" / hook / f"{key}.json", make, _says) for key, make in _cells(recipe, split, aip)]
+        here = [features for features in recipe.compare.features if homes[features.name] in (None, hook)]
+        cells = [
+            kept(folder / "cells" / hook / f"{key}.json", make, _says) for key, make in _cells(recipe, split, aip, here)
+        ]
         assert recipe.atoms is not None
         hooks[hook] = {
             "n": len(split.x),
@@ -81,24 +103,26 @@ def _says(cell: Cell) -> str:
 
 
 def _cells(
-    recipe: Recipe, split: SplitActivations, aip: AtomicInnerProduct
+    recipe: Recipe, split: SplitActivations, aip: AtomicInnerProduct, here: Sequence[Features]
 ) -> Iterator[tuple[str, Callable[[], Cell]]]:
-    """(name, what measures it), nulls first."""
+    """(name, what measures it), nulls first; `here` are the features of this hook."""
     assert recipe.atoms is not None and recipe.training is not None
-    n_atoms, training = recipe.atoms.capacity, recipe.training
-    for k in sorted({max(1, round(level)) for level in recipe.compare.l0}):
+    n_atoms, training, asked = recipe.atoms.capacity, recipe.training, recipe.compare
+    # No pursuit takes more atoms than there are, or than directions.
+    ks = sorted({min(max(1, round(level)), n_atoms, *split.x.shape) for level in asked.l0})
+    for k in ks:
         for name in ("random", "data"):
             yield f"null_{name}-{k}", lambda name=name, k=k: _null_cell(name, k, n_atoms, split, aip, training.seed)
-    for unit in recipe.compare.units:
+    for unit in dict.fromkeys(asked.units):
         if unit == "neurons":
             yield unit, lambda: _cell("neurons", None, [neurons(split.x)], split, aip)
         elif unit == "principal":
-            for k in sorted({max(1, round(level)) for level in recipe.compare.l0} | {aip.width}):
+            for k in sorted({*ks, aip.width}):
                 yield f"{unit}-{k}", lambda k=k: _cell("principal", float(k), [principal(split.x, aip, k)], split, aip)
         else:
-            for level in recipe.compare.l1 if unit.startswith(("relu", "gated")) else recipe.compare.l0:
+            for level in dict.fromkeys(asked.l1 if unit.startswith(("relu", "gated")) else asked.l0):
                 yield f"{unit}-{level:g}", lambda unit=unit, level=level: _trained(unit, level, recipe, split, aip)
-    for features in recipe.compare.features:
+    for features in here:
         yield (
             f"features_{features.name}",
             lambda features=features: _cell(features.name, None, [pretrained(features, training.device)], split, aip),
@@ -152,7 +176,7 @@ def _null_cell(name: str, k: int, n_atoms: int, split: SplitActivations, aip: At
     generator = torch.Generator().manual_seed(seed)
     mean = mean_row(split.x).to(split.x.dtype)
     null = random_atoms(n_atoms, aip, generator) if name == "random" else data_atoms(split.x, n_atoms, mean, generator)
-    k = min(k, *null.shape)
+    k = min(k, *null.shape)  # a data point at the mean is no atom
     pursued, euclidean = Pursuit(null, mean, aip, k), Pursuit(null, mean, None, k)
     figures: Mapping[str, Any] = {
         part: _best(observe(pursued, rows, aip), euclidean.residual(rows))

@@ -26,15 +26,15 @@ def layers_table(result: Mapping[str, Any]) -> str:
     hooks = result["hooks"]
     rows = [[f"mean over {len(hooks)} hooks", "asked", "L0 held", *(name for name, *_ in _COLUMNS), "R² held, range"]]
     rows[0].append("PW-MCC")
-    for name, cells in _by_unit(result).items():
-        unit, level = name
+    for (unit, level), found in by_unit(hooks).items():
+        cells = list(found.values())
         means = [np.mean([mean_of(cell, split, key) for cell in cells]) for _, split, key in _COLUMNS]
         held = [mean_of(cell, "heldout", "r2") for cell in cells]
         same = [cell["identity"]["pw_mcc"] for cell in cells if cell["identity"]]
         l0 = np.mean([mean_of(cell, "heldout", "l0", "mean") for cell in cells])
         rows.append(
             [
-                LABELS.get(unit, unit),
+                LABELS.get(unit, unit) + of_hooks(len(cells), len(hooks)),
                 "" if level is None else f"{level:g}",
                 f"{l0:.1f}",
                 *(f"{value:.3f}" for value in means),
@@ -55,11 +55,11 @@ def draw_layers(result: Mapping[str, Any], path: Path) -> None:
     for row, (key, label) in enumerate((("r2", "R²"), ("q_star", "stability q*"))):
         for column, split in enumerate(("train", "heldout")):
             panel = panels[row, column]
-            for index, ((unit, level), cells) in enumerate(_by_unit(result).items()):
+            for index, ((unit, level), cells) in enumerate(by_unit(result["hooks"]).items()):
                 control = unit in CONTROLS
                 panel.plot(
-                    range(len(hooks)),
-                    [mean_of(cell, split, key) for cell in cells],
+                    list(cells),
+                    [mean_of(cell, split, key) for cell in cells.values()],
                     marker={"null_random": "x", "null_data": "+", "neurons": "s"}.get(unit, "o"),
                     markersize=4,
                     linestyle=":" if control else "-",
@@ -91,10 +91,18 @@ def _short(hook: str) -> str:
     return parts[1] if parts[0] == "blocks" and len(parts) > 1 else hook
 
 
-def _by_unit(result: Mapping[str, Any]) -> dict[tuple[str, Any], list[Mapping[str, Any]]]:
-    """The cells of each unit and level, in the order of the hooks."""
-    found: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
-    for one in result["hooks"].values():
+def by_unit(hooks: Mapping[str, Any]) -> dict[tuple[str, Any], dict[int, Mapping[str, Any]]]:
+    """Of each unit and level its cells, by the number of their hook.
+
+    Not every unit is at every hook: features are of one, and levels end at the width.
+    """
+    found: dict[tuple[str, Any], dict[int, Mapping[str, Any]]] = {}
+    for number, one in enumerate(hooks.values()):
         for cell in one["cells"]:
-            found.setdefault((cell["unit"], cell["level"]), []).append(cell)
+            found.setdefault((cell["unit"], cell["level"]), {})[number] = cell
     return found
+
+
+def of_hooks(here: int, every: int) -> str:
+    """What a unit's name is followed by where its mean is not over all hooks."""
+    return "" if here == every else f" ({here} of {every} hooks)"

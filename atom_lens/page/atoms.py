@@ -30,7 +30,7 @@ def browse(atoms: TSAE, corpus: Corpus, heldout: Observation, identity: Float[Te
         atoms: of one hook, F of them.
         corpus: what they are read on.
         heldout: `observe` of the atoms on the held-out rows of `corpus`.
-        identity: of every atom the mean coherence with its partners in runs from other seeds.
+        identity: of every atom the mean coherence with its partners in runs from other seeds, 0 for a dead one.
 
     Returns:
         Plain data for JSON, null where there is no figure: "train" and "heldout" (activations it is active at, of
@@ -41,11 +41,14 @@ def browse(atoms: TSAE, corpus: Corpus, heldout: Observation, identity: Float[Te
     codes = codes_of(atoms, corpus.x)
     held = corpus.heldout.numpy()
     near, coherence = neighbours(atoms.W_dec.detach(), atoms.aip)
+    firing = _firing(codes, held)
+    if identity is not None:  # what is dead on train was matched to nobody: that is no figure, least of all 0
+        identity = identity.double().masked_fill(torch.tensor(firing["train"]) == 0, torch.nan)
     return {
         "n_train": int((~held).sum()),
         "n_heldout": int(held.sum()),
-        **_firing(codes, held),
-        "identity": None if identity is None else compact(identity.double()),
+        **firing,
+        "identity": None if identity is None else compact(identity),
         "margin": compact(window_margin(atoms, heldout)),
         "near": near.flatten().tolist(),
         "coherence": compact(coherence.flatten()),

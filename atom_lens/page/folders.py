@@ -9,8 +9,8 @@ from typing import Any
 
 from atom_lens._files import read_json, shown
 from atom_lens.evidence.report import SCHEMA_VERSION
+from atom_lens.page.shapes import STUDIES, Report, checked
 
-_STUDIES = ("compare", "intervene", "scale")
 _STUDY_VERSION = 1
 
 
@@ -63,26 +63,22 @@ def read_folders(runs: Sequence[str | Path]) -> list[Folder]:
 def _read(path: Path, name: str) -> Folder:
     recipe = path / "recipe.yaml"
     has_run = recipe.is_file() and (path / "report.json").is_file()
-    files = {study: path / f"{study}.json" for study in _STUDIES if (path / f"{study}.json").is_file()}
-    studies = {study: _checked(file, read_json(file), _STUDY_VERSION) for study, file in files.items()}
+    files = {study: path / f"{study}.json" for study in STUDIES if (path / f"{study}.json").is_file()}
+    studies = {name: checked(file, read_json(file), _STUDY_VERSION, STUDIES[name]) for name, file in files.items()}
     if not has_run and not studies:
         raise ValueError(
             f"{str(path)!r} is no folder that a page can be made of, allowed are folders of train (recipe.yaml and "
             "report.json) and those that hold a compare.json, intervene.json or scale.json"
         )
-    report = read_json(path / "report.json") if has_run else {"hooks": {}}
-    reports = report["hooks"] if "hooks" in report else {str(report.get("hook")): report}
-    for one in reports.values():
-        _checked(path / "report.json", one, SCHEMA_VERSION)
+    reports = _reports(path / "report.json") if has_run else {}
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
     return Folder(path, name, text, reports, studies)
 
 
-def _checked(file: Path, found: dict[str, Any], allowed: int) -> dict[str, Any]:
-    """What has another form than this page knows is refused before any of it is used."""
-    if found.get("schema_version") != allowed:
-        raise ValueError(
-            f"{str(file)!r} has schema_version {shown(found.get('schema_version'))}, a page can be made of {allowed}: "
-            "measure again with this version of atom-lens"
-        )
-    return found
+def _reports(file: Path) -> dict[str, dict[str, Any]]:
+    """hook -> report: a run of one hook is its report, of several it holds theirs."""
+    found = read_json(file)
+    hooks = found["hooks"] if "hooks" in found else {str(found.get("hook")): found}
+    if not isinstance(hooks, dict) or not hooks:
+        raise ValueError(f"{str(file)!r} is damaged: key hooks is {shown(hooks)}, allowed is a report for each hook")
+    return {hook: checked(file, report, SCHEMA_VERSION, Report) for hook, report in hooks.items()}

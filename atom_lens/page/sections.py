@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,9 +93,14 @@ def _geometry(opened: Sequence[Opened]) -> list[Section]:
 def _units(folders: Sequence[Folder]) -> list[Section]:
     hooks: dict[str, list[Unit]] = {}
     curves = {}
+    compared = Counter(
+        (folder.model, hook) for folder in folders for hook in folder.studies.get("compare", {}).get("hooks", {})
+    )
     for number, folder in enumerate(folders):
         for hook, unit in units_of(folder, number if len(folders) > 1 else None):
-            hooks.setdefault(f"{hook} of {folder.model}", []).append(unit)
+            # Comparisons draw their units alike: two of one hook would be one cloud.
+            alone = compared[folder.model, hook] < 2 or "compare" not in folder.studies
+            hooks.setdefault(f"{'' if alone else folder.name + ', '}{hook} of {folder.model}", []).append(unit)
         curves |= by_layer(folder)
     sections = []
     if hooks:
@@ -150,7 +156,7 @@ def _scale(folders: Sequence[Folder]) -> list[Section]:
 
 
 def _interventions(folders: Sequence[Folder]) -> list[Section]:
-    shown = [folder for folder in folders if folder.studies.get("intervene", {}).get("cells")]
+    shown = [folder for folder in folders if "intervene" in folder.studies]
     found = {folder.name: folder.studies["intervene"] for folder in shown}
     if not found:
         return []

@@ -9,6 +9,7 @@ import numpy as np
 
 from atom_lens.experiments.frontier import LABELS, verdict
 from atom_lens.experiments.intervene_figures import verdict as edits_verdict
+from atom_lens.experiments.layers import by_unit, of_hooks
 from atom_lens.page.charts import value_of
 from atom_lens.page.folders import Folder
 from atom_lens.page.study_charts import KINDS
@@ -32,26 +33,27 @@ def units(folder: Folder, hook: str) -> Table:
 def over_hooks(folder: Folder) -> Table:
     """Means over the hooks of a comparison, with the range between them."""
     hooks = folder.studies["compare"]["hooks"]
-    cells: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
-    for found in hooks.values():
-        for cell in found["cells"]:
-            cells.setdefault((cell["unit"], cell["level"]), []).append(cell)
+    cells = [list(found.values()) for found in by_unit(hooks).values()]
     facts = [("model", folder.studies["compare"]["model"]), ("hooks", f"{len(hooks)}")]
-    note = "Means over hooks and seeds; below a held-out figure, the lowest and highest hook."
-    return _unit_table(f"{folder.name} · mean over {len(hooks)} hooks", list(cells.values()), facts, [note])
+    note = "Means over hooks and seeds; below a held-out figure, the lowest and highest hook where there are several."
+    return _unit_table(f"{folder.name} · mean over {len(hooks)} hooks", cells, facts, [note], len(hooks))
 
 
 def _unit_table(
-    title: str, rows: Sequence[Sequence[Mapping[str, Any]]], facts: Sequence[tuple[str, str]], notes: Sequence[str]
+    title: str,
+    rows: Sequence[Sequence[Mapping[str, Any]]],
+    facts: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    hooks: int = 1,
 ) -> Table:
     groups = [("", 2), *((label, 2) for label in FIGURES.values()), ("L0", 2), ("dead atoms", 2), ("", 2)]
     heads = [Cell("unit"), Cell("asked"), *(Cell("held-out", held=True), Cell("train")) * 5, Cell("PW-MCC")]
     heads.append(Cell("at start"))
-    return Table(title, heads, [_unit_row(cells) for cells in rows], groups, facts, notes)
+    return Table(title, heads, [_unit_row(cells, hooks) for cells in rows], groups, facts, notes)
 
 
-def _unit_row(cells: Sequence[Mapping[str, Any]]) -> Row:
-    """One unit at one sparsity: a cell of a comparison, or its cells at several hooks."""
+def _unit_row(cells: Sequence[Mapping[str, Any]], hooks: int) -> Row:
+    """One unit at one sparsity: a cell of a comparison, or its cells at those of `hooks` where it is."""
     unit, level = str(cells[0]["unit"]), cells[0]["level"]
     shown = [Cell("" if level is None else f"{level:g}")]
     for key in FIGURES:
@@ -66,7 +68,7 @@ def _unit_row(cells: Sequence[Mapping[str, Any]]) -> Row:
     for key in ("pw_mcc", "pw_mcc_start"):
         same = [cell["identity"][key] for cell in cells if (cell["identity"] or {}).get(key) is not None]
         shown.append(Cell(f"{np.mean(same):.3f}" if same else ""))
-    return LABELS.get(unit, unit), unit.startswith("null_"), shown
+    return LABELS.get(unit, unit) + of_hooks(len(cells), hooks), unit.startswith("null_"), shown
 
 
 def _spread(cells: Sequence[Mapping[str, Any]], seeds: Sequence[Sequence[float]], key: str) -> str:

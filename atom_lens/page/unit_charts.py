@@ -64,8 +64,9 @@ def units_of(folder: Folder, number: int | None = None) -> Iterator[tuple[str, U
             yield hook, Unit(name, MARKS.get(key, "cross"), quiet, DASHES.get(key, "dot"), "", [null], True)
     for hook, found in folder.studies.get("compare", {}).get("hooks", {}).items():
         for cell in found["cells"]:
-            detail = "" if cell["level"] is None else f"asked {cell['level']:g}"
             unit = str(cell["unit"])
+            asked = "L1" if unit.startswith(("relu", "gated")) else "asked"
+            detail = "" if cell["level"] is None else f"{asked} {cell['level']:g}"
             null = unit.startswith("null_")
             yield hook, Unit(LABELS.get(unit, unit), *_look(unit), detail, cell["runs"], null)
 
@@ -157,16 +158,26 @@ def _mean(unit: Unit, split: str, key: str) -> float:
 def by_layer(folder: Folder) -> dict[str, dict[int, list[Unit]]]:
     """Title -> layer -> units, for each kind of hook that is there for consecutive layers.
 
-    A comparison has a set of curves for each sparsity that was asked for.
+    A comparison has a set of curves for each sparsity that was asked for; what nobody asks a sparsity of, neurons and
+    features, is in all of them.
     """
-    found: dict[str, dict[int, list[Unit]]] = {}
+    found: dict[str, dict[str, dict[int, list[Unit]]]] = {}
     for hook, unit in units_of(folder):
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
         if match:
-            title = ", ".join(part for part in (folder.name, match[2], unit.detail) if part)
-            found.setdefault(title, {}).setdefault(int(match[1]), []).append(unit)
-    return {
-        title: dict(sorted(here.items()))
-        for title, here in found.items()
-        if len(here) > 1 and max(here) - min(here) == len(here) - 1
-    }
+            of_kind = found.setdefault(match[2], {})
+            of_kind.setdefault(unit.detail, {}).setdefault(int(match[1]), []).append(unit)
+    sets: dict[str, dict[int, list[Unit]]] = {}
+    for kind, by_detail in found.items():
+        whole = {
+            detail: here
+            for detail, here in by_detail.items()
+            if len(here) > 1 and max(here) - min(here) == len(here) - 1
+        }
+        every = by_detail.get("", {})
+        for detail, here in whole.items():
+            if detail:
+                sets[f"{folder.name}, {kind}, {detail}"] = {n: [*here[n], *every.get(n, [])] for n in sorted(here)}
+            elif len(whole) == 1:
+                sets[f"{folder.name}, {kind}"] = dict(sorted(here.items()))
+    return sets

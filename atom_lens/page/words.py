@@ -61,10 +61,9 @@ def open_lens(model: Model) -> Lens:
     return Lens(weights.cpu(), bridge.tokenizer)
 
 
-def check_residual(hook: str) -> None:
-    """Raise a ValueError where the unembedding has no meaning: at hooks that do not write to the residual stream."""
-    if not _RESIDUAL.fullmatch(hook):
-        raise ValueError(f"hook {hook!r} is not in the residual stream, where the unembedding reads")
+def is_residual(hook: str) -> bool:
+    """Whether it writes to the residual stream: elsewhere the unembedding has no meaning."""
+    return _RESIDUAL.fullmatch(hook) is not None
 
 
 def columns(lens: Lens, atoms: Float[Tensor, "F d"]) -> dict[str, Any]:

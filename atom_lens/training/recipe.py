@@ -15,6 +15,7 @@ from atom_lens.geometry import DEFAULT_RIDGE
 
 # YAML 1.1 reads 1e-6 as text (it wants 1.0e-6): numbers may be written as people write them.
 Number = Annotated[float, Field(strict=False)]
+Positive = Annotated[float, Field(strict=False, gt=0)]
 
 
 def existing(path: str | Path) -> Path:
@@ -194,10 +195,13 @@ class Wandb(Section):
     project: str = "atom-lens"
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # it becomes a part of paths
+
+
 class Features(Section):
     """A pretrained sae-lens SAE: `release` and `sae_id` from its registry or the Hub, or a folder at `path`."""
 
-    name: str
+    name: Name
     release: str | None = None
     sae_id: str | None = None
     path: str | None = None
@@ -206,6 +210,15 @@ class Features(Section):
     def _one_place(self) -> Features:
         if (self.path is None) == (self.release is None) or (self.release is None) != (self.sae_id is None):
             raise ValueError(f"features {self.name!r} needs either path, or both release and sae_id")
+        return self
+
+    @model_validator(mode="after")
+    def _not_a_unit(self) -> Features:
+        if self.name in get_args(Unit) or self.name.startswith(("tsae", "null_")):
+            raise ValueError(
+                f"features have name {self.name!r}, allowed are names that are no unit's and do not begin with tsae or "
+                "null_"
+            )
         return self
 
 
@@ -231,13 +244,29 @@ class Compare(Section):
     """Units side by side. `l0` is swept by every unit that takes a target, `l1` by ReLU and gated SAEs.
 
     `matched` are L0 on held-out activations at which the units are set side by side, between two points of a sweep.
+    `features` are measured at the hook that they were made for.
     """
 
     units: list[Unit] = Field([unit for unit in get_args(Unit) if not unit.startswith("gated")], min_length=1)
-    l0: list[Number] = Field([4.0, 8.0, 16.0], min_length=1)
-    l1: list[Number] = Field([2.0, 5.0, 12.0], min_length=1)
-    matched: list[Annotated[float, Field(strict=False, gt=0)]] = []
+    l0: list[Positive] = Field([4.0, 8.0, 16.0], min_length=1)
+    l1: list[Positive] = Field([2.0, 5.0, 12.0], min_length=1)
+    matched: list[Positive] = []
     features: list[Features] = []
+
+    @model_validator(mode="after")
+    def _k_is_at_least_one(self) -> Compare:
+        unit = next((unit for unit in self.units if "topk" in unit), None)
+        if unit is not None and min(self.l0) < 1:
+            raise ValueError(f"compare.l0 has {min(self.l0):g}, allowed is at least 1 for {unit}")
+        return self
+
+    @model_validator(mode="after")
+    def _features_differ(self) -> Compare:
+        names = [features.name for features in self.features]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"compare.features has {name!r} {names.count(name)} times, allowed is once")
+        return self
 
 
 class Scale(Section):
@@ -287,7 +316,7 @@ class Recipe(Section):
     distribution of `atom-lens shift`.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     model: Model
     prompts: Prompts
     hooks: list[str] = Field(min_length=1)

@@ -33,6 +33,8 @@
     $("words-note").hidden = hasWords();
     if (!hasWords()) $("words-note").textContent = data.words;
     if (!columns.some((column) => column.key === sorted.key)) sorted = { key: "heldout", down: true };
+    open = null;
+    card.replaceChildren();
     heads();
     refresh();
     card.classList.remove("open");
