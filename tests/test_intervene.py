@@ -284,6 +284,7 @@ def test_the_study(talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("intervene.units=[neurons]", "intervene.units has 'neurons', allowed are units with sparse codes"),
         ("intervene.other_templates=[none]", "intervene.other_templates has 'none', allowed are texts with one {}"),
         ("intervene.facts=1", "key intervene.facts is 1, allowed is greater than or equal to 10"),
+        ("intervene.l0=[0]", "key intervene.l0.0 is 0, allowed is greater than 0"),
         ("positions=span", "positions is 'span', intervene allows subject_last and last"),
         ("atoms=null", "key atoms is missing in recipe 'causal', intervene needs it"),
         ("prompts={source: python_docs, limit: 30}", "lack a subject or an answer, intervene needs both"),

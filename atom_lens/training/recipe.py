@@ -287,14 +287,14 @@ class Intervene(Section):
     """
 
     units: list[Unit] = ["tsae_free", "topk_whitened"]
-    l0: list[Number] = Field([6.0, 32.0], min_length=1)
-    l1: list[Number] = Field([5.0], min_length=1)
+    l0: list[Positive] = Field([6.0, 32.0], min_length=1)
+    l1: list[Positive] = Field([5.0], min_length=1)
     run: str | None = None
     features: list[Features] = []
     facts: int = Field(240, ge=10, description="held-out facts that the model knows, at most")
     scan: int = Field(100, ge=10, description="training facts on which the hook is chosen, at most")
     doses: list[Number] = [0.25, 0.5, 0.75, 1.0, 2.0]
-    ks: list[int] = Field([1, 4, 16], min_length=1)
+    ks: list[Annotated[int, Field(ge=1)]] = Field([1, 4, 16], min_length=1)
     installed_k: int = Field(4, ge=1, description="atoms ablated where specificity is measured")
     other_templates: list[str] = []
 
