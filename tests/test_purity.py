@@ -59,7 +59,7 @@ def test_planted_units_are_found() -> None:
     planted = np.stack([(labels == unit) & (draw.random(1000) < 0.5) for unit in range(10)], axis=1)
     codes = np.concatenate([planted, drawn(1000, 10, 0.05)], axis=1)
     found = purity(csc_array(codes * 1.0), labels)
-    assert (found.share.observed[:10] == 1).all() and (found.information.p[:10] == 1 / 201).all()
+    assert (found.share.observed[:10] == 1).all() and (found.information.p[:10] == 1 / 2001).all()
     assert (found.information.observed[:10] > found.information.null[:, :10].max(axis=0)).all()
     figures = found.figures
     assert figures["information"]["above_null_fdr"] == pytest.approx(0.5, abs=0.1)

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.sparse import csc_array
 from scipy.stats import false_discovery_control
 
+LEAST = 5  # rows at which a unit is active, below which they say nothing about it
 _TIE = 1e-9  # the same counts may sum to figures that differ in the last digits
 _ALPHA = 0.05
 
@@ -81,12 +82,13 @@ class Purity:
 
 
 def purity(
-    codes: csc_array, labels: np.ndarray, *, top: int = 10, least: int = 5, permutations: int = 200, seed: int = 0
+    codes: csc_array, labels: np.ndarray, *, top: int = 10, least: int = LEAST, permutations: int = 2000, seed: int = 0
 ) -> Purity:
     """Mutual information with the labels, and purity of the strongest rows, of every unit, each with its null.
 
     Args:
-        codes: shape (n, F); a unit is active at the rows of its non-zero entries.
+        codes: shape (n, F); a unit is active at the rows of its non-zero entries. No two rows may be of one subject:
+            they are alike, permuted labels would tear them apart, and units that know nothing would pass.
         labels: integers from 0 on, shape (n,).
         top: rows that purity looks at, the largest in size; all of a unit that has fewer.
         least: units that are active at fewer rows are left out.
