@@ -52,6 +52,17 @@ def test_the_null_is_the_labels_permuted() -> None:
     np.testing.assert_allclose(found.share.p, (1 + reached) / 4)
 
 
+def test_counts_are_the_same_in_a_table_and_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, labels = csc_array(drawn(300, 20, 0.1)), np.random.default_rng(1).integers(0, 30, 300)
+    table = purity(codes, labels, permutations=50)
+    monkeypatch.setattr("atom_lens.evidence.purity._SPARSE", 0)
+    monkeypatch.setattr("atom_lens.evidence.purity._AT_ONCE", 2000)
+    other = purity(codes, labels, permutations=50)
+    for one, same in ((table.information, other.information), (table.share, other.share)):
+        np.testing.assert_array_equal(one.observed, same.observed)
+        np.testing.assert_array_equal(one.null, same.null)
+
+
 def test_planted_units_are_found() -> None:
     """Half the units are active at one label only, half at random."""
     draw = np.random.default_rng(0)
