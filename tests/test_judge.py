@@ -35,6 +35,7 @@ from atom_lens.cli import main
 from atom_lens.evidence.bases import Basis, neurons
 from atom_lens.evidence.purity import purity
 from atom_lens.experiments.contexts import Corpus, active_rows, corpus
+from atom_lens.experiments.evaluate import check_split
 from atom_lens.judging import judge, judge_table
 from atom_lens.judging.asking import ask_all
 from atom_lens.judging.client import Budget, Judge
@@ -495,6 +496,31 @@ def test_arguments_that_do_not_fit_leave_nothing(
     with pytest.raises(ValueError, match=says):
         judge(trained, out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_subject_held_out_trained_the_atoms(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the recipe they are measured on, and whichever seed they are of."""
+    folder = tmp_path / "run" / "blocks.1.hook_resid_post" / "seed-1"
+    folder.mkdir(parents=True)
+    text = (trained / "recipe.yaml").read_text()
+    (tmp_path / "run" / "recipe.yaml").write_text(text)
+    own = load_recipe(trained / "recipe.yaml")
+    check_split(folder, own)
+    # Half of the subjects that were held out then.
+    check_split(folder, load_recipe(trained / "recipe.yaml", ["split.heldout=0.1"]))
+    with pytest.raises(ValueError, match=r"[0-9]+ of 80 subjects held out now, .* are subjects that these atoms"):
+        check_split(folder, load_recipe(trained / "recipe.yaml", ["split.heldout=0.4"]))
+    # Other subjects in the same words are new to them, and where theirs are gone nobody knows.
+    lines = [
+        json.dumps({"template": "{} is a city in", "subject": f"{s}m"}) for s in ("kl", "la", "ab", "bc", "cd", "de")
+    ]
+    (tmp_path / "others.jsonl").write_text("\n".join(lines))
+    others = [f"prompts.path={tmp_path / 'others.jsonl'}", "split.seed=7"]
+    check_split(folder, load_recipe(trained / "recipe.yaml", others))
+    assert not caplog.messages
+    (tmp_path / "run" / "recipe.yaml").write_text(text.replace("prompts.jsonl", "gone.jsonl"))
+    check_split(folder, own)
+    assert "subjects held out now may have trained these atoms" in caplog.text
 
 
 def test_without_a_judge_there_is_purity_and_the_run_stays_whole(trained: Path, tmp_path: Path) -> None:
