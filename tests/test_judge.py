@@ -38,7 +38,7 @@ from atom_lens.experiments.contexts import Corpus, active_rows, corpus
 from atom_lens.experiments.evaluate import check_split
 from atom_lens.judging import judge, judge_table
 from atom_lens.judging.asking import ask_all
-from atom_lens.judging.client import Budget, Judge
+from atom_lens.judging.client import Budget, Judge, estimated_tokens
 from atom_lens.judging.kinds import CONTROL, NOT_ASKED, label_purity, read_kinds, strongest
 from atom_lens.judging.sampling import VERSION, draw_cases, marked, rubric_question
 from atom_lens.judging.scoring import agreement, balanced_accuracy, human_scores, read_detection, read_rubric
@@ -181,7 +181,7 @@ def test_a_dry_run_asks_and_writes_nothing(trained: Path, server: Server, tmp_pa
     asked = judge(trained, **arguments)["judge"]
     assert estimate["questions"] == asked["questions"] == len(server.requests)
     tokens = sum(len(request["body"]["messages"][0]["content"].encode()) for request in server.requests) / 3
-    assert estimate["read"] == pytest.approx(tokens, rel=0.2)
+    assert estimate["read"] == pytest.approx(tokens, rel=0.2) and estimated_tokens("北京") == 2
     assert estimate["written_at_most"] == sum(request["body"]["max_tokens"] for request in server.requests)
     assert estimate["dollars_at_most"] == pytest.approx((estimate["read"] + 2 * estimate["written_at_most"]) / 1e6)
 
