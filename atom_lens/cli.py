@@ -79,14 +79,14 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("--human", type=Path, help="CSV of a person's scores, for the agreement with them")
     judge.add_argument("--units", type=int, default=50, help="units drawn of each kind (default: 50)")
     judge.add_argument("--contexts", type=int, default=10, help="contexts shown of each unit (default: 10)")
-    judge.add_argument("--budget", type=float, default=1.0, help="dollars at most (default: 1)")
+    judge.add_argument("--budget", type=float, help="dollars at most, with --prices (default: 1)")
     judge.add_argument(
         "--prices",
         type=float,
         nargs=2,
         default=(0.0, 0.0),
         metavar=("IN", "OUT"),
-        help="dollars per million tokens read and written (default: 0 0)",
+        help="dollars per million tokens read and written (default: none, and no cap)",
     )
     judge.add_argument("--seed", type=int, default=0, help="of what is drawn and how it is shuffled")
     judge.add_argument("--dry-run", action="store_true", help="say what would be asked and what it costs, ask nothing")

@@ -4,6 +4,7 @@ It writes its port to FOLDER/port and every request to FOLDER/requests.jsonl. FO
 list of "429", "500", "401", "hang", "prose", "html", "empty", each for one request; after them it answers as asked.
 
 As a judge it is an oracle for marked words: one concept covers excerpts whose marked words begin with the same letter.
+The model "other" gives the opposite score, 6 - score.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import Any
 FOLDER = Path(sys.argv[1])
 
 
-def answer(question: str) -> str:
+def answer(question: str, model: str) -> str:
     excerpts = [line for line in question.splitlines() if re.match(r"\d+\. ", line)]
     letters = [re.findall(r"<<(.*?)>>", line)[-1][:1] for line in excerpts]
     if '"score"' in question:
         letter, share = Counter(letters).most_common(1)[0]
-        said = {"explanation": f"words in {letter}", "score": 5 if share == len(letters) else 1}
+        score = 5 if share == len(letters) else 1
+        said = {"explanation": f"words in {letter}", "score": 6 - score if model == "other" else score}
         return f"Here you are:\n```json\n{json.dumps(said)}\n```"
     letter = re.findall(r"words in (.)", question)[0]
     return json.dumps({"strong": [i for i, found in enumerate(letters, 1) if found == letter]})
@@ -49,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         if mode in ("html", "empty"):
             return self.reply(200, "<p>hello</p>" if mode == "html" else json.dumps({"choices": []}))
         question = body["messages"][0]["content"]
-        said = "I would rather not say." if mode == "prose" else answer(question)
+        said = "I would rather not say." if mode == "prose" else answer(question, body["model"])
         usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
         found: dict[str, Any] = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}

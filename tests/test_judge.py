@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 from scipy.sparse import csc_array
 from scipy.stats import pearsonr, rankdata
 from test_cli import recipe, run  # noqa: F401  (fixtures)
@@ -32,11 +34,12 @@ from atom_lens.activations.prompts import Prompt
 from atom_lens.cli import main
 from atom_lens.evidence.bases import Basis, neurons
 from atom_lens.evidence.purity import purity
-from atom_lens.experiments.contexts import Corpus, corpus
+from atom_lens.experiments.contexts import Corpus, active_rows, corpus
+from atom_lens.experiments.evaluate import check_split
 from atom_lens.judging import judge, judge_table
 from atom_lens.judging.asking import ask_all
-from atom_lens.judging.client import Budget, Judge
-from atom_lens.judging.kinds import CONTROL, label_purity, read_kinds, strongest
+from atom_lens.judging.client import Budget, Judge, estimated_tokens
+from atom_lens.judging.kinds import CONTROL, NOT_ASKED, label_purity, read_kinds, strongest
 from atom_lens.judging.sampling import VERSION, draw_cases, marked, rubric_question
 from atom_lens.judging.scoring import agreement, balanced_accuracy, human_scores, read_detection, read_rubric
 from atom_lens.judging.study import _default_out
@@ -108,6 +111,12 @@ def rubrics(requests: list[dict[str, Any]]) -> list[str]:
     return [question for question in questions if '"score"' in question]
 
 
+def kappa(a: np.ndarray, b: np.ndarray) -> float:
+    """Quadratic-weighted, by its formula."""
+    apart = np.subtract.outer(a, b) ** 2
+    return float(1 - np.diag(apart).mean() / apart.mean())
+
+
 def ask(server: Server, cache: Path, question: str, budget: Budget | None = None) -> str:
     return Judge("m", server.url, cache, budget or Budget(1.0, (0.0, 0.0))).ask(VERSION, question, 50)
 
@@ -124,9 +133,11 @@ def test_a_whole_study_and_again_from_the_cache(trained: Path, server: Server, t
     for one in judged["kinds"].values():
         assert one["rubric"]["asked"] == one["rubric"]["n"] == one["detection"]["n"] == 4
         assert 1 <= one["rubric"]["mean"] <= 5 and one["rubric"]["unparsed"] == 0
-    # The other model gives the same scores: agreement is perfect, or has no value where all are the same.
-    same = judged["agreement"]["second_model"]
-    assert same["kappa"] in (None, pytest.approx(1)) and same["unparsed"] == 0
+    # The other model gives the opposite scores.
+    scores = np.array([one["score"] for one in judged["units"]])
+    opposite = judged["agreement"]["second_model"]
+    assert opposite["n"] == 16 == len(scores) and opposite["unparsed"] == 0
+    assert opposite["spearman"] == pytest.approx(-1) and opposite["kappa"] == pytest.approx(kappa(scores, 6 - scores))
     assert {request["body"]["model"] for request in server.requests} == {"m", "other"}
     for request in server.requests:
         assert request["path"] == "/v1/chat/completions" and request["key"] == f"Bearer {KEY}"
@@ -140,6 +151,8 @@ def test_a_whole_study_and_again_from_the_cache(trained: Path, server: Server, t
 
 def test_the_judge_is_told_nothing(trained: Path, server: Server, tmp_path: Path) -> None:
     """No kind, no index, nothing of the model; kinds are asked about in mixed order, another one with another seed."""
+    read = corpus(load_recipe(trained / "recipe.yaml"), "blocks.1.hook_resid_post")
+    texts = {marked(read, row) for row in range(len(read))}
     found = [
         judge(trained, model="m", base_url=server.url, out=tmp_path / str(seed), seed=seed, **SMALL)["judge"]["units"]
         for seed in (0, 1)
@@ -147,7 +160,10 @@ def test_the_judge_is_told_nothing(trained: Path, server: Server, tmp_path: Path
     for request in server.requests:
         assert set(request["body"]) == {"model", "messages", "temperature", "max_tokens"}
         (message,) = request["body"]["messages"]
-        frame = "\n".join(line for line in message["content"].splitlines() if not line[:1].isdigit())
+        lines = message["content"].splitlines()
+        excerpts = [one.groups() for line in lines if (one := re.fullmatch(r"(\d+)\. (.*)", line))]
+        assert [number for number, _ in excerpts] == ["1", "2"] and {text for _, text in excerpts} <= texts
+        frame = "\n".join(line for line in lines if not re.match(r"\d+\. ", line))
         for word in ("atom", "neuron", "feature", "random direction", "data point", "blocks.", "hook", "tiny", "unit"):
             assert word not in frame.lower()
     orders = [[one["kind"] for one in units] for units in found]
@@ -164,14 +180,14 @@ def test_a_dry_run_asks_and_writes_nothing(trained: Path, server: Server, tmp_pa
     assert "nothing was asked (dry run)" in judge_table(found)
     asked = judge(trained, **arguments)["judge"]
     assert estimate["questions"] == asked["questions"] == len(server.requests)
-    tokens = sum(len(request["body"]["messages"][0]["content"]) for request in server.requests) / 4
-    assert estimate["read"] == pytest.approx(tokens, rel=0.2)
+    tokens = sum(len(request["body"]["messages"][0]["content"].encode()) for request in server.requests) / 3
+    assert estimate["read"] == pytest.approx(tokens, rel=0.2) and estimated_tokens("北京") == 2
     assert estimate["written_at_most"] == sum(request["body"]["max_tokens"] for request in server.requests)
     assert estimate["dollars_at_most"] == pytest.approx((estimate["read"] + 2 * estimate["written_at_most"]) / 1e6)
 
 
 def test_the_budget_holds_and_more_goes_on(trained: Path, server: Server, tmp_path: Path) -> None:
-    """100 tokens read at a dollar each thousand: nine questions fit into a dollar, and the study says it is cut."""
+    """100 tokens read at a dollar each thousand: a few questions fit into a dollar, and the study says it is cut."""
     arguments: dict[str, Any] = {"model": "m", "base_url": server.url, "out": tmp_path / "out", **SMALL}
     arguments["prices"] = (1000.0, 0.0)
     found = judge(trained, budget=1.0, **arguments)["judge"]
@@ -181,6 +197,13 @@ def test_the_budget_holds_and_more_goes_on(trained: Path, server: Server, tmp_pa
     # What was paid before counts: the same budget asks nothing more.
     same = judge(trained, budget=1.0, **arguments)
     assert len(server.requests) == asked and "INCOMPLETE" in judge_table(same)
+    # So does what was paid for other questions; what is not the price of anything does not.
+    (tmp_path / "out" / "blind.csv").unlink()
+    (tmp_path / "out" / "cache" / "refund.json").write_text('{"answer": "", "read": -1000000, "written": 0}')
+    others = judge(trained, budget=1.0, seed=1, **arguments)["judge"]
+    assert others["asked_now"] == 0 and others["dollars"] == pytest.approx(found["dollars"])
+    assert f"${found['dollars']:.4f} of $1.00" in judge_table(same)
+    (tmp_path / "out" / "blind.csv").unlink()
     more = judge(trained, budget=100.0, **arguments)["judge"]
     assert more["complete"] and len(server.requests) == more["questions"]
 
@@ -264,8 +287,27 @@ def test_keys_and_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Judge("m", "https://judge.example/v1", tmp_path, budget)
     with pytest.raises(ValueError, match=r"OPENAI_API_KEY is not set, api.openai.com"):
         Judge("m", None, tmp_path, budget)
-    with pytest.raises(ValueError, match="base_url is 'file:///etc', allowed is http"):
-        Judge("m", "file:///etc", tmp_path, budget)
+    for url in ("file:///etc", "http://localhost:abc/v1", "http://localhost:65536", "http://[::1", "http://"):
+        with pytest.raises(ValueError, match=f"base_url is {re.escape(repr(url))}, allowed is http"):
+            Judge("m", url, tmp_path, budget)
+    for url in ("ftp://user:secret@host/v1", "user:secret@host", "http://user:secret@host:abc"):
+        with pytest.raises(ValueError, match="base_url is 'host") as error:
+            Judge("m", url, tmp_path, budget)
+        assert "secret" not in str(error.value)
+    monkeypatch.setenv("ALL_PROXY", "gopher://me:secret@localhost:1")
+    with pytest.raises(ValueError, match="127.0.0.2 cannot be reached by this base_url or the proxy") as error:
+        Judge("m", "http://127.0.0.2:1/v1", tmp_path, budget)
+    assert "secret" not in str(error.value)
+
+
+def test_answers_of_another_server_are_not_taken(server: Server, tmp_path: Path) -> None:
+    question = '1. <<a>>\n{"score"'
+    said = ask(server, tmp_path / "cache", question)
+    url = server.url
+    server.url = url.replace("127.0.0.1", "LOCALHOST") + "/"
+    assert ask(server, tmp_path / "cache", question) == said and len(server.requests) == 2
+    server.url = url.replace("127.0.0.1", "localhost")
+    assert ask(server, tmp_path / "cache", question) == said and len(server.requests) == 2
 
 
 def planted() -> tuple[Corpus, dict[str, csc_array], np.ndarray]:
@@ -293,8 +335,8 @@ def test_planted_concepts_get_the_verdict_they_deserve(server: Server, tmp_path:
     assert found[CONTROL]["rubric"]["mean"] == 1 and found[CONTROL]["detection"]["mean"] == pytest.approx(0.5, abs=0.2)
     assert found["planted"]["rubric"]["above_control_interval"] == [4, 4]
     low, high = found["planted"]["detection"]["above_control_interval"]
-    assert 0 < low <= found["planted"]["detection"]["above_control"] <= high
-    assert found[CONTROL]["detection"]["above_control"] == 0
+    above = found["planted"]["detection"]["above_control"]
+    assert 0 < low <= above <= high and above == pytest.approx(1 - found[CONTROL]["detection"]["mean"])
 
 
 def test_nothing_that_was_shown_is_tested() -> None:
@@ -327,6 +369,7 @@ def test_a_context_is_one_line_with_its_token_marked() -> None:
     [
         ('{"explanation": "cities  in\\n Peru", "score": 4}', ("cities in Peru", 4)),
         ('Sure!\n```json\n{"score": 1, "explanation": "x"}\n```', ("x", 1)),
+        ('{"explanation": "\\ud800x", "score": 4}', ("?x", 4)),
         ('{"explanation": "x", "score": 6}', None),
         ('{"explanation": "x", "score": 4.0}', None),
         ('{"explanation": "x", "score": "4"}', None),
@@ -378,8 +421,7 @@ def test_agreement_against_its_formulas(pairs: list[tuple[int, int]]) -> None:
         assert found["spearman"] is None and found["kappa"] is None
         return
     assert found["spearman"] == pytest.approx(pearsonr(rankdata(a), rankdata(b)).statistic)
-    apart = np.subtract.outer(a, b) ** 2
-    assert found["kappa"] == pytest.approx(1 - np.diag(apart).mean() / apart.mean())
+    assert found["kappa"] == pytest.approx(kappa(a, b))
 
 
 def test_a_person_fills_in_the_blind_questions(trained: Path, server: Server, tmp_path: Path) -> None:
@@ -399,7 +441,12 @@ def test_a_person_fills_in_the_blind_questions(trained: Path, server: Server, tm
     filled = blind.read_text()
     asked = len(server.requests)
     found = judge(trained, human=blind, **arguments)["judge"]
-    assert found["agreement"]["human"]["n"] == len(rows) - 3 and len(server.requests) == asked
+    judged = np.array([one["score"] for one in found["units"]])[:-3]
+    by_hand = np.array([int(row["score"]) for row in rows[:-3]])
+    human = found["agreement"]["human"]
+    assert human["n"] == len(rows) - 3 == len(judged) and len(server.requests) == asked
+    assert human["kappa"] == pytest.approx(kappa(judged, by_hand))
+    assert human["spearman"] == pytest.approx(pearsonr(rankdata(judged), rankdata(by_hand)).statistic)
     assert blind.read_text() == filled, "hours of work are not overwritten"
     with pytest.raises(ValueError, match=r"blind.csv' holds other questions: move it away"):
         judge(trained, **{**arguments, "seed": 3})
@@ -437,7 +484,10 @@ def test_scores_of_a_person_that_do_not_fit(text: str, says: str, tmp_path: Path
         ({"human": "x.csv"}, "human is 'x.csv', but no model"),
         ({"model": "x", "second_model": "x"}, "another one is needed"),
         ({"model": "x", "base_url": "nowhere"}, "base_url is 'nowhere'"),
-        ({"overrides": ["split.seed=7"]}, "these atoms were trained with"),
+        ({"budget": 5.0}, "budget is 5.0, but prices are 0 0"),
+        ({"contexts": 100, "dry_run": True}, r"contexts is 100, but of 1\d+ training and 40 held-out rows"),
+        ({"overrides": ["split.seed=7"]}, "of 40 subjects held out now, '[a-l]{4}' among them, are subjects that"),
+        ({"overrides": ["prompts.limit=100"]}, "of 20 subjects held out now"),
     ],
 )
 def test_arguments_that_do_not_fit_leave_nothing(
@@ -446,6 +496,31 @@ def test_arguments_that_do_not_fit_leave_nothing(
     with pytest.raises(ValueError, match=says):
         judge(trained, out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_subject_held_out_trained_the_atoms(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the recipe they are measured on, and whichever seed they are of."""
+    folder = tmp_path / "run" / "blocks.1.hook_resid_post" / "seed-1"
+    folder.mkdir(parents=True)
+    text = (trained / "recipe.yaml").read_text()
+    (tmp_path / "run" / "recipe.yaml").write_text(text)
+    own = load_recipe(trained / "recipe.yaml")
+    check_split(folder, own)
+    # Half of the subjects that were held out then.
+    check_split(folder, load_recipe(trained / "recipe.yaml", ["split.heldout=0.1"]))
+    with pytest.raises(ValueError, match=r"[0-9]+ of 80 subjects held out now, .* are subjects that these atoms"):
+        check_split(folder, load_recipe(trained / "recipe.yaml", ["split.heldout=0.4"]))
+    # Other subjects in the same words are new to them, and where theirs are gone nobody knows.
+    lines = [
+        json.dumps({"template": "{} is a city in", "subject": f"{s}m"}) for s in ("kl", "la", "ab", "bc", "cd", "de")
+    ]
+    (tmp_path / "others.jsonl").write_text("\n".join(lines))
+    others = [f"prompts.path={tmp_path / 'others.jsonl'}", "split.seed=7"]
+    check_split(folder, load_recipe(trained / "recipe.yaml", others))
+    assert not caplog.messages
+    (tmp_path / "run" / "recipe.yaml").write_text(text.replace("prompts.jsonl", "gone.jsonl"))
+    check_split(folder, own)
+    assert "subjects held out now may have trained these atoms" in caplog.text
 
 
 def test_without_a_judge_there_is_purity_and_the_run_stays_whole(trained: Path, tmp_path: Path) -> None:
@@ -480,32 +555,37 @@ def test_without_answers_there_is_no_purity(run: Callable[..., tuple[int, str, s
 def test_kinds_against_dense_codes(trained: Path) -> None:
     """Every kind's codes, from the activations by hand; and purity is that of these codes and the prompts' answers."""
     made = load_recipe(trained / "recipe.yaml")
-    folder = trained / "blocks.1.hook_resid_post"
-    kinds = read_kinds(folder, made, 0)
-    read = corpus(made, kinds.hook)
+    atoms = load_atoms(trained)
+    read = corpus(made, "blocks.1.hook_resid_post")
     x, held = read.x[:], read.heldout.numpy()
-    atoms = load_atoms(folder)
     with torch.no_grad():
         codes = atoms.encode(x).numpy()
-    np.testing.assert_allclose(kinds.codes["atoms"].toarray(), codes, rtol=1e-6)
     often = [(codes[rows] > 0).sum(axis=0) for rows in (~held, held)]
-    assert kinds.per_unit == tuple(max(1, int(np.median(part[part > 0]))) for part in often)
+    # At these rows atoms begin to count, and some do not: the median is of those that do.
+    least = tuple(int(np.quantile(part, 0.4)) for part in often)
+    per_unit = tuple(int(np.median(part[part >= enough])) for part, enough in zip(often, least, strict=True))
+    assert per_unit != tuple(int(np.median(part)) for part in often)
+    kinds = read_kinds(atoms, made, read, least, 0)
+    np.testing.assert_allclose(kinds["atoms"].toarray(), codes, rtol=1e-6)
     for kind in ("neurons", "random directions", CONTROL, "atoms, as dense"):
-        active = kinds.codes[kind].toarray() != 0
-        for rows, m in zip((~held, held), kinds.per_unit, strict=True):
+        active = kinds[kind].toarray() != 0
+        for rows, m in zip((~held, held), per_unit, strict=True):
             assert (active[rows].sum(axis=0) == m).all()
     dense = x.numpy()
-    for rows, m in zip((np.flatnonzero(~held), np.flatnonzero(held)), kinds.per_unit, strict=True):
+    for rows, m in zip((np.flatnonzero(~held), np.flatnonzero(held)), per_unit, strict=True):
         for unit in range(dense.shape[1]):
             best = rows[np.argsort(-dense[rows, unit])[:m]]
-            np.testing.assert_allclose(kinds.codes["neurons"].toarray()[best, unit], dense[best, unit])
+            values = kinds["neurons"].toarray()[best, unit]
+            np.testing.assert_allclose(values - values[0], dense[best, unit] - dense[best[0], unit], atol=1e-6)
     # Where an atom is active, its reading without a threshold is at its largest.
-    by_row = kinds.codes["atoms, as dense"].toarray()
+    by_row = kinds["atoms, as dense"].toarray()
     unit = int(np.argmax(often[0]))
     assert codes[np.flatnonzero(by_row[:, unit])].max(axis=0)[unit] == codes[:, unit].max()
-    assert (kinds.codes["data points"].data > 0).all()
+    assert (kinds["data points"].data > 0).all()
+    asked = read_kinds(atoms, made, read, least, 0, without=NOT_ASKED)
+    assert list(asked) == [kind for kind in kinds if kind not in NOT_ASKED]
 
-    found = label_purity(kinds, 0)
+    found = label_purity(read, lambda labelled: read_kinds(atoms, made, labelled, least, 0), 0)
     assert found is not None
     labels = np.unique([str(read.prompt(row).answer) for row in range(len(read))], return_inverse=True)[1]
     rows = np.flatnonzero(held)
@@ -513,13 +593,38 @@ def test_kinds_against_dense_codes(trained: Path) -> None:
     assert found["heldout"]["kinds"]["atoms"] == purity(csc_array(codes[rows]), labels[rows]).figures
 
 
+def test_units_that_know_subjects_know_no_labels() -> None:
+    """Four rows of every subject, all or none active, and labels that units have nothing to do with."""
+    draw = np.random.default_rng(0)
+    subjects, units = 300, 400
+    labels = draw.integers(0, 8, subjects)
+    prompts = [Prompt(f"{s} {i}", str(s), answer=str(labels[s])) for s in range(subjects) for i in range(4)]
+    heldout = torch.arange(subjects).repeat_interleave(4) % 2 == 0
+    places = torch.tensor([[i, 0, 1] for i in range(len(prompts))])
+    active = draw.random((subjects, units)) < 0.1
+
+    def codes(read: Corpus) -> dict[str, csc_array]:
+        subject = [int(str(read.prompt(row).subject)) for row in range(len(read))]
+        return {"planted": csc_array(active[subject] * draw.random((len(subject), units)))}
+
+    found = label_purity(Corpus(Rows(torch.zeros(len(prompts), 1)), prompts, places, heldout), codes, 0)
+    assert found is not None and found["all"]["n"] == subjects and found["heldout"]["n"] == subjects // 2
+    for split in found.values():
+        for score in ("information", "purity"):
+            assert split["kinds"]["planted"][score]["above_null"] < 0.1
+
+
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 50), st.integers(0, 1000))
 def test_the_strongest_rows_against_sorting(n: int, d: int, batch: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
-    x = draw.normal(size=(n + 2, d)).astype(np.float32)
+    # Columns of either sign, and such that are always negative.
+    x = (draw.normal(size=(n + 2, d)) - draw.choice([0, 10], d)).astype(np.float32)
     held = draw.permutation(np.arange(n + 2) % 3 == 0)
     basis: Basis = neurons(torch.from_numpy(x))
-    found = strongest(basis, Rows(torch.from_numpy(x)), torch.from_numpy(held), (3, 2), batch).toarray()
+    codes = strongest(basis, Rows(torch.from_numpy(x)), torch.from_numpy(held), (3, 2), batch)
+    found = codes.toarray()
+    for unit in range(d):
+        assert (np.diff(x[active_rows(codes, unit)[0], unit]) <= 0).all(), "the largest first"
     for rows, m in ((np.flatnonzero(~held), 3), (np.flatnonzero(held), 2)):
         for unit in range(d):
             best = set(rows[np.argsort(-x[rows, unit])[:m]].tolist())
@@ -537,6 +642,12 @@ def test_features_of_the_recipe_stand_beside(trained: Path, tmp_path: Path) -> N
     StandardSAE(StandardSAEConfig(d_in=5, d_sae=4)).save_model(tmp_path / "wide")
     with pytest.raises(ValueError, match="features 'wide' are 5 wide, the activations of blocks.1.hook_resid_post 16"):
         judge(trained, overrides=[f"compare.features=[{{name: wide, path: {tmp_path / 'wide'}}}]"], out=tmp_path / "o")
+    elsewhere = SAEMetadata(hook_name="blocks.0.hook_resid_post")
+    StandardSAE(StandardSAEConfig(d_in=16, d_sae=4, metadata=elsewhere)).save_model(tmp_path / "deep")
+    with pytest.raises(
+        ValueError, match="features 'deep' are of hook 'blocks.0.hook_resid_post', the atoms of 'blocks.1"
+    ):
+        judge(trained, overrides=[f"compare.features=[{{name: deep, path: {tmp_path / 'deep'}}}]"], out=tmp_path / "o")
 
 
 @pytest.mark.demo

@@ -52,6 +52,17 @@ def test_the_null_is_the_labels_permuted() -> None:
     np.testing.assert_allclose(found.share.p, (1 + reached) / 4)
 
 
+def test_counts_are_the_same_in_a_table_and_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, labels = csc_array(drawn(300, 20, 0.1)), np.random.default_rng(1).integers(0, 30, 300)
+    table = purity(codes, labels, permutations=50)
+    monkeypatch.setattr("atom_lens.evidence.purity._SPARSE", 0)
+    monkeypatch.setattr("atom_lens.evidence.purity._AT_ONCE", 2000)
+    other = purity(codes, labels, permutations=50)
+    for one, same in ((table.information, other.information), (table.share, other.share)):
+        np.testing.assert_array_equal(one.observed, same.observed)
+        np.testing.assert_array_equal(one.null, same.null)
+
+
 def test_planted_units_are_found() -> None:
     """Half the units are active at one label only, half at random."""
     draw = np.random.default_rng(0)
@@ -59,7 +70,7 @@ def test_planted_units_are_found() -> None:
     planted = np.stack([(labels == unit) & (draw.random(1000) < 0.5) for unit in range(10)], axis=1)
     codes = np.concatenate([planted, drawn(1000, 10, 0.05)], axis=1)
     found = purity(csc_array(codes * 1.0), labels)
-    assert (found.share.observed[:10] == 1).all() and (found.information.p[:10] == 1 / 201).all()
+    assert (found.share.observed[:10] == 1).all() and (found.information.p[:10] == 1 / 2001).all()
     assert (found.information.observed[:10] > found.information.null[:, :10].max(axis=0)).all()
     figures = found.figures
     assert figures["information"]["above_null_fdr"] == pytest.approx(0.5, abs=0.1)

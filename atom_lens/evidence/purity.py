@@ -9,8 +9,11 @@ import numpy as np
 from scipy.sparse import csc_array
 from scipy.stats import false_discovery_control
 
+LEAST = 5  # rows at which a unit is active, below which they say nothing about it
 _TIE = 1e-9  # the same counts may sum to figures that differ in the last digits
 _ALPHA = 0.05
+_AT_ONCE = 1 << 20  # entries, of all permutations that are looked at together
+_SPARSE = 16  # cells of a table for each entry, above which sorting the entries takes less time and memory
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,13 @@ class Purity:
 
 
 def purity(
-    codes: csc_array, labels: np.ndarray, *, top: int = 10, least: int = 5, permutations: int = 200, seed: int = 0
+    codes: csc_array, labels: np.ndarray, *, top: int = 10, least: int = LEAST, permutations: int = 2000, seed: int = 0
 ) -> Purity:
     """Mutual information with the labels, and purity of the strongest rows, of every unit, each with its null.
 
     Args:
-        codes: shape (n, F); a unit is active at the rows of its non-zero entries.
+        codes: shape (n, F); a unit is active at the rows of its non-zero entries. No two rows may be of one subject:
+            they are alike, permuted labels would tear them apart, and units that know nothing would pass.
         labels: integers from 0 on, shape (n,).
         top: rows that purity looks at, the largest in size; all of a unit that has fewer.
         least: units that are active at fewer rows are left out.
@@ -117,21 +121,30 @@ def purity(
     counts = np.arange(n + 1, dtype=np.float64)
     xlogx = counts * np.log2(np.maximum(counts, 1))
 
-    def scores(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        of, label, together = _tally(unit, labels[rows], len(totals))
+    def scores(permuted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Both figures under each of some permutations, shape (some, units)."""
+        size = (len(permuted), len(active))
+        owner = np.arange(len(permuted))[:, None] * len(active)
+        keys = (owner + unit) * len(totals) + permuted[:, rows]
+        (of, label), together = _counted(keys, len(totals))
         # Labels at which a unit is never active cancel out of the sum over the contingency table.
         cells = xlogx[together] + xlogx[totals[label] - together] - xlogx[totals[label]]
-        joint = np.bincount(of, cells, minlength=len(active))
-        of, _, together = _tally(unit[leading], labels[rows[leading]], len(totals))
-        commonest = np.zeros(len(active))
+        joint = np.bincount(of, cells, minlength=size[0] * size[1]).reshape(size)
+        (of, _), together = _counted(keys[:, leading], len(totals))
+        commonest = np.zeros(size[0] * size[1])
         np.maximum.at(commonest, of, together)
-        return (joint - xlogx[active] - xlogx[n - active] + xlogx[n]) / n, commonest / np.minimum(active, top)
+        information = (joint - xlogx[active] - xlogx[n - active] + xlogx[n]) / n
+        return information, commonest.reshape(size) / np.minimum(active, top)
 
     generator = np.random.default_rng(seed)
-    information, share = scores(labels)
-    nulls = [scores(generator.permutation(labels)) for _ in range(permutations)]
+    (information,), (share,) = scores(labels[None])
+    at_once = max(1, _AT_ONCE // max(1, len(rows)))
+    nulls = [
+        scores(np.stack([generator.permutation(labels) for _ in range(min(at_once, permutations - done))]))
+        for done in range(0, permutations, at_once)
+    ]
     entropy = float((xlogx[n] - xlogx[totals].sum()) / n)
-    by_chance = [np.stack(part) for part in zip(*nulls, strict=True)]
+    by_chance = [np.concatenate(part) for part in zip(*nulls, strict=True)]
     return Purity(
         np.flatnonzero(kept),
         int((~kept).sum()),
@@ -142,7 +155,12 @@ def purity(
     )
 
 
-def _tally(unit: np.ndarray, label: np.ndarray, n_labels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(unit, label, how often) of the pairs that occur."""
-    pairs, together = np.unique(unit.astype(np.int64) * n_labels + label, return_counts=True)
-    return *np.divmod(pairs, n_labels), together
+def _counted(keys: np.ndarray, n_labels: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """((owner, label), how often) of the keys that occur, which are owner * n_labels + label."""
+    if keys.size and keys.max() < _SPARSE * keys.size:
+        table = np.bincount(keys.ravel())
+        pairs = np.flatnonzero(table)
+        together = table[pairs]
+    else:
+        pairs, together = np.unique(keys, return_counts=True)
+    return np.divmod(pairs, n_labels), together

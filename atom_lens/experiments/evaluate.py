@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from atom_lens._files import shown
+from atom_lens.activations import Prompt
 from atom_lens.evidence import evaluate
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.sharing.load import atoms_folder, open_dictionary
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.recipe_file import load_recipe
 from atom_lens.training.run import harvest_for, split_activations
+from atom_lens.training.split import heldout_rows
 from atom_lens.tsae import TSAE
+
+logger = logging.getLogger(__name__)
+# What decides which subjects a recipe reads, and which of them it holds out.
+_READ = {"model", "prompts", "hooks", "positions", "massive_ratio", "prepend_bos", "max_tokens", "split"}
 
 
 def recipe_beside(path: str | Path) -> Path:
     """The recipe.yaml of the run that atoms at `path` belong to."""
-    for folder in (Path(path), Path(path).parent):
+    atoms = Path(path)
+    if atoms.name.startswith("seed-"):  # those of another seed lie within those of the first
+        atoms = atoms.parent
+    for folder in (atoms, atoms.parent):
         if (folder / "recipe.yaml").is_file():
             return folder / "recipe.yaml"
-    raise ValueError(f"no recipe.yaml in {str(path)!r} or above it: say whose activations with --recipe")
+    raise ValueError(f"no recipe.yaml in {str(path)!r} or above it: a run folder has one, and evaluate takes --recipe")
 
 
 def evaluate_folder(
@@ -65,13 +77,44 @@ def evaluate_folder(
 
 
 def check_split(folder: Path, recipe: Recipe) -> None:
-    """Atoms that know their recipe are not measured on another split: its held-out subjects may have trained them."""
+    """Atoms that know their recipe are not measured on held-out subjects that they were trained on.
+
+    Args:
+        folder: of the atoms, or their run.
+        recipe: whose held-out rows they are to be measured on.
+
+    Raises:
+        ValueError: some of those subjects were training subjects at a hook that both recipes read.
+    """
     try:
         own = load_recipe(recipe_beside(folder))
     except ValueError:
         return
-    if own.prompts == recipe.prompts and own.split != recipe.split:
-        raise ValueError(
-            f"split is {recipe.split}, these atoms were trained with {own.split}: "
-            "subjects held out now may be subjects they were trained on"
-        )
+    if own.model_dump(include=_READ) == recipe.model_dump(include=_READ):
+        return
+    prompts = recipe.prompts.read()
+    try:
+        before = own.prompts.read()
+        if {prompt.group for prompt in prompts}.isdisjoint(prompt.group for prompt in before):
+            return
+        theirs = _sides(own, before)
+    except (ValueError, OSError) as error:
+        logger.warning("subjects held out now may have trained these atoms, whose own cannot be read: %s", error)
+        return
+    for hook, (heldout, _) in _sides(recipe, prompts).items():
+        if seen := sorted(heldout & theirs.get(hook, (set(), set()))[1]):
+            raise ValueError(
+                f"{len(seen)} of {len(heldout)} subjects held out now, {shown(seen[0])!r} among them, are subjects "
+                "that these atoms were trained with: keep the prompts, positions and split of their recipe.yaml"
+            )
+
+
+def _sides(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, tuple[set[str], set[str]]]:
+    """Hook -> the subjects held out, and those trained on, of the rows that are read: they decide how a split falls."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for hook, rows in harvest_for(recipe, prompts).rows.items():
+        groups = [prompts[prompt].group for prompt in rows[:, 0].tolist()]
+        out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed).tolist()
+        heldout = set(compress(groups, out))
+        found[hook] = heldout, set(groups) - heldout
+    return found

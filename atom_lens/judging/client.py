@@ -6,19 +6,23 @@ import hashlib
 import ipaddress
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from httpx import InvalidURL
 from openai import APIError, OpenAI
 
 from atom_lens._files import read_json, shown, write_json
 
 DEFAULT_URL = "https://api.openai.com/v1"
+_PORTS = {"http": 80, "https": 443}
 _RETRIES = 6  # the library's own, with exponential backoff: connection errors, time-outs, 408, 409, 429, 5xx
 _TIMEOUT = 120.0
-_CHARACTERS = 4  # of English a token has, roughly
+_COUNTS = range(1 << 53)  # of tokens, that can be
+_BYTES = 3  # of UTF-8 a token has, by a cautious guess: English has more, other scripts about as many
 
 
 class BudgetSpentError(Exception):
@@ -27,15 +31,15 @@ class BudgetSpentError(Exception):
 
 @dataclass
 class Budget:
-    """What the answers of a study cost, those from the cache included, and what they may cost.
+    """What the answers of a folder cost, those of earlier calls included, and what they may cost.
 
     Attributes:
-        dollars: at most.
-        prices: dollars per million tokens read and written; the cap holds where they are not 0.
+        dollars: at most; None is no cap.
+        prices: dollars per million tokens read and written.
         read, written: tokens so far.
     """
 
-    dollars: float
+    dollars: float | None
     prices: tuple[float, float]
     read: int = 0
     written: int = 0
@@ -45,14 +49,24 @@ class Budget:
         """Dollars so far."""
         return self.cost(self.read, self.written)
 
+    def add(self, answer: Mapping[str, Any]) -> None:
+        """Count the tokens of an answer."""
+        self.read += answer["read"]
+        self.written += answer["written"]
+
+    def add_kept(self, cache: Path) -> None:
+        """Count all answers in a folder, whatever was asked: they were paid for."""
+        for answer in filter(None, map(_kept, cache.glob("*.json"))):
+            self.add(answer)
+
     def cost(self, read: int, written: int) -> float:
         """Dollars for that many tokens."""
         return (self.prices[0] * read + self.prices[1] * written) / 1e6
 
 
 def estimated_tokens(text: str) -> int:
-    """Tokens of a text, at 4 characters each."""
-    return -(-len(text) // _CHARACTERS)
+    """Tokens that a text may have; only its server knows."""
+    return -(-len(text.encode()) // _BYTES)
 
 
 class Judge:
@@ -65,25 +79,25 @@ class Judge:
         budget: shared with other judges of the study.
 
     Raises:
-        ValueError: no http(s) address, or no $OPENAI_API_KEY for a server on another machine.
+        ValueError: no http(s) address, a proxy that cannot be used, or no $OPENAI_API_KEY for a server on another
+            machine.
     """
 
     def __init__(self, model: str, base_url: str | None, cache: Path, budget: Budget) -> None:
         url = base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL
-        address = urlsplit(url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(
-                f"base_url is {shown(url)!r}, allowed is http:// or https:// and a host, e.g. {DEFAULT_URL}"
-            )
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if _is_loopback(address.hostname) else None)
+        host, self._server = _host_and_server(url)
+        key = os.environ.get("OPENAI_API_KEY") or ("none" if _is_loopback(host) else None)
         if key is None:
-            raise ValueError(
-                f"OPENAI_API_KEY is not set, {address.hostname} needs one (any, if it does not look at it)"
-            )
+            raise ValueError(f"OPENAI_API_KEY is not set, {host} needs one (any, if it does not look at it)")
         self.model, self.cache, self.budget = model, cache, budget
         self.asked = 0
-        self._host, self._key = address.hostname, key
-        self._client = OpenAI(base_url=url, api_key=key, max_retries=_RETRIES, timeout=_TIMEOUT)
+        self._host, self._key = host, key
+        try:
+            self._client = OpenAI(base_url=url, api_key=key, max_retries=_RETRIES, timeout=_TIMEOUT)
+        except (ImportError, InvalidURL, ValueError) as error:
+            raise ValueError(
+                f"{host} cannot be reached by this base_url or the proxy in the environment: {shown(str(error))}"
+            ) from None
 
     def ask(self, version: str, question: str, max_tokens: int) -> str:
         """The answer to `question`, from the cache where it was answered before.
@@ -103,18 +117,18 @@ class Judge:
             "temperature": 0,
             "max_tokens": max_tokens,
         }
-        name = hashlib.sha256(json.dumps([version, request], sort_keys=True).encode()).hexdigest()
+        key = json.dumps([version, self._server, request], sort_keys=True)
+        name = hashlib.sha256(key.encode()).hexdigest()
         file = self.cache / f"{name}.json"
         # A cache that came with a folder is read with suspicion; one that is no longer whole is asked for again.
         kept = _kept(file)
         if kept is None:
             needed = self.budget.cost(estimated_tokens(question), max_tokens)
-            if self.budget.spent + needed > self.budget.dollars:
+            if self.budget.dollars is not None and self.budget.spent + needed > self.budget.dollars:
                 raise BudgetSpentError
             kept = self._answer(request, question)
             write_json(file, kept)
-        self.budget.read += kept["read"]
-        self.budget.written += kept["written"]
+            self.budget.add(kept)
         return kept["answer"]
 
     def _answer(self, request: dict[str, Any], question: str) -> dict[str, Any]:
@@ -124,6 +138,8 @@ class Judge:
             answer, usage = str(found.choices[0].message.content or ""), found.usage
             read = int(usage.prompt_tokens) if usage else estimated_tokens(question)
             written = int(usage.completion_tokens) if usage else estimated_tokens(answer)
+            if read not in _COUNTS or written not in _COUNTS:
+                raise ValueError("no numbers of tokens")
         except APIError as error:
             # Some servers repeat the key they were sent.
             said = shown(str(error).replace(self._key, "[key]"))
@@ -142,8 +158,24 @@ def _kept(file: Path) -> dict[str, Any] | None:
         found = read_json(file)
     except (FileNotFoundError, ValueError):
         return None
-    whole = isinstance(found.get("answer"), str) and all(type(found.get(key)) is int for key in ("read", "written"))
+    tokens = [found.get("read"), found.get("written")]
+    whole = isinstance(found.get("answer"), str) and all(type(count) is int and count in _COUNTS for count in tokens)
     return found if whole else None
+
+
+def _host_and_server(url: str) -> tuple[str, str]:
+    """The host of an address, and the address as it is written only one way, without what may stand before an @."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or _PORTS[parts.scheme]
+        if parts.hostname:
+            return parts.hostname, f"{parts.scheme}://{parts.hostname}:{port}{parts.path.rstrip('/')}"
+    except (KeyError, ValueError):
+        pass
+    raise ValueError(
+        f"base_url is {shown(url.rpartition('@')[2])!r}, allowed is http:// or https://, a host and maybe a port, "
+        f"e.g. {DEFAULT_URL}"
+    )
 
 
 def _is_loopback(host: str) -> bool:

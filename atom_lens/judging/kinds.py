@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -11,73 +10,63 @@ from jaxtyping import Bool, Float
 from scipy.sparse import csc_array
 from torch import Tensor
 
+from atom_lens._files import shown
 from atom_lens.evidence.bases import Basis, neurons
 from atom_lens.evidence.measure import Dictionary
 from atom_lens.evidence.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.evidence.purity import purity
 from atom_lens.experiments.cells import Cell, pretrained
-from atom_lens.experiments.contexts import Corpus, codes_of, corpus
+from atom_lens.experiments.contexts import Corpus, codes_of
 from atom_lens.rows import Rows, mean_row
-from atom_lens.sharing.load import load_atoms
 from atom_lens.training.recipe import Recipe
+from atom_lens.tsae import TSAE
 
 DATA_POINTS, DENSE_ATOMS, CONTROL = "data points", "atoms, as dense", "random rows"
 NOT_ASKED = (DATA_POINTS, DENSE_ATOMS)  # of a judge, whose answers cost
 
 
-@dataclass(frozen=True)
-class Kinds:
-    """What is judged.
-
-    Attributes:
-        recipe: of the run.
-        hook: where its atoms were read.
-        corpus: the rows.
-        codes: kind -> codes of its units, shape (n, F), with an entry where a unit is active.
-        per_unit: rows at which the median atom is active, and each unit of a dense kind: (of the training rows, of
-            the held-out ones).
-    """
-
-    recipe: Recipe
-    hook: str
-    corpus: Corpus
-    codes: dict[str, csc_array]
-    per_unit: tuple[int, int]
-
-
-def read_kinds(folder: Path, recipe: Recipe, seed: int) -> Kinds:
+def read_kinds(
+    atoms: TSAE, recipe: Recipe, read: Corpus, least: tuple[int, int], seed: int, without: Collection[str] = ()
+) -> dict[str, csc_array]:
     """Codes of atoms, the recipe's features, neurons, random directions, data points and random rows, on the same rows.
 
     Only what lies on the positive side of a unit counts as active, as it does for atoms and SAEs, whose codes are
     never negative: a direction's two ends are two things. Dense kinds (neurons, random directions) are active at
-    their largest codes, at as many rows of either split as the median atom; so are the atoms' encoder rows, without
-    their thresholds, to compare at the same number of rows. Data points are the atoms of a pursuit
-    with the atoms' mean L0. Random rows are no units at all: the floor.
+    their largest codes, at as many rows of either split as the median of the atoms that are active at `least` rows of
+    it; so are the atoms' encoder rows, without their thresholds, to compare at the same number of rows. Data points are
+    the atoms of a pursuit with the atoms' mean L0. Random rows are no units at all: the floor.
 
     Args:
-        folder: of the atoms.
-        recipe: of their run.
+        atoms: of a run.
+        recipe: of the run.
+        read: the rows.
+        least: training rows, and held-out ones, at which a unit that counts is active.
         seed: of the draws.
+        without: of data points and the dense atoms, those that are not needed.
+
+    Returns:
+        Kind -> codes of its units, shape (n, F), with an entry where a unit is active.
 
     Raises:
-        ValueError: the hook is not one of the recipe's, or features are of another width.
+        ValueError: features of another width, or of another hook.
     """
-    atoms = load_atoms(folder)
-    hook = str(atoms.cfg.metadata.hook_name)
-    read = corpus(recipe, hook)
     train = read.x.select(~read.heldout)
     generator = torch.Generator().manual_seed(seed)
     mean, n_atoms = mean_row(train).to(train.dtype), len(atoms.W_dec)
     codes = {"atoms": _positive(codes_of(atoms, read.x))}
     held = read.heldout.numpy()
-    often = [np.diff(part.indptr) for part in (codes["atoms"][~held], codes["atoms"][held])]
-    m_train, m_heldout = (max(1, int(np.median(part[part > 0]))) if part.any() else 1 for part in often)
+    often = (np.diff(codes["atoms"][rows].indptr) for rows in (~held, held))
+    m_train, m_heldout = (_median(part, enough) for part, enough in zip(often, least, strict=True))
+    hook = str(atoms.cfg.metadata.hook_name)
     for features in recipe.compare.features:
         one = pretrained(features, "cpu")
         if one.W_dec.shape[1] != train.shape[1]:
             raise ValueError(
                 f"features {features.name!r} are {one.W_dec.shape[1]} wide, the activations of {hook} {train.shape[1]}"
             )
+        theirs = one.cfg.metadata.hook_name
+        if theirs not in (None, hook):
+            raise ValueError(f"features {features.name!r} are of hook {shown(str(theirs))!r}, the atoms of {hook!r}")
         codes[f"features {features.name}"] = _positive(codes_of(one, read.x))
     directions = random_atoms(n_atoms, atoms.aip, generator)
     dense = {
@@ -87,12 +76,20 @@ def read_kinds(folder: Path, recipe: Recipe, seed: int) -> Kinds:
         "random directions": Basis(atoms.aip.whiten(atoms.aip.whiten(directions)).to(train.dtype), mean),
     }
     for name, basis in dense.items():
-        codes[name] = strongest(basis, read.x, read.heldout, (m_train, m_heldout))
-    k = max(1, round(codes["atoms"].nnz / len(read)))
-    points = data_atoms(train, n_atoms, mean, generator)
-    codes[DATA_POINTS] = _positive(codes_of(Pursuit(points, mean, atoms.aip, min(k, *points.shape)), read.x))
+        if name not in without:
+            codes[name] = strongest(basis, read.x, read.heldout, (m_train, m_heldout))
+    if DATA_POINTS not in without:
+        k = max(1, round(codes["atoms"].nnz / len(read)))
+        points = data_atoms(train, n_atoms, mean, generator)
+        codes[DATA_POINTS] = _positive(codes_of(Pursuit(points, mean, atoms.aip, min(k, *points.shape)), read.x))
     codes[CONTROL] = _random_rows(read.heldout, n_atoms, (m_train, m_heldout), seed)
-    return Kinds(recipe, hook, read, codes, (m_train, m_heldout))
+    return codes
+
+
+def _median(often: np.ndarray, least: int) -> int:
+    """Rows of the median unit; those below `least` are not measured, and would pull the others below it too."""
+    counted = often[often >= least]
+    return int(np.median(counted)) if len(counted) else least
 
 
 @torch.no_grad()
@@ -103,7 +100,11 @@ def strongest(
     per_unit: tuple[int, int],
     batch: int = 1024,
 ) -> csc_array:
-    """Of every unit only the largest codes: `per_unit` of the training rows, and of the held-out rows. Shape (n, F)."""
+    """Of every unit its largest codes: `per_unit` of the training rows, and of the held-out rows. Shape (n, F).
+
+    What is kept of them is how far they lie above the least of the unit, plus 1: an entry is positive then, and larger
+    where the code is, whatever the sign of the codes.
+    """
     values, rows = [], []
     for m, which in zip(per_unit, (~heldout, heldout), strict=True):
         at = which.nonzero().squeeze(1)
@@ -116,7 +117,8 @@ def strongest(
             index = index.gather(0, order)
         values.append(best)
         rows.append(index)
-    value, row = torch.cat(values), torch.cat(rows)
+    value, row = torch.cat(values).double(), torch.cat(rows)
+    value = value - value.amin(dim=0) + 1
     unit = torch.arange(value.shape[1]).expand_as(value)
     entries = (row.flatten().numpy(), unit.flatten().numpy())
     return csc_array((value.flatten().numpy(), entries), shape=(len(heldout), value.shape[1]))
@@ -143,19 +145,31 @@ def _positive(codes: csc_array) -> csc_array:
     return codes
 
 
-def label_purity(kinds: Kinds, seed: int) -> Cell | None:
-    """Purity of every kind for the prompts' answers, on the held-out rows and on all; None where there are none."""
-    answers = [kinds.corpus.prompt(row).answer for row in range(len(kinds.corpus))]
-    labelled = np.array([answer is not None for answer in answers])
-    splits = {"heldout": labelled & kinds.corpus.heldout.numpy(), "all": labelled}
-    if any(len({answers[row] for row in np.flatnonzero(rows)}) < 2 for rows in splits.values()):
+def label_purity(read: Corpus, codes_at: Callable[[Corpus], dict[str, csc_array]], seed: int) -> Cell | None:
+    """Purity of every kind for the prompts' answers, on the held-out rows and on all; None where there are none.
+
+    Of every subject only the last row that has an answer is looked at, however many tokens and prompts it has.
+
+    Args:
+        read: the rows.
+        codes_at: the codes of every kind at those of them that are looked at.
+        seed: of the permutations.
+    """
+    prompts = [read.prompt(row) for row in range(len(read))]
+    last = {prompt.group: row for row, prompt in enumerate(prompts) if prompt.answer is not None}
+    which = torch.zeros(len(read), dtype=torch.bool)
+    which[list(last.values())] = True
+    labelled = Corpus(read.x.select(which), read.prompts, read.places[which], read.heldout[which])
+    answers = np.array([str(labelled.prompt(row).answer) for row in range(len(labelled))])
+    splits = {"heldout": labelled.heldout.numpy(), "all": np.ones(len(labelled), dtype=bool)}
+    if any(len(np.unique(answers[rows])) < 2 for rows in splits.values()):
         return None
+    codes = codes_at(labelled)
     found: Cell = {}
     for split, rows in splits.items():
-        names, labels = np.unique([str(answers[row]) for row in np.flatnonzero(rows)], return_inverse=True)
+        names, labels = np.unique(answers[rows], return_inverse=True)
         scores = {
-            kind: purity(csc_array(codes[np.flatnonzero(rows)]), labels, seed=seed).figures
-            for kind, codes in kinds.codes.items()
+            kind: purity(csc_array(of[np.flatnonzero(rows)]), labels, seed=seed).figures for kind, of in codes.items()
         }
         commonest = float(np.bincount(labels).max() / len(labels))
         found[split] = {"n": len(labels), "labels": len(names), "commonest_label": commonest, "kinds": scores}

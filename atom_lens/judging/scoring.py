@@ -46,7 +46,8 @@ def read_rubric(answer: str) -> tuple[str, int] | None:
     said, score = found.get("explanation"), found.get("score")
     if not isinstance(said, str) or not said.strip() or type(score) is not int or score not in SCORES:
         return None
-    return " ".join(said.split())[:_LONGEST], score
+    # JSON may hold half a surrogate pair, which no server could be sent.
+    return " ".join(said.split())[:_LONGEST].encode(errors="replace").decode(), score
 
 
 def read_detection(answer: str, count: int) -> set[int] | None:

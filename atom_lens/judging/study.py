@@ -10,13 +10,15 @@ from typing import Any
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from atom_lens._files import locked, sweep, write_json
+from atom_lens.evidence.purity import LEAST
 from atom_lens.evidence.report import versions
+from atom_lens.experiments.contexts import corpus
 from atom_lens.experiments.evaluate import check_split, recipe_beside
 from atom_lens.judging.asking import ask_all, estimate
 from atom_lens.judging.client import Budget, Judge
-from atom_lens.judging.kinds import NOT_ASKED, label_purity, read_kinds
+from atom_lens.judging.kinds import CONTROL, NOT_ASKED, label_purity, read_kinds
 from atom_lens.judging.sampling import VERSION, Case, draw_cases
-from atom_lens.sharing.load import atoms_folder
+from atom_lens.sharing.load import atoms_folder, load_atoms
 from atom_lens.training.recipe_file import load_recipe
 
 
@@ -31,7 +33,7 @@ def judge(
     human: str | Path | None = None,
     units: int = 50,
     contexts: int = 10,
-    budget: float = 1.0,
+    budget: float | None = None,
     prices: Sequence[float] = (0.0, 0.0),
     seed: int = 0,
     dry_run: bool = False,
@@ -52,8 +54,9 @@ def judge(
         human: CSV of a person's scores, columns question and score: blind.csv, filled in.
         units: drawn of each kind.
         contexts: of each unit that are shown; as many others are tested.
-        budget: dollars at most, for all answers of the study, those of earlier calls included.
-        prices: dollars per million tokens read and written; at 0 there is no cap.
+        budget: dollars at most, for all answers in `out`, those of earlier calls included; None is 1 where there are
+            prices, and no cap where there are none.
+        prices: dollars per million tokens read and written.
         seed: of what is drawn and how it is shuffled.
         dry_run: count questions, tokens and dollars, ask nothing.
         out: folder; None takes judge/ in the run folder (of several hooks, or another seed, judge/<hook>).
@@ -72,35 +75,43 @@ def judge(
     out = Path(out) if out is not None else _default_out(home.parent, folder)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out is {str(out)!r}, a file, a folder is needed")
-    spending = Budget(budget, (prices[0], prices[1]))
+    spending = Budget(1.0 if budget is None and any(prices) else budget, (prices[0], prices[1]))
     names = [] if model is None or dry_run else [model, *([second_model] if second_model else [])]
     judges = [Judge(name, base_url, out / "cache", spending) for name in names]
 
-    kinds = read_kinds(folder, recipe, seed)
+    atoms = load_atoms(folder)
+    read = corpus(recipe, str(atoms.cfg.metadata.hook_name))
     found: dict[str, Any] = {
         "schema_version": 1,
         "model": recipe.model.name,
-        "hook": kinds.hook,
+        "hook": atoms.cfg.metadata.hook_name,
         "seed": seed,
-        "purity": label_purity(kinds, seed),
+        "purity": label_purity(read, lambda labelled: read_kinds(atoms, recipe, labelled, (LEAST, LEAST), seed), seed),
         "judge": None,
         "versions": versions(),
     }
     cases: list[Case] = []
     if dry_run or judges:
-        asked_of = {kind: codes for kind, codes in kinds.codes.items() if kind not in NOT_ASKED}
-        cases, living = draw_cases(asked_of, kinds.corpus.heldout.numpy(), units, contexts, seed)
+        codes = read_kinds(atoms, recipe, read, (contexts, contexts // 2), seed, without=NOT_ASKED)
+        held = read.heldout.numpy()
+        cases, living = draw_cases(codes, held, units, contexts, seed)
+        if not any(case.kind == CONTROL for case in cases):
+            raise ValueError(
+                f"contexts is {contexts}, but of {(~held).sum()} training and {held.sum()} held-out rows no random "
+                "ones can be drawn for comparison: fewer are needed"
+            )
         about = {"model": model, "second_model": second_model, "prompts": VERSION, "contexts": contexts}
         found["judge"] = {**about, "living": living}
     if dry_run:
-        found["judge"]["estimate"] = estimate(cases, kinds.corpus, spending, 2 if second_model else 1)
+        found["judge"]["estimate"] = estimate(cases, read, spending, 2 if second_model else 1)
         return found
     with locked(out):
         out.mkdir(parents=True, exist_ok=True)
         for place in (out, out / "cache"):
             sweep(place)
         if judges:
-            found["judge"] |= ask_all(cases, kinds.corpus, judges, None if human is None else Path(human), out, seed)
+            spending.add_kept(out / "cache")
+            found["judge"] |= ask_all(cases, read, judges, None if human is None else Path(human), out, seed)
         write_json(out / "judge.json", found)
     return found
 
@@ -111,7 +122,7 @@ def _check(
     human: str | Path | None,
     units: int,
     contexts: int,
-    budget: float,
+    budget: float | None,
     prices: Sequence[float],
 ) -> None:
     if units < 1:
@@ -119,8 +130,10 @@ def _check(
     if not 2 <= contexts <= 100:
         raise ValueError(f"contexts is {contexts}, allowed is 2 to 100")
     for key, value in (("budget", budget), *(("prices", price) for price in prices)):
-        if not (math.isfinite(value) and value >= 0):
+        if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{key} is {value}, allowed is 0 or more")
+    if budget is not None and not any(prices):
+        raise ValueError(f"budget is {budget}, but prices are 0 0: dollars per million tokens are needed to count it")
     for key, value in (("second_model", second_model), ("human", human)):
         if value is not None and model is None:
             raise ValueError(f"{key} is {str(value)!r}, but no model is given that it could agree with")

@@ -53,9 +53,10 @@ def _purity(split: str, part: Mapping[str, Any]) -> str:
 
 def _estimate(judged: Mapping[str, Any]) -> str:
     one = judged["estimate"]
+    dollars = f"at most ${one['dollars_at_most']:.2f}" if one["dollars_at_most"] else "no prices given"
     return (
         f"a judge would be asked {one['questions']} questions: about {one['read']:,} tokens read, at most "
-        f"{one['written_at_most']:,} written, at most ${one['dollars_at_most']:.2f}; nothing was asked (dry run)"
+        f"{one['written_at_most']:,} written, {dollars}; nothing was asked (dry run)"
     )
 
 
@@ -77,8 +78,8 @@ def _judged(judged: Mapping[str, Any]) -> str:
         aligned(cells),
         "",
         f"{judged['answered']} of {judged['questions']} questions answered, {judged['asked_now']} asked now; "
-        f"{judged['read']:,} tokens read, {judged['written']:,} written, ${judged['dollars']:.4f} "
-        f"of ${judged['budget']:.2f} (answers kept from before included)",
+        f"{judged['read']:,} tokens read, {judged['written']:,} written, {_dollars(judged)} (answers kept from before "
+        "included)",
     ]
     if not judged["complete"]:
         lines.append("INCOMPLETE: the budget does not reach further; a larger one goes on from here")
@@ -92,6 +93,12 @@ def _judged(judged: Mapping[str, Any]) -> str:
 
 def _range(interval: Sequence[float] | None, digits: int, sign: str = "") -> str:
     return "none" if interval is None else f"{interval[0]:{sign}.{digits}f} to {interval[1]:{sign}.{digits}f}"
+
+
+def _dollars(judged: Mapping[str, Any]) -> str:
+    if judged["budget"] is None:
+        return "no prices given, so no cap"
+    return f"${judged['dollars']:.4f} of ${judged['budget']:.2f}"
 
 
 def _share(value: float | None) -> str:
