@@ -295,6 +295,7 @@ def test_bad_recipes(
     talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
     recipe = study(talking, tmp_path)
+    capsys.readouterr()  # what loading the model printed, where this test is the first to ask for it
     assert main(["intervene", str(recipe), override, "--quiet", "--out", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
