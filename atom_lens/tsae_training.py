@@ -28,7 +28,7 @@ from atom_lens.search import Search
 from atom_lens.sparse import Entries, sparse_decode, sparse_encode
 from atom_lens.tsae import ARCHITECTURE, TSAE, WHITENED, TSAEConfig
 
-DENSITY_LIMIT = 0.08  # share of entries; dense steps are faster from 0.09 to 0.13 on (docs/performance.md)
+DENSITY_LIMIT = 0.08  # share of entries; dense steps are faster from 0.09 to 0.16 on (docs/performance.md)
 
 
 @dataclass
