@@ -234,13 +234,10 @@ class TSAETraining(JumpReLUTrainingSAE):
             at, candidates = self._revived(seen, directions, dead)
             left = x - sae_out.detach() - sparse_decode(pre(candidates, at), self.W_dec, at)
             losses["revival_loss"] = self.cfg.revival * (left.square() * self.loss_weight).sum(dim=-1).mean()
-        fired = codes.detach() > 0
-        places = torch.stack([entries.rows[fired], entries.columns[fired]])
-        size = (len(x), self.cfg.d_sae)
-        feature_acts = torch.sparse_coo_tensor(places, codes.detach()[fired], size, is_coalesced=True)
-        hidden_pre = torch.sparse_coo_tensor(
-            torch.stack([entries.rows, entries.columns]), found, size, is_coalesced=True
-        )
+        fired, size = codes.detach() > 0, (len(x), self.cfg.d_sae)
+        places = torch.stack([entries.rows, entries.columns])
+        feature_acts = torch.sparse_coo_tensor(places[:, fired], codes.detach()[fired], size, is_coalesced=True)
+        hidden_pre = torch.sparse_coo_tensor(places, found, size, is_coalesced=True)
         loss = torch.stack(list(losses.values())).sum()
         return TrainStepOutput(x, sae_out, feature_acts, hidden_pre, loss, losses)
 

@@ -74,8 +74,7 @@ def cached_tokens(arguments: Mapping[str, Any]) -> int:
     """Tokens in the KV cache that a transformers model, or a block of a HookedTransformer, is called with."""
     if (position := arguments.get("cache_position")) is not None:
         return int(position[0])
-    for name in ("cache", "past_key_values"):  # the name since transformers 5.24, and the one before
-        if (cache := arguments.get(name)) is not None:
-            return int(cache.get_seq_length())
+    if (cache := arguments.get("past_key_values")) is not None:
+        return int(cache.get_seq_length())
     entry = arguments.get("past_kv_cache_entry")
     return 0 if entry is None else int(entry.past_keys.shape[1])
