@@ -41,8 +41,8 @@ from torch.nn.functional import embedding_bag, mse_loss, normalize
 
 from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig, harvest
 from atom_lens.activations.prompts import cities
+from atom_lens.dictionaries.stock import stock_sae
 from atom_lens.training.faster import fuse
-from atom_lens.training.units import stock_sae
 
 SIZES = "640x2560,640x10240,2304x9216"
 MODEL, HOOK, MODEL_WIDTH = "demo:gemma-3-270m", "blocks.9.hook_resid_post", 640

@@ -14,7 +14,7 @@ import torch
 from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms, open_model, splice
 from atom_lens.activations.prompts import Prompt, cities
 from atom_lens.interventions import attribution, read
-from atom_lens.training.recipe import Atoms, Training
+from atom_lens.recipe.sections import Atoms, Training
 
 HOOK = "blocks.11.hook_resid_post"
 TEMPLATE = "{} is a city in the country of"

@@ -17,26 +17,26 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 from atom_lens import AtomicInnerProduct, load_atoms
 from atom_lens.cli import main
+from atom_lens.dictionaries import Setup, Trained, find_kind, kinds
 from atom_lens.experiments.frontier import comparison_table, margins, verdict
 from atom_lens.experiments.matched import matched, matched_table
 from atom_lens.page.folders import read_folders
 from atom_lens.page.study_tables import over_hooks
+from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.training.fit import fit_together
-from atom_lens.training.recipe import Atoms, Training
-from atom_lens.training.units import trained_unit, unit_learner
 
 HOOK = "blocks.1.hook_resid_post"
-STOCK = ["relu", "gated", "topk", "batchtopk", "jumprelu"]
 
 
-@pytest.mark.parametrize("unit", [*STOCK, *(f"{name}_whitened" for name in STOCK), "tsae_tied", "tsae_free"])
+@pytest.mark.parametrize("unit", [kind.name for kind in kinds(Trained)])
 def test_every_unit_trains_and_acts_on_raw_activations(unit: str, generator: torch.Generator) -> None:
     """What comes out encodes raw activations, and reconstructs better than before it learned."""
     x = shifted(600, 10, generator, shift=0.3)
     aip = AtomicInnerProduct.estimate(x)
-    learner = unit_learner(unit, 3.0, x, aip, Atoms(capacity=24, target_l0=1.0), seed=3)
+    kind = find_kind(unit, Trained)
+    learner = kind.start(Setup(x, aip, Atoms(capacity=24, target_l0=1.0)), 3.0, 3)
     fit_together({"x": x}, {unit: learner}, Training(steps=400, batch_size=64, lr=3e-3, device="cpu", dead_after=50))
-    made = trained_unit(learner, aip)
+    made = kind.finish(learner, aip)
     with torch.no_grad():
         codes = made.encode(x)
         error = (made.decode(codes) - x).square().sum() / (x - x.mean(0)).square().sum()
@@ -48,10 +48,11 @@ def test_every_unit_trains_and_acts_on_raw_activations(unit: str, generator: tor
 def test_seeds_and_whitening_matter() -> None:
     x = shifted(300, 8, torch.Generator().manual_seed(0))
     aip = AtomicInnerProduct.estimate(x)
-    atoms = Atoms(capacity=12, target_l0=2.0)
-    first, again, other = (unit_learner("topk", 2.0, x, aip, atoms, seed=s).sae.W_dec for s in (0, 0, 1))
+    setup = Setup(x, aip, Atoms(capacity=12, target_l0=2.0))
+    topk, whitened = find_kind("topk", Trained), find_kind("topk_whitened", Trained)
+    first, again, other = (topk.start(setup, 2.0, seed).sae.W_dec for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert unit_learner("topk_whitened", 2.0, x, aip, atoms).sae.cfg.normalize_activations == "covariance_whitening"
+    assert whitened.start(setup, 2.0, 0).sae.cfg.normalize_activations == "covariance_whitening"
 
 
 def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
@@ -98,7 +99,7 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"compare": {"units": ["atoms"]}}, "key compare.units.0 is 'atoms', allowed is 'neurons'"),
+        ({"compare": {"units": ["atoms"]}}, "key compare.units.0 is 'atoms', allowed is neurons, principal"),
         ({"compare": {"l0": []}}, "key compare.l0 is []"),
         ({"compare": {"features": [{"name": "x"}]}}, "features 'x' needs either path, or both release"),
         ({"compare": {"units": ["topk"], "features": [{"name": "x", "path": "no"}]}}, "no cfg.json in path 'no'"),
@@ -115,7 +116,7 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
                 {"compare": {"features": [{"name": name, "path": "no"}]}},
                 f"features have name '{name}', allowed are names",
             )
-            for name in ("topk", "neurons", "tsae_x", "null_x")
+            for name in ("topk", "neurons", "null_data")
         ),
         ({"compare": {"l0": [-3, 50]}}, "key compare.l0.0 is -3, allowed is greater than 0"),
         ({"compare": {"l0": [0]}}, "key compare.l0.0 is 0, allowed is greater than 0"),

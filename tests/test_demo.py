@@ -19,10 +19,10 @@ from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import DEMO, find_model, load_model
 from atom_lens.activations.prompts import Prompt, cities
 from atom_lens.cli import main
+from atom_lens.dictionaries.bases import neurons, principal
+from atom_lens.dictionaries.nulls import Pursuit, random_atoms
 from atom_lens.evidence import observe
-from atom_lens.evidence.bases import neurons, principal
-from atom_lens.evidence.nulls import Pursuit, random_atoms
-from atom_lens.training.recipe import Atoms, Training
+from atom_lens.recipe.sections import Atoms, Training
 
 pytestmark = pytest.mark.demo
 HOOK = "blocks.9.hook_resid_post"

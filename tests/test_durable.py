@@ -19,12 +19,13 @@ from crashing import made_atoms, save_and_die, train_run
 from atom_lens import AtomicInnerProduct, load_atoms, train
 from atom_lens._files import locked, sweep
 from atom_lens._manifest import manifest_of, verify
+from atom_lens.dictionaries import Learner, Setup, Trained, find_kind
+from atom_lens.dictionaries.ours import tsae_learner
+from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.training.checkpoint import Batches
-from atom_lens.training.fit import Learner, fit_together, tsae_learner
-from atom_lens.training.recipe import Atoms, Training
+from atom_lens.training.fit import fit_together
 from atom_lens.training.recipe_file import check_recipe
 from atom_lens.training.run import save_atoms
-from atom_lens.training.units import unit_learner
 
 # Forked from a server that has imported everything: a process costs milliseconds instead of seconds.
 FORKS = multiprocessing.get_context("forkserver")
@@ -68,7 +69,7 @@ def weights_of(run: Path) -> dict[str, bytes]:
 
 def learners(x: torch.Tensor, aip: AtomicInnerProduct, units: list[str]) -> dict[str, Learner]:
     atoms = Atoms(capacity=24, target_l0=2.0)
-    made = {unit: unit_learner(unit, 2.0, x, aip, atoms) for unit in units}
+    made = {unit: find_kind(unit, Trained).start(Setup(x, aip, atoms), 2.0, 0) for unit in units}
     made["frozen"] = tsae_learner(x, aip, atoms, freeze_decoder=True)
     made["sparse"] = tsae_learner(x, aip, atoms.model_copy(update={"step": "sparse"}))
     return made

@@ -11,11 +11,12 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from atom_lens import AtomicInnerProduct, Prompt, evaluate, fit, harvest, load_atoms, open_model, splice, stability
+from atom_lens.dictionaries.ours import tsae_learner
 from atom_lens.interventions import attribution, read
+from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.search import Search
 from atom_lens.training.checkpoint import Checkpoints
-from atom_lens.training.fit import fit_together, tsae_learner
-from atom_lens.training.recipe import Atoms, Training
+from atom_lens.training.fit import fit_together
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

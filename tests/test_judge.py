@@ -32,7 +32,7 @@ from atom_lens import load_atoms, publish, train
 from atom_lens._manifest import verify
 from atom_lens.activations.prompts import Prompt
 from atom_lens.cli import main
-from atom_lens.evidence.bases import Basis, neurons
+from atom_lens.dictionaries.bases import Basis, neurons
 from atom_lens.evidence.purity import purity
 from atom_lens.experiments.contexts import Corpus, active_rows, corpus
 from atom_lens.experiments.evaluate import check_split

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from sae_lens.saes.sae import TrainStepInput
 
 from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig
+from atom_lens.dictionaries import Learner
+from atom_lens.recipe.sections import Training
 from atom_lens.search import _SHARED, Search
 from atom_lens.sparse import Entries, sparse_decode, sparse_encode
-from atom_lens.training.fit import Learner, fit_together
-from atom_lens.training.recipe import Training
+from atom_lens.training.fit import fit_together
 
 
 @settings(max_examples=60, deadline=None)

@@ -29,9 +29,10 @@ from atom_lens import (
     load_atoms,
 )
 from atom_lens._manifest import seal
+from atom_lens.dictionaries.ours import finish, tsae_learner
+from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.training.checkpoint import Batches
-from atom_lens.training.fit import finish, fit_together, tsae_learner
-from atom_lens.training.recipe import Atoms, Training
+from atom_lens.training.fit import fit_together
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from atom_lens.dictionaries import Dictionary
 from atom_lens.evidence.certificates import atom_coherence, certify_codes, rip_bound, unique_atoms, whitened_units
-from atom_lens.evidence.measure import Dictionary, Observation, observe
+from atom_lens.evidence.measure import Observation, observe
 from atom_lens.evidence.recovery import basis_pursuit_agrees, pursuit_agrees
 from atom_lens.evidence.window import threshold_window
 from atom_lens.geometry import AtomicInnerProduct

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from atom_lens import parallel
+from atom_lens.dictionaries import Dictionary
 from atom_lens.evidence.faithfulness import SquaredSums, explained
 from atom_lens.evidence.stability import Stability, stability
 from atom_lens.geometry import AtomicInnerProduct, check_rows
 from atom_lens.rows import Rows
-
-
-@runtime_checkable
-class Dictionary(Protocol):
-    """What evidence needs of a dictionary: any sae-lens SAE has it."""
-
-    @property
-    def W_dec(self) -> Tensor: ...
-    def encode(self, x: Tensor) -> Tensor: ...
-    def decode(self, feature_acts: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)

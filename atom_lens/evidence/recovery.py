@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import lars_path
 from torch import Tensor
 
-from atom_lens.evidence.nulls import orthogonal_matching_pursuit
+from atom_lens.dictionaries.nulls import orthogonal_matching_pursuit
 
 
 def pursuit_agrees(

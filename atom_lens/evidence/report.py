@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atom_lens.dictionaries import Dictionary
+from atom_lens.dictionaries.nulls import Pursuit, TrainedNull, data_atoms, random_atoms
 from atom_lens.evidence.bootstrap import FIGURES, intervals
 from atom_lens.evidence.certify import certify
 from atom_lens.evidence.faithfulness import explained
-from atom_lens.evidence.measure import Dictionary, Observation, observe
-from atom_lens.evidence.nulls import Pursuit, TrainedNull, data_atoms, random_atoms
+from atom_lens.evidence.measure import Observation, observe
 from atom_lens.geometry import AtomicInnerProduct, angle_histogram, check_rows
 from atom_lens.rows import Rows, mean_row
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atom_lens._files import write_json
+from atom_lens.dictionaries import Dictionary, Drawn, Fixed, Learner, Setup, Trained, find_kind, kinds
+from atom_lens.dictionaries.nulls import Pursuit
 from atom_lens.evidence import identity, observe
-from atom_lens.evidence.bases import neurons, principal
 from atom_lens.evidence.bootstrap import intervals
 from atom_lens.evidence.faithfulness import explained
-from atom_lens.evidence.measure import Dictionary, Observation
-from atom_lens.evidence.nulls import Pursuit, data_atoms, random_atoms
+from atom_lens.evidence.measure import Observation
 from atom_lens.evidence.report import versions
 from atom_lens.experiments.cells import Cell, claimed, kept, pretrained, splits
 from atom_lens.experiments.frontier import draw, to_csv
 from atom_lens.experiments.layers import draw_layers
 from atom_lens.experiments.matched import matched
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.recipe.sections import Training
 from atom_lens.rows import mean_row
-from atom_lens.training.fit import Learner, fit_together
+from atom_lens.training.fit import fit_together
 from atom_lens.training.recipe import Features, Recipe
 from atom_lens.training.run import SplitActivations
-from atom_lens.training.units import trained_unit, unit_learner
 
 logger = logging.getLogger(__name__)
 
@@ -107,21 +108,22 @@ def _cells(
 ) -> Iterator[tuple[str, Callable[[], Cell]]]:
     """(name, what measures it), nulls first; `here` are the features of this hook."""
     assert recipe.atoms is not None and recipe.training is not None
-    n_atoms, training, asked = recipe.atoms.capacity, recipe.training, recipe.compare
+    training, asked = recipe.training, recipe.compare
+    setup = Setup(split.x, aip, recipe.atoms, training.device)
     # No pursuit takes more atoms than there are, or than directions.
-    ks = sorted({min(max(1, round(level)), n_atoms, *split.x.shape) for level in asked.l0})
+    ks = sorted({min(max(1, round(level)), recipe.atoms.capacity, *split.x.shape) for level in asked.l0})
     for k in ks:
-        for name in ("random", "data"):
-            yield f"null_{name}-{k}", lambda name=name, k=k: _null_cell(name, k, n_atoms, split, aip, training.seed)
-    for unit in dict.fromkeys(asked.units):
-        if unit == "neurons":
-            yield unit, lambda: _cell("neurons", None, [neurons(split.x)], split, aip)
-        elif unit == "principal":
+        for null in kinds(Drawn):
+            yield f"{null.name}-{k}", partial(_null_cell, null, k, setup, split, training.seed)
+    for one in map(find_kind, dict.fromkeys(asked.units)):
+        if isinstance(one, Trained):
+            for level in dict.fromkeys(getattr(asked, one.sparsity)):
+                yield f"{one.name}-{level:g}", partial(_trained, one, level, setup, split, training)
+        elif isinstance(one, Fixed) and one.sparsity is None:
+            yield one.name, partial(_fixed, one, None, setup, split)
+        elif isinstance(one, Fixed):
             for k in sorted({*ks, aip.width}):
-                yield f"{unit}-{k}", lambda k=k: _cell("principal", float(k), [principal(split.x, aip, k)], split, aip)
-        else:
-            for level in dict.fromkeys(asked.l1 if unit.startswith(("relu", "gated")) else asked.l0):
-                yield f"{unit}-{level:g}", lambda unit=unit, level=level: _trained(unit, level, recipe, split, aip)
+                yield f"{one.name}-{k}", partial(_fixed, one, k, setup, split)
     for features in here:
         yield (
             f"features_{features.name}",
@@ -129,21 +131,21 @@ def _cells(
         )
 
 
-def _trained(unit: str, level: float, recipe: Recipe, split: SplitActivations, aip: AtomicInnerProduct) -> Cell:
-    """All seeds of one unit at one sparsity, from one pass over the activations."""
-    assert recipe.atoms is not None and recipe.training is not None
-    training = recipe.training
-    learners = {
-        str(i): unit_learner(unit, level, split.x, aip, recipe.atoms, training.device, training.seed + i)
-        for i in range(training.seeds)
-    }
+def _fixed(kind: Fixed, k: int | None, setup: Setup, split: SplitActivations) -> Cell:
+    dictionary = kind.make(setup, setup.aip.width if k is None else k)
+    return _cell(kind.name, None if k is None else float(k), [dictionary], split, setup.aip)
+
+
+def _trained(kind: Trained, level: float, setup: Setup, split: SplitActivations, training: Training) -> Cell:
+    """All seeds of one kind at one sparsity, from one pass over the activations."""
+    learners = {str(i): kind.start(setup, level, training.seed + i) for i in range(training.seeds)}
     # TSAEs start from data, stock SAEs from noise: what agrees before training says nothing.
-    starts = [_start(learner, aip) for learner in learners.values()]
+    starts = [_start(learner, setup.aip) for learner in learners.values()]
     fit_together({"x": split.x}, learners, training)
-    dictionaries = [trained_unit(learner, aip) for learner in learners.values()]
-    cell = _cell(unit, level, dictionaries, split, aip)
+    dictionaries = [kind.finish(learner, setup.aip) for learner in learners.values()]
+    cell = _cell(kind.name, level, dictionaries, split, setup.aip)
     if cell["identity"]:
-        cell["identity"]["pw_mcc_start"] = identity(starts, aip).pw_mcc
+        cell["identity"]["pw_mcc_start"] = identity(starts, setup.aip).pw_mcc
     return cell
 
 
@@ -171,18 +173,17 @@ def _cell(
     return {"unit": unit, "level": level, "runs": runs, "identity": same}
 
 
-def _null_cell(name: str, k: int, n_atoms: int, split: SplitActivations, aip: AtomicInnerProduct, seed: int) -> Cell:
+def _null_cell(null: Drawn, k: int, setup: Setup, split: SplitActivations, seed: int) -> Cell:
     """A null at its best in either norm: R² of a Euclidean pursuit, all else of a pursuit under the metric."""
-    generator = torch.Generator().manual_seed(seed)
     mean = mean_row(split.x).to(split.x.dtype)
-    null = random_atoms(n_atoms, aip, generator) if name == "random" else data_atoms(split.x, n_atoms, mean, generator)
-    k = min(k, *null.shape)  # a data point at the mean is no atom
-    pursued, euclidean = Pursuit(null, mean, aip, k), Pursuit(null, mean, None, k)
+    atoms = null.draw(setup, torch.Generator().manual_seed(seed))
+    k = min(k, *atoms.shape)  # a data point at the mean is no atom
+    pursued, euclidean = Pursuit(atoms, mean, setup.aip, k), Pursuit(atoms, mean, None, k)
     figures: Mapping[str, Any] = {
-        part: _best(observe(pursued, rows, aip), euclidean.residual(rows))
+        part: _best(observe(pursued, rows, setup.aip), euclidean.residual(rows))
         for part, rows in (("train", split.x), ("heldout", split.heldout))
     }
-    return {"unit": f"null_{name}", "level": k, "runs": [figures], "identity": None}
+    return {"unit": null.name, "level": k, "runs": [figures], "identity": None}
 
 
 def _best(seen: Observation, residual: Float[Tensor, " n"]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from atom_lens.activations.models import find_model, load_tokenizer
 from atom_lens.activations.positions import tokenised
 from atom_lens.activations.prompts import Prompt
-from atom_lens.evidence.measure import Dictionary
+from atom_lens.dictionaries import Dictionary
 from atom_lens.rows import Rows
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.run import harvest_for

@@ -10,29 +10,13 @@ from typing import Any
 import numpy as np
 
 from atom_lens._files import replacing
+from atom_lens.dictionaries import kind
 from atom_lens.evidence.reading import aligned
 
-LABELS: dict[str, str] = {
-    "null_random": "null: random directions",
-    "null_data": "null: data points",
-    "neurons": "neurons",
-    "principal": "principal directions",
-    "relu": "ReLU",
-    "gated": "gated",
-    "topk": "TopK",
-    "batchtopk": "BatchTopK",
-    "jumprelu": "JumpReLU",
-    "relu_whitened": "ReLU, whitened",
-    "gated_whitened": "gated, whitened",
-    "topk_whitened": "TopK, whitened",
-    "batchtopk_whitened": "BatchTopK, whitened",
-    "jumprelu_whitened": "JumpReLU, whitened",
-    "tsae_tied": "TSAE, tied (ours)",
-    "tsae_free": "TSAE, free (ours)",
-}
-# Controls, not competitors: their encoder is a pursuit, or they are not sparse.
 _LEAST_Q = 0.5
-CONTROLS = ("null_random", "null_data", "neurons", "principal")
+MARKERS = {"null_random": "x", "null_data": "+", "neurons": "s", "principal": "^"}
+# Controls and nulls do not compete: their encoder is a pursuit, or they are not sparse.
+COMPETING = ("ours", "baseline")
 
 
 def mean_of(cell: Mapping[str, Any], split: str, *path: str) -> float:
@@ -56,7 +40,7 @@ def comparison_table(found: Mapping[str, Any]) -> str:
         same = cell["identity"]
         cells.append(
             [
-                LABELS.get(cell["unit"], str(cell["unit"])),
+                kind(cell["unit"]).label,
                 "" if cell["level"] is None else f"{cell['level']:g}",
                 f"{mean_of(cell, 'train', 'l0', 'mean'):.1f}",
                 f"{mean_of(cell, 'heldout', 'l0', 'mean'):.1f}",
@@ -84,10 +68,10 @@ def margins(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     cells = found["cells"]
     points = [(c, mean_of(c, "heldout", "q_star"), mean_of(c, "heldout", "r2")) for c in cells]
-    ours = [(q, r2) for c, q, r2 in points if c["unit"].startswith("tsae")]
+    ours = [(q, r2) for c, q, r2 in points if kind(c["unit"]).role == "ours"]
     result = []
     for cell, q, r2 in points:
-        if cell["unit"].startswith("tsae") or cell["unit"] in CONTROLS or q < _LEAST_Q:
+        if kind(cell["unit"]).role != "baseline" or q < _LEAST_Q:
             continue
         as_stable = [value for at, value in ours if at >= q]
         margin = max(as_stable) - r2 if as_stable else None
@@ -104,7 +88,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below a TSAE at least as stable"
     for point in points:
         asked = "" if point["level"] is None else f" at {point['level']:g}"
-        name = f"{LABELS.get(point['unit'], point['unit'])}{asked} (q* {point['q_star']:.3f}, R² {point['r2']:.3f})"
+        name = f"{kind(point['unit']).label}{asked} (q* {point['q_star']:.3f}, R² {point['r2']:.3f})"
         if point["margin"] is None:
             text += f"; {name} is more stable than any TSAE"
         elif point["margin"] < 0:
@@ -141,13 +125,14 @@ def draw(found: Mapping[str, Any], title: str, path: Path) -> None:
         for index, unit in enumerate(units):
             cells = [cell for cell in found["cells"] if cell["unit"] == unit]
             points = sorted((mean_of(c, "heldout", "q_star"), mean_of(c, "heldout", key)) for c in cells)
-            control, ours = unit in CONTROLS, unit.startswith("tsae")
+            one = kind(unit)
+            control, ours = one.role not in COMPETING, one.role == "ours"
             panel.plot(
                 *zip(*points, strict=True),
-                label=LABELS.get(unit, unit),
+                label=one.label,
                 color="black" if control else f"C{index % 10}",
                 linestyle=":" if control else "-",
-                marker={"null_random": "x", "null_data": "+", "neurons": "s", "principal": "^"}.get(unit, "o"),
+                marker=MARKERS.get(unit, "o"),
                 markersize=7 if ours else 5,
                 linewidth=3 if ours else 1.3,
                 alpha=0.7 if control else 1.0,

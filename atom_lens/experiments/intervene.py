@@ -20,6 +20,7 @@ from atom_lens.activations import Prompt
 from atom_lens.activations.backends import Backend
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import DTYPES, find_model
+from atom_lens.dictionaries import Setup, Trained, find_kind
 from atom_lens.evidence import observe
 from atom_lens.evidence.report import versions
 from atom_lens.experiments.cells import Cell, claimed, kept, pretrained
@@ -34,7 +35,6 @@ from atom_lens.training.fit import fit_together
 from atom_lens.training.folder import same_activations
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.run import SplitActivations, harvest_for, split_activations
-from atom_lens.training.units import trained_unit, unit_learner
 
 
 def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
@@ -169,8 +169,9 @@ def _units(
     settings = recipe.intervene
     units: list[tuple[str, Callable[[], SAE[Any]]]] = []
     for unit in settings.units:
-        for level in settings.l1 if unit.startswith("relu") else settings.l0:
-            units.append((f"{unit}-{level:g}", partial(_trained, recipe, unit, level, split, aip)))
+        kind = find_kind(unit, Trained)
+        for level in getattr(settings, kind.sparsity):
+            units.append((f"{unit}-{level:g}", partial(_trained, recipe, kind, level, split, aip)))
     loaded = {f"features_{features.name}": pretrained(features, "auto") for features in settings.features}
     if settings.run is not None:
         check_split(Path(settings.run), recipe)
@@ -184,12 +185,12 @@ def _units(
     return dict(units)
 
 
-def _trained(recipe: Recipe, unit: str, level: float, split: SplitActivations, aip: AtomicInnerProduct) -> SAE[Any]:
+def _trained(recipe: Recipe, kind: Trained, level: float, split: SplitActivations, aip: AtomicInnerProduct) -> SAE[Any]:
     assert recipe.atoms is not None and recipe.training is not None
     training = recipe.training
-    learner = unit_learner(unit, level, split.x, aip, recipe.atoms, training.device, training.seed)
-    fit_together({"x": split.x}, {unit: learner}, training)
-    return trained_unit(learner, aip)
+    learner = kind.start(Setup(split.x, aip, recipe.atoms, training.device), level, training.seed)
+    fit_together({"x": split.x}, {kind.name: learner}, training)
+    return kind.finish(learner, aip)
 
 
 def _cell(

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from atom_lens._files import replacing
+from atom_lens.dictionaries import kind
 from atom_lens.evidence.reading import aligned
-from atom_lens.experiments.frontier import CONTROLS, LABELS, mean_of
+from atom_lens.experiments.frontier import COMPETING, MARKERS, mean_of
 
 _COLUMNS = (
     ("R² train", "train", "r2"),
@@ -34,7 +35,7 @@ def layers_table(result: Mapping[str, Any]) -> str:
         l0 = np.mean([mean_of(cell, "heldout", "l0", "mean") for cell in cells])
         rows.append(
             [
-                LABELS.get(unit, unit) + of_hooks(len(cells), len(hooks)),
+                kind(unit).label + of_hooks(len(cells), len(hooks)),
                 "" if level is None else f"{level:g}",
                 f"{l0:.1f}",
                 *(f"{value:.3f}" for value in means),
@@ -56,17 +57,18 @@ def draw_layers(result: Mapping[str, Any], path: Path) -> None:
         for column, split in enumerate(("train", "heldout")):
             panel = panels[row, column]
             for index, ((unit, level), cells) in enumerate(by_unit(result["hooks"]).items()):
-                control = unit in CONTROLS
+                one = kind(unit)
+                control = one.role not in COMPETING
                 panel.plot(
                     list(cells),
                     [mean_of(cell, split, key) for cell in cells.values()],
-                    marker={"null_random": "x", "null_data": "+", "neurons": "s"}.get(unit, "o"),
+                    marker=MARKERS.get(unit, "o"),
                     markersize=4,
                     linestyle=":" if control else "-",
-                    linewidth=2.5 if unit.startswith("tsae") else 1.3,
+                    linewidth=2.5 if one.role == "ours" else 1.3,
                     color="black" if control else f"C{index % 10}",
                     alpha=0.65 if control else 1.0,
-                    label=LABELS.get(unit, unit) + ("" if level is None else f", {level:g}"),
+                    label=one.label + ("" if level is None else f", {level:g}"),
                 )
             panel.grid(alpha=0.3)
             if row == 0:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from atom_lens.dictionaries import kind
 from atom_lens.evidence.reading import aligned
-from atom_lens.experiments.frontier import CONTROLS, LABELS, mean_of
+from atom_lens.experiments.frontier import COMPETING, mean_of
 
 _FIGURES = ("r2", "r2_aip", "q_star")
 
@@ -52,11 +53,11 @@ def matched_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in sorted(here, key=lambda row: -row["r2"]):
             low, high = row["between"]
             figures = [f"{row[key]:.3f}" if key in row else "" for key in (*_FIGURES, "train_r2", "pw_mcc")]
-            cells.append([str(LABELS.get(row["unit"], row["unit"])), *figures, f"{low:.1f} and {high:.1f}"])
+            cells.append([kind(row["unit"]).label, *figures, f"{low:.1f} and {high:.1f}"])
         missing = [
-            str(LABELS.get(row["unit"], row["unit"]))
+            kind(row["unit"]).label
             for row in rows
-            if row["l0"] == l0 and not row["between"] and row["unit"] not in CONTROLS
+            if row["l0"] == l0 and not row["between"] and kind(row["unit"]).role in COMPETING
         ]
         text = aligned(cells)
         blocks.append(text + (f"\nno sweep across this L0: {', '.join(missing)}" if missing else ""))

@@ -9,28 +9,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, field_validator
 from sae_lens.synthetic import orthogonalize_embeddings
 from scipy.linalg import hadamard
 from scipy.stats import ortho_group
 from sklearn.metrics import f1_score
 from torch import Tensor
 
+from atom_lens.dictionaries import Dictionary, Setup, Trained, find_kind, kinds
 from atom_lens.evidence import match
 from atom_lens.evidence.certificates import atom_coherence
-from atom_lens.evidence.measure import Dictionary
 from atom_lens.evidence.reading import aligned
 from atom_lens.evidence.window import ThresholdWindow, threshold_window
 from atom_lens.geometry import AtomicInnerProduct, unit_rows
+from atom_lens.recipe.sections import Atoms, Number, Section, Training
 from atom_lens.training.fit import fit_together
-from atom_lens.training.recipe import Atoms, Number, Section, Training, Unit
+from atom_lens.training.recipe import Unit
 from atom_lens.training.recipe_file import load_section
-from atom_lens.training.units import trained_unit, unit_learner
 from atom_lens.tsae import TSAE, TSAEConfig
 
 
@@ -69,7 +69,15 @@ class Learning(Section):
     atoms: Atoms
     n: int = Field(20_000, ge=100)
     l1: Number = 5.0
-    units: list[Unit] = Field([u for u in get_args(Unit) if u not in ("neurons", "principal")])
+    units: list[Unit] = Field(default_factory=lambda: [one.name for one in kinds(Trained)], min_length=1)
+
+    @field_validator("units")
+    @classmethod
+    def _are_trained(cls, units: list[str]) -> list[str]:
+        for unit in units:
+            if not isinstance(find_kind(unit), Trained):
+                raise ValueError(f"learning.units has {unit!r}, allowed are units that are trained")
+        return units
 
 
 class PlantedRecipe(Section):
@@ -249,17 +257,15 @@ def learn(learning: Learning, training: Training, seed: int) -> list[dict[str, A
     codes = draw_codes(2 * learning.n, len(garden.units), planted.k, planted.gap, 1.0, generator)
     x = garden.activations(codes, planted.noise, generator).float()
     x, heldout, truth = x[: learning.n], x[learning.n :], codes[learning.n :] != 0
-    aip = AtomicInnerProduct.estimate(x)
-    atoms = learning.atoms
+    setup = Setup(x, AtomicInnerProduct.estimate(x), learning.atoms, training.device)
+    levels = {"l0": learning.atoms.target_l0, "l1": learning.l1}
     result = []
     for unit in learning.units:
-        level = learning.l1 if unit.startswith("relu") else atoms.target_l0
-        learners = {
-            str(i): unit_learner(unit, level, x, aip, atoms, training.device, training.seed + i)
-            for i in range(training.seeds)
-        }
+        kind = find_kind(unit, Trained)
+        level = levels[kind.sparsity]
+        learners = {str(i): kind.start(setup, level, training.seed + i) for i in range(training.seeds)}
         fit_together({"x": x}, learners, training)
-        marks = [_mark(trained_unit(one, aip), garden, heldout, truth) for one in learners.values()]
+        marks = [_mark(kind.finish(one, setup.aip), garden, heldout, truth) for one in learners.values()]
         result.append({"unit": unit, **{key: float(np.mean([m[key] for m in marks])) for key in marks[0]}})
     return result
 

@@ -18,15 +18,17 @@ from torch import Tensor
 
 from atom_lens import parallel
 from atom_lens._files import write_json
+from atom_lens.dictionaries import Learner
+from atom_lens.dictionaries.nulls import shuffle_coordinates
+from atom_lens.dictionaries.ours import finish, tsae_learner
 from atom_lens.evidence import identity, observe
-from atom_lens.evidence.nulls import shuffle_coordinates
 from atom_lens.evidence.reading import aligned
 from atom_lens.evidence.report import versions
 from atom_lens.experiments.cells import Cell, claimed, kept, splits
 from atom_lens.experiments.scale_law import draw, laws
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import Rows
-from atom_lens.training.fit import Learner, finish, fit_together, tsae_learner
+from atom_lens.training.fit import fit_together
 from atom_lens.training.recipe import Recipe
 from atom_lens.training.run import SplitActivations
 

@@ -11,9 +11,9 @@ from scipy.sparse import csc_array
 from torch import Tensor
 
 from atom_lens._files import shown
-from atom_lens.evidence.bases import Basis, neurons
-from atom_lens.evidence.measure import Dictionary
-from atom_lens.evidence.nulls import Pursuit, data_atoms, random_atoms
+from atom_lens.dictionaries import Dictionary
+from atom_lens.dictionaries.bases import Basis, neurons
+from atom_lens.dictionaries.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.evidence.purity import purity
 from atom_lens.experiments.cells import Cell, pretrained
 from atom_lens.experiments.contexts import Corpus, codes_of

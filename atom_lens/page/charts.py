@@ -11,11 +11,7 @@ import plotly.graph_objects as go
 ATOMS = "#d6506a"
 QUIET = "#8a8f98"
 SERIES = [ATOMS, "#3b82c4", "#d9772b", "#3a9a5f", "#9067c6", "#1f9aa8", "#b5892a", "#c2559d"]
-NULLS = {"random": "random directions", "data": "data points", "frozen": "frozen decoder", "shuffled": "shuffled data"}
 LEAST = -0.5  # R² below is counted, not drawn
-# The nulls are told apart by their marks and dashes: colours are for what was learned.
-MARKS = {"random": "x", "data": "diamond", "frozen": "square", "shuffled": "triangle-up"}
-DASHES = {"random": "dot", "data": "dash", "frozen": "dashdot", "shuffled": "longdash"}
 
 
 @dataclass(frozen=True)

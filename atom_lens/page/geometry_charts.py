@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from atom_lens.dictionaries.nulls import random_atoms
 from atom_lens.evidence.measure import Observation
-from atom_lens.evidence.nulls import random_atoms
 from atom_lens.evidence.stability import Stability, stability
 from atom_lens.experiments.contexts import Corpus
 from atom_lens.geometry import AtomicInnerProduct, angle_histogram

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from atom_lens.experiments.frontier import LABELS, verdict
+from atom_lens.dictionaries import kind
+from atom_lens.experiments.frontier import verdict
 from atom_lens.experiments.intervene_figures import verdict as edits_verdict
 from atom_lens.experiments.layers import by_unit, of_hooks
 from atom_lens.page.charts import value_of
@@ -54,7 +55,7 @@ def _unit_table(
 
 def _unit_row(cells: Sequence[Mapping[str, Any]], hooks: int) -> Row:
     """One unit at one sparsity: a cell of a comparison, or its cells at those of `hooks` where it is."""
-    unit, level = str(cells[0]["unit"]), cells[0]["level"]
+    one, level = kind(cells[0]["unit"]), cells[0]["level"]
     shown = [Cell("" if level is None else f"{level:g}")]
     for key in FIGURES:
         for split in SPLITS:
@@ -68,7 +69,7 @@ def _unit_row(cells: Sequence[Mapping[str, Any]], hooks: int) -> Row:
     for key in ("pw_mcc", "pw_mcc_start"):
         same = [cell["identity"][key] for cell in cells if (cell["identity"] or {}).get(key) is not None]
         shown.append(Cell(f"{np.mean(same):.3f}" if same else ""))
-    return LABELS.get(unit, unit) + of_hooks(len(cells), hooks), unit.startswith("null_"), shown
+    return one.label + of_hooks(len(cells), hooks), one.role == "null", shown
 
 
 def _spread(cells: Sequence[Mapping[str, Any]], seeds: Sequence[Sequence[float]], key: str) -> str:
@@ -90,7 +91,8 @@ def matched(folder: Folder, hook: str) -> Table:
         low, high = row["between"]
         cells = [Cell(f"{row[key]:.3f}" if key in row else "", held=key in FIGURES) for key in _MATCHED]
         cells = [Cell(f"{row['l0']:g}"), *cells, Cell(f"{low:.1f} and {high:.1f}")]
-        shown.append((LABELS.get(row["unit"], row["unit"]), row["unit"].startswith("null_"), cells))
+        one = kind(row["unit"])
+        shown.append((one.label, one.role == "null", cells))
     note = "Linear in log L0 between the two points of a unit's sweep; a unit without two such points is left out."
     return Table(f"{folder.name} · {hook}, at the same L0", [Cell(name) for name in names], shown, notes=[note])
 
@@ -133,10 +135,10 @@ def swaps(folder: Folder) -> Table:
         (KINDS["none"], True, _swap("", bounds["none"], None)),
     ]
     for cell in result["cells"]:
-        for kind, label in KINDS.items():
-            if kind in cell["swap"] and kind not in ("patch", "none"):
+        for edit, label in KINDS.items():
+            if edit in cell["swap"] and edit not in ("patch", "none"):
                 figures = _swap(
-                    f"{cell['heldout']['l0']['mean']:.1f}", cell["swap"][kind], cell["of_ceiling"].get(kind)
+                    f"{cell['heldout']['l0']['mean']:.1f}", cell["swap"][edit], cell["of_ceiling"].get(edit)
                 )
                 rows.append((f"{cell['name']}: {label}", label.startswith("null"), figures))
     facts = [

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from atom_lens.dictionaries import kind
 from atom_lens.evidence import reading
-from atom_lens.page.charts import NULLS, value_of
+from atom_lens.page.charts import value_of
 from atom_lens.page.folders import Folder
 
 FIGURES = {"r2": "R²", "r2_aip": "R² (AIP)", "q_star": "q*"}
@@ -55,7 +56,7 @@ def headline(folder: Folder, hook: str) -> Table:
     heads = [Cell("dictionary"), *(Cell("held-out", held=True), Cell("train")) * (len(groups) - 1)]
     rows = [("atoms", False, _split_cells(report, interval))]
     for name, null in report["nulls"].items():
-        rows.append((f"null: {NULLS.get(name, name)}", True, _split_cells(null, _lead)))
+        rows.append((kind(f"null_{name}").label, True, _split_cells(null, _lead)))
     held = report.get("heldout")
     facts = [
         ("model", report.get("model", "")),

@@ -9,13 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from atom_lens.experiments.frontier import LABELS
+from atom_lens.dictionaries import kind
 from atom_lens.page.charts import (
     ATOMS,
-    DASHES,
     LEAST,
-    MARKS,
-    NULLS,
     QUIET,
     SERIES,
     figure,
@@ -25,16 +22,6 @@ from atom_lens.page.charts import (
     value_of,
 )
 from atom_lens.page.folders import Folder
-
-_CONTROLS = {"neurons": "star-square", "principal": "hexagon"}
-_FAMILIES = {
-    "tsae": ATOMS,
-    "topk": SERIES[1],
-    "batchtopk": SERIES[5],
-    "jumprelu": SERIES[4],
-    "relu": SERIES[2],
-    "gated": SERIES[6],
-}
 
 
 class Unit(NamedTuple):
@@ -60,27 +47,13 @@ def units_of(folder: Folder, number: int | None = None) -> Iterator[tuple[str, U
     for hook, report in folder.reports.items():
         yield hook, Unit(f"{prefix}atoms", "star", color, "solid", "", [report], False)
         for key, null in report["nulls"].items():
-            name = f"{prefix}null: {NULLS.get(key, key)}"
-            yield hook, Unit(name, MARKS.get(key, "cross"), quiet, DASHES.get(key, "dot"), "", [null], True)
+            one = kind(f"null_{key}")
+            yield hook, Unit(prefix + one.label, one.symbol, quiet, one.dash, "", [null], True)
     for hook, found in folder.studies.get("compare", {}).get("hooks", {}).items():
         for cell in found["cells"]:
-            unit = str(cell["unit"])
-            asked = "L1" if unit.startswith(("relu", "gated")) else "asked"
-            detail = "" if cell["level"] is None else f"{asked} {cell['level']:g}"
-            null = unit.startswith("null_")
-            yield hook, Unit(LABELS.get(unit, unit), *_look(unit), detail, cell["runs"], null)
-
-
-def _look(unit: str) -> tuple[str, str, str]:
-    """Symbol, colour and dash: a family has a colour, its whitened or tied kind another mark; controls are grey."""
-    if unit.startswith("null_"):
-        kind = unit.removeprefix("null_")
-        return MARKS.get(kind, "cross"), QUIET, DASHES.get(kind, "dot")
-    if unit in _CONTROLS:
-        return _CONTROLS[unit], QUIET, "dot"
-    family, _, variant = unit.partition("_")
-    symbol = {"": "circle", "whitened": "square", "free": "star", "tied": "star-diamond"}.get(variant, "pentagon")
-    return symbol, _FAMILIES.get(family, SERIES[7]), "solid"
+            one = kind(cell["unit"])
+            look = (one.label, one.symbol, one.color, one.dash, one.asked(cell["level"]))
+            yield hook, Unit(*look, cell["runs"], one.role == "null")
 
 
 def plane(units: Sequence[Unit], key: str, label: str) -> go.Figure:
@@ -168,7 +141,7 @@ def by_layer(folder: Folder) -> dict[str, dict[int, list[Unit]]]:
             of_kind = found.setdefault(match[2], {})
             of_kind.setdefault(unit.detail, {}).setdefault(int(match[1]), []).append(unit)
     sets: dict[str, dict[int, list[Unit]]] = {}
-    for kind, by_detail in found.items():
+    for at, by_detail in found.items():
         whole = {
             detail: here
             for detail, here in by_detail.items()
@@ -177,7 +150,7 @@ def by_layer(folder: Folder) -> dict[str, dict[int, list[Unit]]]:
         every = by_detail.get("", {})
         for detail, here in whole.items():
             if detail:
-                sets[f"{folder.name}, {kind}, {detail}"] = {n: [*here[n], *every.get(n, [])] for n in sorted(here)}
+                sets[f"{folder.name}, {at}, {detail}"] = {n: [*here[n], *every.get(n, [])] for n in sorted(here)}
             elif len(whole) == 1:
-                sets[f"{folder.name}, {kind}"] = dict(sorted(here.items()))
+                sets[f"{folder.name}, {at}"] = dict(sorted(here.items()))
     return sets

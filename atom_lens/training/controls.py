@@ -11,12 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atom_lens.dictionaries import Learner
+from atom_lens.dictionaries.nulls import TrainedNull, shuffle_coordinates
+from atom_lens.dictionaries.ours import finish, tsae_learner
 from atom_lens.evidence import identity
-from atom_lens.evidence.nulls import TrainedNull, shuffle_coordinates
 from atom_lens.geometry import AtomicInnerProduct, Ridge
+from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.rows import Rows
-from atom_lens.training.fit import Learner, finish, fit_together, tsae_learner
-from atom_lens.training.recipe import Atoms, Training, Wandb
+from atom_lens.training.fit import fit_together
+from atom_lens.training.recipe import Wandb
 from atom_lens.tsae import TSAE
 
 

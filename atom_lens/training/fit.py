@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,20 @@ import wandb as wandb_client
 from jaxtyping import Float
 from sae_lens import TrainingSAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.sae import SAEMetadata
-from sae_lens.training.activation_scaler import ActivationWhitening
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 
 from atom_lens import parallel
 from atom_lens.activations.models import pick_device
+from atom_lens.dictionaries import Learner
+from atom_lens.dictionaries.ours import finish, tsae_learner
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.rows import Rows
 from atom_lens.training.checkpoint import Batches, Checkpoints
 from atom_lens.training.faster import fuse, whiten_once
-from atom_lens.training.recipe import Atoms, Training, Wandb
+from atom_lens.training.recipe import Wandb
 from atom_lens.tsae import TSAE
-from atom_lens.tsae_training import TSAETraining, TSAETrainingConfig
-
-
-@dataclass(frozen=True)
-class Learner:
-    """A dictionary about to learn: which stream it reads, and the whitening if it is not to be estimated."""
-
-    sae: TrainingSAE[Any]
-    stream: str = "x"
-    whitening: ActivationWhitening | None = None
 
 
 def fit_together(
@@ -162,62 +152,6 @@ def _wandb_run(wandb: Wandb | None, run_name: str | None) -> Iterator[LoggingCon
         yield LoggingConfig(wandb_project=wandb.project, run_name=run_name)
     finally:
         wandb_client.finish()
-
-
-def tsae_learner(
-    x: Float[Tensor | Rows, "n d"],
-    aip: AtomicInnerProduct,
-    atoms: Atoms,
-    device: str = "cpu",
-    *,
-    seed: int = 0,
-    freeze_decoder: bool = False,
-    metadata: Mapping[str, Any] | None = None,
-    stream: str = "x",
-) -> Learner:
-    """A TSAE at its start on activations `x`, under the metric `aip` (`TSAETraining.prepare`).
-
-    Args:
-        x: training activations, shape (n, d).
-        aip: the metric of the training space.
-        atoms: capacity, target L0, encoder, loss norm.
-        device: where it trains.
-        seed: of the activations that it starts from.
-        freeze_decoder: random directions that stay as they are: a null.
-        metadata: of the sae-lens config: model_name, hook_name, ...
-        stream: where its activations will come from.
-    """
-    config = TSAETrainingConfig(
-        d_in=aip.width,
-        d_sae=atoms.capacity,
-        device=pick_device(device),
-        target_l0=atoms.target_l0,
-        encoder=atoms.encoder,
-        start=atoms.start,
-        loss_norm=atoms.loss_norm,
-        l0_coefficient=atoms.l0_coefficient,
-        noise=atoms.noise,
-        revival=atoms.revival,
-        freeze_decoder=freeze_decoder,
-        step=atoms.step,
-        encoder_product=atoms.encoder_product,
-        jumprelu_bandwidth=atoms.bandwidth,
-        metadata=SAEMetadata(**(metadata or {})),
-    )
-    # sae-lens draws initial weights from the global generator, to be overwritten: leave the user's as it was.
-    with torch.random.fork_rng(devices=[]):
-        sae = TSAETraining(config)
-    whitening = sae.whitening(aip)
-    y = (x if isinstance(x, Rows) else Rows(x)).through(whitening.matrix)
-    sae.prepare(y, aip, torch.Generator().manual_seed(seed))
-    return Learner(sae, stream, whitening)
-
-
-def finish(learner: Learner, aip: AtomicInnerProduct) -> TSAE:
-    """The trained atoms of a `tsae_learner`, on raw activations, with their metric."""
-    assert isinstance(learner.sae, TSAETraining)
-    with torch.random.fork_rng(devices=[]):
-        return learner.sae.finish(aip)
 
 
 def fit(

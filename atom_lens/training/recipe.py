@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from atom_lens.activations import generated
 from atom_lens.activations import prompts as sources
 from atom_lens.activations.positions import Positions
 from atom_lens.activations.prompts import Prompt
+from atom_lens.dictionaries import Kind, Trained, find_kind, kinds
 from atom_lens.geometry import DEFAULT_RIDGE
-
-# YAML 1.1 reads 1e-6 as text (it wants 1.0e-6): numbers may be written as people write them.
-Number = Annotated[float, Field(strict=False)]
-Positive = Annotated[float, Field(strict=False, gt=0)]
+from atom_lens.recipe.sections import Atoms, Number, Positive, Section, Training
 
 
 def existing(path: str | Path) -> Path:
@@ -23,12 +22,6 @@ def existing(path: str | Path) -> Path:
     if not found.is_file():
         raise ValueError(f"file {str(path)!r} does not exist")
     return found
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys, wrong types and infinities are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -150,44 +143,6 @@ class Metric(Section):
     ridge: Annotated[float, Field(strict=False, ge=0)] | Literal["oas"] = DEFAULT_RIDGE
 
 
-class Atoms(Section):
-    """The dictionary. `capacity` is d_sae; the rest is `TSAETrainingConfig`'s."""
-
-    capacity: int = Field(ge=1)
-    target_l0: Number = Field(gt=0)
-    encoder: Literal["tied", "free"] = "free"
-    start: Literal["data", "random"] = "data"
-    loss_norm: Number = Field(0.75, ge=0, le=1)
-    l0_coefficient: Number = Field(0.15, gt=0)
-    noise: Number = Field(0.3, ge=0)
-    revival: Number = Field(1 / 32, ge=0)
-    bandwidth: Number = Field(0.05, gt=0)
-    step: Literal["dense", "sparse"] = "sparse"
-    encoder_product: Literal["float32", "bfloat16"] = "float32"
-
-    @model_validator(mode="after")
-    def _target_fits(self) -> Atoms:
-        if self.target_l0 > self.capacity:
-            raise ValueError(f"atoms.target_l0 is {self.target_l0}, allowed is up to atoms.capacity={self.capacity}")
-        return self
-
-
-class Training(Section):
-    """sae-lens' trainer. Steps, not epochs; the learning rate warms up and decays to zero linearly."""
-
-    steps: int = Field(ge=1)
-    batch_size: int = Field(256, ge=1)
-    lr: Number = Field(1e-3, gt=0)
-    warm_up: Number = Field(0.05, ge=0, le=1)
-    decay: Number = Field(0.3, ge=0, le=1)
-    dead_after: int = Field(200, ge=1, description="steps without firing after which an atom counts as dead")
-    device: str = "auto"
-    seed: int = 0
-    seeds: int = Field(1, ge=1, description="runs from independent starts, trained in one pass")
-    checkpoint_minutes: Number = Field(5.0, ge=0, description="between checkpoints that a stopped run goes on from")
-    nulls: bool = Field(True, description="also train the frozen-decoder and the shuffled-coordinates null")
-
-
 class Wandb(Section):
     """Weights & Biases."""
 
@@ -213,51 +168,46 @@ class Features(Section):
         return self
 
     @model_validator(mode="after")
-    def _not_a_unit(self) -> Features:
-        if self.name in get_args(Unit) or self.name.startswith(("tsae", "null_")):
-            raise ValueError(
-                f"features have name {self.name!r}, allowed are names that are no unit's and do not begin with tsae or "
-                "null_"
-            )
+    def _no_kind(self) -> Features:
+        if self.name in {one.name for one in kinds()}:
+            raise ValueError(f"features have name {self.name!r}, allowed are names that no kind of dictionary has")
         return self
 
 
-Unit = Literal[
-    "neurons",
-    "principal",
-    "relu",
-    "gated",
-    "topk",
-    "batchtopk",
-    "jumprelu",
-    "relu_whitened",
-    "gated_whitened",
-    "topk_whitened",
-    "batchtopk_whitened",
-    "jumprelu_whitened",
-    "tsae_tied",
-    "tsae_free",
-]
+def _units() -> list[Kind]:
+    return [one for one in kinds() if one.role != "null"]
+
+
+def _unit(name: str) -> str:
+    allowed = [one.name for one in _units()]
+    if name not in allowed:
+        raise PydanticCustomError("unit", "{allowed}", {"allowed": ", ".join(allowed)})
+    return name
+
+
+Unit = Annotated[str, AfterValidator(_unit)]
 
 
 class Compare(Section):
-    """Units side by side. `l0` is swept by every unit that takes a target, `l1` by ReLU and gated SAEs.
+    """Units side by side. Each unit is swept over `l0` or `l1`, as the registry of kinds says.
 
     `matched` are L0 on held-out activations at which the units are set side by side, between two points of a sweep.
     `features` are measured at the hook that they were made for.
     """
 
-    units: list[Unit] = Field([unit for unit in get_args(Unit) if not unit.startswith("gated")], min_length=1)
+    units: list[Unit] = Field(default_factory=lambda: [one.name for one in _units() if one.by_default], min_length=1)
     l0: list[Positive] = Field([4.0, 8.0, 16.0], min_length=1)
     l1: list[Positive] = Field([2.0, 5.0, 12.0], min_length=1)
     matched: list[Positive] = []
     features: list[Features] = []
 
     @model_validator(mode="after")
-    def _k_is_at_least_one(self) -> Compare:
-        unit = next((unit for unit in self.units if "topk" in unit), None)
-        if unit is not None and min(self.l0) < 1:
-            raise ValueError(f"compare.l0 has {min(self.l0):g}, allowed is at least 1 for {unit}")
+    def _levels_are_allowed(self) -> Compare:
+        for one in map(find_kind, self.units):
+            if one.sparsity and (lowest := min(getattr(self, one.sparsity))) < one.least:
+                raise ValueError(
+                    f"compare.{one.sparsity} has {lowest:g}, allowed is at least {one.least:g} for {one.name}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -301,7 +251,7 @@ class Intervene(Section):
     @model_validator(mode="after")
     def _units_have_codes(self) -> Intervene:
         for unit in self.units:
-            if unit in ("neurons", "principal"):
+            if not isinstance(find_kind(unit), Trained):
                 raise ValueError(f"intervene.units has {unit!r}, allowed are units with sparse codes")
         for template in self.other_templates:
             if template.count("{}") != 1:

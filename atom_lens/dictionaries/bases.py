@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atom_lens.dictionaries.registry import Fixed, register
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.rows import Rows, mean_row
 
@@ -41,3 +42,24 @@ def principal(x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct, k: int
     R² and q* leave open, only sparsity decides.
     """
     return Basis(metric.eigenvectors.flip(1)[:, :k].T.float().contiguous(), mean_row(x).to(x.dtype))
+
+
+register(
+    Fixed(
+        name="neurons",
+        label="neurons",
+        symbol="star-square",
+        dash="dot",
+        make=lambda setup, k: neurons(setup.x),
+    )
+)
+register(
+    Fixed(
+        name="principal",
+        label="principal directions",
+        symbol="hexagon",
+        dash="dot",
+        sparsity="l0",
+        make=lambda setup, k: principal(setup.x, setup.aip, k),
+    )
+)

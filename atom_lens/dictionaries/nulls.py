@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from atom_lens import parallel
-from atom_lens.evidence.measure import Dictionary
+from atom_lens.dictionaries.protocol import Dictionary
+from atom_lens.dictionaries.registry import Drawn, Kind, register
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
-from atom_lens.rows import Rows, scratch
+from atom_lens.rows import Rows, mean_row, scratch
 
 _SHUFFLED = 1 << 14  # rows among which a value may move
 
@@ -124,3 +125,28 @@ def shuffle_coordinates(x: Float[Tensor | Rows, "n d"], generator: torch.Generat
         rows = x[block.to(x.device)]
         out[block] = rows.gather(0, torch.rand(rows.shape, generator=generator).argsort(dim=0).to(x.device)).cpu()
     return out.to(x.device)
+
+
+register(
+    Drawn(
+        name="null_random",
+        label="null: random directions",
+        symbol="x",
+        dash="dot",
+        draw=lambda setup, generator: random_atoms(setup.atoms.capacity, setup.aip, generator),
+    )
+)
+register(
+    Drawn(
+        name="null_data",
+        label="null: data points",
+        symbol="diamond",
+        dash="dash",
+        draw=lambda setup, generator: data_atoms(
+            setup.x, setup.atoms.capacity, mean_row(setup.x).to(setup.x.dtype), generator
+        ),
+    )
+)
+# Trained beside a run's atoms, where there was nothing to learn (`TrainedNull`).
+register(Kind(name="null_frozen", label="null: frozen decoder", role="null", symbol="square", dash="dashdot"))
+register(Kind(name="null_shuffled", label="null: shuffled data", role="null", symbol="triangle-up", dash="longdash"))

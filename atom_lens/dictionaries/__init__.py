@@ -1,0 +1,35 @@
+"""Kinds of dictionaries, each in a file that registers it: ours, sae-lens' stock SAEs, bases, nulls."""
+
+# Each registers its kinds: in this order they stand in tables.
+from atom_lens.dictionaries import bases, nulls, stock, ours  # isort: skip
+from atom_lens.dictionaries.protocol import Dictionary
+from atom_lens.dictionaries.registry import (
+    Drawn,
+    Fixed,
+    Kind,
+    Learner,
+    Setup,
+    Trained,
+    find_kind,
+    kind,
+    kinds,
+    register,
+)
+
+__all__ = [
+    "Dictionary",
+    "Drawn",
+    "Fixed",
+    "Kind",
+    "Learner",
+    "Setup",
+    "Trained",
+    "bases",
+    "find_kind",
+    "kind",
+    "kinds",
+    "nulls",
+    "ours",
+    "register",
+    "stock",
+]

@@ -1,0 +1,153 @@
+"""The registry: one entry per kind of dictionary: its name, label and look, what sets its sparsity, how it is made.
+
+Recipes name kinds; tables, plots and the page take labels and looks from here, so a new kind is one call:
+`register(Trained(name="mine", label="Mine", start=..., finish=...))`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE, TrainingSAE
+from sae_lens.training.activation_scaler import ActivationWhitening
+from torch import Tensor
+
+from atom_lens.dictionaries.protocol import Dictionary
+from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.recipe.sections import Atoms
+from atom_lens.rows import Rows
+
+GREY = "#8a8f98"
+
+# "l0" is a target of the mean L0, or K; "l1" is the weight of an L1 penalty.
+Sparsity = Literal["l0", "l1"]
+# What is ours is compared with baselines. Controls are no sparse dictionaries; nulls know nothing.
+Role = Literal["ours", "baseline", "control", "null"]
+
+
+class Setup(NamedTuple):
+    """What a dictionary is made from.
+
+    Attributes:
+        x: training activations, shape (n, d).
+        aip: their metric.
+        atoms: the recipe's section: capacity, and what TSAEs need besides.
+        device: where it trains.
+    """
+
+    x: Float[Tensor | Rows, "n d"]
+    aip: AtomicInnerProduct
+    atoms: Atoms
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A dictionary about to be trained: which stream it reads, and its whitening unless that is to be estimated."""
+
+    sae: TrainingSAE[Any]
+    stream: str = "x"
+    whitening: ActivationWhitening | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of dictionary.
+
+    Attributes:
+        name: in recipes and results.
+        label: for people.
+        role: what it is in a comparison.
+        color: of a family, as #rrggbb.
+        symbol: of a marker, as plotly names them.
+        dash: of a line, as plotly names them.
+        sparsity: which of a recipe's sweeps it takes; None for a kind whose sparsity nothing sets.
+        least: the smallest level that it takes.
+        by_default: whether comparisons have it unless they are told otherwise.
+    """
+
+    name: str
+    label: str
+    role: Role = "baseline"
+    color: str = GREY
+    symbol: str = "pentagon"
+    dash: str = "solid"
+    sparsity: Sparsity | None = None
+    least: float = 0.0
+    by_default: bool = True
+
+    def asked(self, level: float | int | None) -> str:
+        """How a level of this kind is written: "L1 5"; empty for None."""
+        return "" if level is None else f"{'L1' if self.sparsity == 'l1' else 'asked'} {level:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Kind):
+    """A kind that is trained: `start` gives a learner at a level from a seed, `finish` what it has become."""
+
+    start: Callable[[Setup, float, int], Learner]
+    finish: Callable[[Learner, AtomicInnerProduct], SAE[Any]]
+    sparsity: Sparsity = "l0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed(Kind):
+    """A kind that is not trained. With a `sparsity` its level is a number of directions, up to the width."""
+
+    make: Callable[[Setup, int], Dictionary]
+    role: Role = "control"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn(Kind):
+    """A null: rows of shape (F, d) drawn at random, encoded by a pursuit at the sparsity of what it stands beside."""
+
+    draw: Callable[[Setup, torch.Generator], Float[Tensor, "F d"]]
+    role: Role = "null"
+    sparsity: Sparsity | None = "l0"
+    least: float = 1.0
+
+
+_KINDS: dict[str, Kind] = {}
+AnyKind = TypeVar("AnyKind", bound=Kind)
+
+
+def register(new: AnyKind) -> AnyKind:
+    """Add a kind.
+
+    Raises:
+        ValueError: another kind has its name.
+    """
+    if new.name in _KINDS:
+        raise ValueError(f"a kind of dictionary with name {new.name!r} is registered, each has a name of its own")
+    _KINDS[new.name] = new
+    return new
+
+
+def kinds(of: type[AnyKind] = Kind) -> list[AnyKind]:
+    """All kinds of a class, in the order of their registration."""
+    return [one for one in _KINDS.values() if isinstance(one, of)]
+
+
+def kind(name: str) -> Kind:
+    """The kind of a dictionary in results: a registered one, or pretrained features of that name."""
+    return _KINDS.get(name) or Kind(name=name, label=name, color="#c2559d")
+
+
+def find_kind(name: str, of: type[AnyKind] = Kind) -> AnyKind:
+    """The kind that a recipe asks for.
+
+    Raises:
+        ValueError: no kind of that class has this name, or a null has it.
+    """
+    allowed = {one.name: one for one in kinds(of) if one.role != "null"}
+    if name not in allowed:
+        near = difflib.get_close_matches(name, allowed, n=1)
+        hint = f"did you mean {near[0]}" if near else f"allowed are {', '.join(allowed)}"
+        raise ValueError(f"unit {name!r} is unknown, {hint}")
+    return allowed[name]

@@ -1,0 +1,1 @@
+"""What a study depends on, as sections of one YAML file."""
