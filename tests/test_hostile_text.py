@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 from conftest import save_tiny_model
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from test_page import Browser, browser  # noqa: F401 -- browser is a fixture
 
 from atom_lens import train
@@ -25,7 +27,8 @@ from atom_lens.evidence.reading import aligned
 from atom_lens.experiments.contexts import corpus
 from atom_lens.page import write_page
 from atom_lens.page.words import columns, open_lens
-from atom_lens.training.recipe import Model
+from atom_lens.sharing.card import merged_card, run_card
+from atom_lens.training.recipe import Cities, Model
 from atom_lens.training.recipe_file import check_recipe, load_recipe
 
 HOOK = "blocks.1.hook_resid_post"
@@ -216,3 +219,24 @@ def test_columns_stand_below_each_other() -> None:
     """A wide character takes two places; a line break in a name breaks no table."""
     lines = aligned([["", "x", "y"], ["東京", "1", "2"], ["ab\ncd", "10", "20"]]).splitlines()
     assert lines == ["         x   y", "------  --  --", "東京     1   2", "ab\\ncd  10  20"]
+
+
+@pytest.mark.parametrize(
+    "text", [*TEXTS.values(), "a ` b `` c\n---\nx: y\n---\n# d", "<!-- end of what atom-lens wrote -->"]
+)
+def test_a_card_shows_any_text_as_text(made: Path, text: str) -> None:
+    """As a reader of Markdown sees it; and the metadata are ours alone."""
+    recipe = load_recipe(made / "runs" / "run" / "recipe.yaml")
+    report = {**json.loads((made / "runs" / "run" / "report.json").read_text()), "model": text}
+    prompts = Cities(source="cities", template=f"{{}} {text}")
+    card = run_card({HOOK: report}, "user/run", recipe.model_copy(update={"prompts": prompts}), text)
+    assert merged_card(card, card) == merged_card(card, merged_card(card, card))
+    metadata = ModelCard(card).data.to_dict()
+    assert set(metadata) == {"library_name", "license", "tags"} and metadata["license"] == text
+    tokens = MarkdownIt().parse(ModelCard(card).text)
+    assert sum(token.type == "heading_open" for token in tokens) == 4 and not any(t.type == "hr" for t in tokens)
+    assert sum(token.type == "html_block" for token in tokens) == 2, "the marks around what is ours"
+    children = [child for token in tokens for child in token.children or ()]
+    spans = [child.content for child in children if child.type == "code_inline"]
+    assert spans[0] == visible(text) and spans[2] == f"source='cities', template={visible(repr(prompts.template))}"
+    assert not any(child.type == "html_inline" for child in children)
