@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, format characters, halves of surrogate pairs, separators
+_JOINERS = "\u200c\u200d"  # which scripts and emoji cannot be written without
 _TEMPORARY = ".atom-lens-"  # what begins with this is ours, and nobody's if no process is writing it
 
 
@@ -203,6 +206,17 @@ def shown(value: Any) -> str:
     """What a message may hold of something that was read: on one line, without control characters, not too long."""
     text = "".join(c if c.isprintable() else "?" for c in (value if isinstance(value, str) else repr(value)))
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def visible(text: str, keep: str = "") -> str:
+    """`text` with escapes, as Python writes them, for what has no look of its own or changes that of its neighbours.
+
+    Those are control characters, terminals' and bidi ones among them, and blanks without a width; not those in `keep`.
+    """
+    if text.isprintable():
+        return text
+    hidden = {c for c in set(text) - {*keep, *_JOINERS} if unicodedata.category(c) in _UNSEEN}
+    return "".join(ascii(c)[1:-1] if c in hidden else c for c in text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+from atom_lens._files import visible
 from atom_lens._version import __version__
 
 
@@ -136,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_bars(disable=True if arguments.quiet else None)
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING if arguments.quiet else logging.INFO)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[console])
+    console.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[console])
     logging.getLogger("atom_lens").setLevel(logging.INFO)
     try:
         _COMMANDS[arguments.command](arguments)
@@ -149,14 +151,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             text = f"no disk space is left to write {error.filename or 'the output'}, free some or write elsewhere"
-        print(f"atom-lens {arguments.command}: {text}", file=sys.stderr)
+        _say(f"atom-lens {arguments.command}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         goes_on = arguments.command in ("train", "compare", "intervene", "judge", "scale")
         after = "the same command goes on from what is kept, if anything was yet" if goes_on else "nothing was written"
-        print(f"atom-lens {arguments.command}: interrupted, {after}", file=sys.stderr)
+        _say(f"atom-lens {arguments.command}: interrupted, {after}", file=sys.stderr)
         return 130
     return 0
+
+
+def _say(text: str, file: Any = None) -> None:
+    """Print without what a terminal would obey: names and texts come from recipes, models, prompts and the Hub."""
+    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"  # a terminal may have no R², or no Chinese
+    print(visible(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), keep="\n\t")
 
 
 def _quiet_bars(disable: bool | None) -> None:
@@ -175,8 +188,8 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     report = json.loads((folder / "report.json").read_text())
     for hook, one in report.get("hooks", {report.get("hook"): report}).items():
-        print(f"\n{hook} of {one['model']}\n\n{table(one)}\n\n{certificates_text(one)}\n\n{reading(one)}")
-    print(f"\nwritten to {folder}")
+        _say(f"\n{hook} of {one['model']}\n\n{table(one)}\n\n{certificates_text(one)}\n\n{reading(one)}")
+    _say(f"\nwritten to {folder}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -189,7 +202,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, report)
     if not arguments.quiet:
-        print(
+        _say(
             f"{report['hook']} of {report['model']}\n\n{table(report)}\n\n"
             f"{certificates_text(report)}\n\n{reading(report)}"
         )
@@ -211,7 +224,7 @@ def _show(arguments: argparse.Namespace, found: dict[str, Any], as_table: Callab
     if arguments.json:
         write_json(arguments.json, found)
     if not arguments.quiet:
-        print(as_table(found))
+        _say(as_table(found))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -227,12 +240,12 @@ def _compare(arguments: argparse.Namespace) -> None:
     result = json.loads((folder / "compare.json").read_text())
     for hook, found in result["hooks"].items():
         head = f"{hook}, n = {found['n']}, F = {found['d_sae']}, n / F = {found['n_over_f']:.1f}"
-        print(f"\n{head}\n\n{comparison_table(found)}\n\n{verdict(found)}")
+        _say(f"\n{head}\n\n{comparison_table(found)}\n\n{verdict(found)}")
         if found["matched"]:
-            print(f"\n{matched_table(found['matched'])}")
+            _say(f"\n{matched_table(found['matched'])}")
     if len(result["hooks"]) > 1:
-        print(f"\n{layers_table(result)}")
-    print(f"\nwritten to {folder}")
+        _say(f"\n{layers_table(result)}")
+    _say(f"\nwritten to {folder}")
 
 
 def _scale(arguments: argparse.Namespace) -> None:
@@ -241,14 +254,14 @@ def _scale(arguments: argparse.Namespace) -> None:
 
     folder = scale(load_recipe(arguments.recipe, arguments.overrides), arguments.out)
     if not arguments.quiet:
-        print(f"\n{scale_table(json.loads((folder / 'scale.json').read_text()))}\n\nwritten to {folder}")
+        _say(f"\n{scale_table(json.loads((folder / 'scale.json').read_text()))}\n\nwritten to {folder}")
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from atom_lens.page import write_page
 
     _no_overrides(arguments, "run folders")
-    print(f"written to {write_page(arguments.runs, arguments.out)}")
+    _say(f"written to {write_page(arguments.runs, arguments.out)}")
 
 
 def _judge(arguments: argparse.Namespace) -> None:
@@ -258,7 +271,7 @@ def _judge(arguments: argparse.Namespace) -> None:
     names += ("budget", "prices", "seed", "dry_run", "out")
     found = judge(arguments.run, overrides=arguments.overrides, **{name: getattr(arguments, name) for name in names})
     if not arguments.quiet:
-        print(judge_table(found))
+        _say(judge_table(found))
 
 
 def _intervene(arguments: argparse.Namespace) -> None:
@@ -268,7 +281,7 @@ def _intervene(arguments: argparse.Namespace) -> None:
 
     folder = intervene(load_recipe(arguments.recipe, arguments.overrides), arguments.out)
     if not arguments.quiet:
-        print(f"\n{intervene_table(json.loads((folder / 'intervene.json').read_text()))}\n\nwritten to {folder}")
+        _say(f"\n{intervene_table(json.loads((folder / 'intervene.json').read_text()))}\n\nwritten to {folder}")
 
 
 def _planted(arguments: argparse.Namespace) -> None:
@@ -287,7 +300,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     )
     if not arguments.quiet:
         cfg = read_json(out / "cfg.json")
-        print(f"{cfg['architecture']}, {cfg['d_sae']} x {cfg['d_in']}, {cfg['dtype']}: written to {out}")
+        _say(f"{cfg['architecture']}, {cfg['d_sae']} x {cfg['d_in']}, {cfg['dtype']}: written to {out}")
 
 
 def _no_overrides(arguments: argparse.Namespace, takes: str) -> None:
@@ -309,10 +322,10 @@ def _publish(arguments: argparse.Namespace) -> None:
     )
     if arguments.dry_run or not arguments.quiet:
         for name, size in found.files.items():
-            print(f"{size:>12,}  {name}")
+            _say(f"{size:>12,}  {name}")
         total = sum(found.files.values())
-        print(f"{total:>12,}  bytes in {len(found.files)} files, and README.md{'' if found.url else ':'}")
-        print(f"published: {found.url}" if found.url else f"\n{found.card}\nnothing was published (dry run)")
+        _say(f"{total:>12,}  bytes in {len(found.files)} files, and README.md{'' if found.url else ':'}")
+        _say(f"published: {found.url}" if found.url else f"\n{found.card}\nnothing was published (dry run)")
 
 
 _COMMANDS = {

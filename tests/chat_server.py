@@ -1,7 +1,8 @@
 """A chat-completions server for the tests: `python chat_server.py FOLDER`, on a port of its own on loopback.
 
 It writes its port to FOLDER/port and every request to FOLDER/requests.jsonl. FOLDER/plan.json is what it does next: a
-list of "429", "500", "401", "hang", "prose", "html", "empty", each for one request; after them it answers as asked.
+list of "429", "500", "401", "hang", "prose", "html", "empty" or [status, body], each for one request; after them it
+answers as asked.
 
 As a judge it is an oracle for marked words: one concept covers excerpts whose marked words begin with the same letter.
 The model "other" gives the opposite score, 6 - score.
@@ -48,6 +49,8 @@ class Handler(BaseHTTPRequestHandler):
         if mode == "hang":
             time.sleep(3)
             return None
+        if isinstance(mode, list):
+            return self.reply(*mode)
         if mode in ("html", "empty"):
             return self.reply(200, "<p>hello</p>" if mode == "html" else json.dumps({"choices": []}))
         question = body["messages"][0]["content"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+from atom_lens._files import shown
 from atom_lens.activations.prompts import Prompt
 
 Positions = Literal["subject_last", "last", "all", "span"]
@@ -26,17 +27,19 @@ def select_tokens(prompt: Prompt, offsets: Sequence[tuple[int, int]], positions:
         raise ValueError(f"positions is {positions!r}, allowed are {', '.join(get_args(Positions))}")
     text_tokens = [i for i, (start, end) in enumerate(offsets) if end > start]
     if not text_tokens:
-        raise ValueError(f"the prompt {prompt.text!r} has no tokens")
+        raise ValueError(f"the prompt {shown(prompt.text)!r} has no tokens")
     if positions == "all":
         return text_tokens
     if positions == "last":
         return text_tokens[-1:]
     if prompt.span is None:
-        raise ValueError(f"positions {positions!r} need a subject, the prompt {prompt.text!r} has none")
+        raise ValueError(f"positions {positions!r} need a subject, the prompt {shown(prompt.text)!r} has none")
     start, end = prompt.span
     inside = [i for i in text_tokens if offsets[i][0] < end and offsets[i][1] > start]
     if not inside or offsets[inside[-1]][1] < end:
-        raise ValueError(f"the subject of {prompt.text!r} lies beyond its {len(offsets)} tokens: raise max_tokens")
+        raise ValueError(
+            f"the subject of {shown(prompt.text)!r} lies beyond its {len(offsets)} tokens: raise max_tokens"
+        )
     return inside[-1:] if positions == "subject_last" else inside
 
 

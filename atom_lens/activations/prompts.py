@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from atom_lens._files import shown
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -29,14 +31,19 @@ class Prompt:
     def __post_init__(self) -> None:
         if not self.text:
             raise ValueError("a prompt is empty")
+        for text in (self.text, self.answer or ""):
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # JSON can hold one; tokenizers and files in UTF-8 cannot
+                raise ValueError(f"a prompt has {shown(text)!r}, half a surrogate pair: that is no text") from None
         if self.span is not None:
             start, end = self.span
             if not 0 <= start < end <= len(self.text):
-                raise ValueError(f"span {self.span} is not inside the prompt {self.text!r}")
+                raise ValueError(f"span {self.span} is not inside the prompt {shown(self.text)!r}")
         elif self.subject is not None:
             start = self.text.find(self.subject) if self.subject else -1
             if start < 0:
-                raise ValueError(f"subject {self.subject!r} is not in the prompt {self.text!r}")
+                raise ValueError(f"subject {shown(self.subject)!r} is not in the prompt {shown(self.text)!r}")
             object.__setattr__(self, "span", (start, start + len(self.subject)))
 
     @property
@@ -48,7 +55,7 @@ class Prompt:
     def fill(cls, template: str, subject: str, answer: str | None = None) -> Prompt:
         """A prompt from a template with one ``{}`` for the subject."""
         if template.count("{}") != 1:
-            raise ValueError(f"template {template!r} must contain {{}} exactly once")
+            raise ValueError(f"template {shown(template)!r} must contain {{}} exactly once")
         start = template.index("{}")
         return cls(template.replace("{}", subject), subject, (start, start + len(subject)), answer)
 

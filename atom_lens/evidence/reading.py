@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
+
+from atom_lens._files import visible
+
 _ROWS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "R²": lambda f: f"{f.get('r2_euclidean_pursuit', f['r2']):.4f}",
     "R² (AIP)": lambda f: f"{f['r2_aip']:.4f}",
@@ -19,12 +23,17 @@ _NAMES = {"r2": "R²", "r2_aip": "R² (AIP)", "q_star": "q*"}
 
 
 def aligned(cells: Sequence[Sequence[str]], heads: int = 1) -> str:
-    """A table: first column to the left, the others to the right, a rule under the first `heads` rows."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in cells
-    ]
+    """A table: first column to the left, the others to the right, a rule under the first `heads` rows.
+
+    Chinese, say, takes two places of a terminal for a character.
+    """
+    shown = [[visible(cell) for cell in row] for row in cells]
+    widths = [max(map(cell_len, column)) for column in zip(*shown, strict=True)]
+    lines = []
+    for row in shown:
+        blanks = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        first, *others = zip(row, blanks, strict=True)
+        lines.append("  ".join([first[0] + first[1], *(blank + cell for cell, blank in others)]).rstrip())
     lines.insert(heads, "  ".join("-" * w for w in widths))
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
+from atom_lens._files import shown
 from atom_lens.activations.backends import Backend
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions, select_tokens
@@ -150,7 +151,7 @@ def divergence(
         kept = [token for token in chosen if token < max_tokens]
         if not kept:
             raise ValueError(
-                f"the chosen tokens of {prompt.text!r} lie beyond its first {max_tokens}: raise max_tokens"
+                f"the chosen tokens of {shown(prompt.text)!r} lie beyond its first {max_tokens}: raise max_tokens"
             )
         sequences.append((row, ids[:max_tokens], kept))
     found = {name: torch.zeros(len(prompts)) for name in edits}

@@ -142,8 +142,11 @@ def _write_blind(path: Path, questions: list[str]) -> None:
     """The questions for a person, to be scored in the last column; a file that is there may hold hours of that."""
     rows = {question_name(question): question for question in questions}
     if path.exists():
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            there = {row.get("question") for row in csv.DictReader(file)}
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                there = {row.get("question") for row in csv.DictReader(file)}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{str(path)!r} is not a CSV in UTF-8: move it away, or save it as one") from error
         if there != set(rows):
             raise ValueError(f"{str(path)!r} holds other questions: move it away, or choose another out=")
         return

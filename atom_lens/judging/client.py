@@ -22,6 +22,7 @@ _PORTS = {"http": 80, "https": 443}
 _RETRIES = 6  # the library's own, with exponential backoff: connection errors, time-outs, 408, 409, 429, 5xx
 _TIMEOUT = 120.0
 _COUNTS = range(1 << 53)  # of tokens, that can be
+_LONGEST = 1 << 16  # characters kept of an answer
 _BYTES = 3  # of UTF-8 a token has, by a cautious guess: English has more, other scripts about as many
 
 
@@ -86,9 +87,13 @@ class Judge:
     def __init__(self, model: str, base_url: str | None, cache: Path, budget: Budget) -> None:
         url = base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL
         host, self._server = _host_and_server(url)
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if _is_loopback(host) else None)
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or ("none" if _is_loopback(host) else None)
         if key is None:
             raise ValueError(f"OPENAI_API_KEY is not set, {host} needs one (any, if it does not look at it)")
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                "OPENAI_API_KEY holds line breaks, or letters beyond ASCII, allowed is what a header can hold"
+            )
         self.model, self.cache, self.budget = model, cache, budget
         self.asked = 0
         self._host, self._key = host, key
@@ -135,7 +140,8 @@ class Judge:
         self.asked += 1
         try:
             found = self._client.chat.completions.create(**request)
-            answer, usage = str(found.choices[0].message.content or ""), found.usage
+            answer, usage = str(found.choices[0].message.content or "")[:_LONGEST], found.usage
+            answer = answer.encode(errors="replace").decode()  # JSON may hold half a surrogate pair
             read = int(usage.prompt_tokens) if usage else estimated_tokens(question)
             written = int(usage.completion_tokens) if usage else estimated_tokens(answer)
             if read not in _COUNTS or written not in _COUNTS:
@@ -146,7 +152,7 @@ class Judge:
             raise ValueError(
                 f"the judge {self.model!r} at {self._host} did not answer: {said}; the same command goes on from there"
             ) from None
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the judge {self.model!r} at {self._host} does not speak chat completions ({type(error).__name__})"
             ) from None

@@ -10,10 +10,12 @@ from importlib.resources import files
 import numpy as np
 from scipy.sparse import csc_array
 
+from atom_lens._files import visible
 from atom_lens.experiments.contexts import Corpus, active_rows
 
 VERSION = "v1"
 _BEFORE, _AFTER = 200, 60  # characters shown around the token read
+_LONGEST = 120  # characters shown of it
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,15 @@ def marked(corpus: Corpus, row: int) -> str:
     lead = len(text[start:end]) - len(text[start:end].lstrip())  # a token often begins with its blank
     start += lead if start + lead < end else 0
     before = ("…" if start > _BEFORE else "") + text[max(0, start - _BEFORE) : start]
+    token = text[start:end] if end - start <= _LONGEST else text[start : start + _LONGEST - 1] + "…"
     after = text[end : end + _AFTER] + ("…" if end + _AFTER < len(text) else "")
-    return f"{before}<<{text[start:end]}>>{after}".replace("\r", "").replace("\n", "\\n")
+    before, token, after = map(_inside, (before, token, after))
+    return f"{before}<<{token}>>{after}"
+
+
+def _inside(text: str) -> str:
+    """`text` without what a judge could take for the end of its line, or for the mark: code has << of its own."""
+    return visible(text.replace("\r\n", "\n"), keep="\t").replace("<<", "‹‹").replace(">>", "››")
 
 
 def _excerpts(corpus: Corpus, rows: Sequence[int]) -> str:

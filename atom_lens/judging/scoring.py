@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ def read_rubric(answer: str) -> tuple[str, int] | None:
     said, score = found.get("explanation"), found.get("score")
     if not isinstance(said, str) or not said.strip() or type(score) is not int or score not in SCORES:
         return None
-    # JSON may hold half a surrogate pair, which no server could be sent.
+    # JSON in an answer may hold half a surrogate pair, too, which no server could be sent.
     return " ".join(said.split())[:_LONGEST].encode(errors="replace").decode(), score
 
 
@@ -61,9 +60,8 @@ def read_detection(answer: str, count: int) -> set[int] | None:
 
 def _object(answer: str) -> dict[str, Any] | None:
     """The JSON object in an answer, which may stand in a fence or between sentences."""
-    found = re.search(r"\{.*\}", answer, re.DOTALL)
     try:
-        return parse_json(found.group()) if found else None
+        return parse_json(answer[max(0, answer.find("{")) : answer.rfind("}") + 1])
     except ValueError:
         return None
 

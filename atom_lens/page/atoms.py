@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csc_array
 from torch import Tensor
 
+from atom_lens._files import visible
 from atom_lens.evidence.certificates import atom_coherence, whitened_units
 from atom_lens.evidence.measure import Observation
 from atom_lens.evidence.window import threshold_window
@@ -19,6 +20,7 @@ from atom_lens.tsae import TSAE
 
 _EACH = 4  # contexts shown of either split
 _BEFORE, _AFTER = 120, 60  # characters shown around the token read
+_LONGEST = 120  # characters of a token, a subject, an answer
 _BARS = 16
 _NEIGHBOURS = 5
 
@@ -148,11 +150,16 @@ def _excerpt(corpus: Corpus, row: int) -> dict[str, Any]:
     # Three pieces, not offsets: a browser counts characters beyond the basic plane twice.
     prompt, (start, end) = corpus.prompt(row), corpus.span(row)
     before, after = prompt.text[max(0, start - _BEFORE) : start], prompt.text[end : end + _AFTER]
+    token = _cut(prompt.text[start:end])
     return {
-        "before": ("…" if start > _BEFORE else "") + before,
-        "token": prompt.text[start:end],
-        "after": after + ("…" if end + _AFTER < len(prompt.text) else ""),
-        "subject": prompt.subject or prompt.text[start:end].strip(),
-        "answer": prompt.answer,
+        "before": ("…" if start > _BEFORE else "") + visible(before, keep="\n\t"),
+        "token": token,
+        "after": visible(after, keep="\n\t") + ("…" if end + _AFTER < len(prompt.text) else ""),
+        "subject": _cut(prompt.subject) if prompt.subject else token.strip(),
+        "answer": None if prompt.answer is None else _cut(prompt.answer),
         "heldout": int(corpus.heldout[row]),
     }
+
+
+def _cut(text: str) -> str:
+    return visible(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")

@@ -133,7 +133,7 @@ def flips(result: Mapping[str, Any]) -> go.Figure:
             cliponaxis=False,
             name=name,
             marker=mark("circle", color, "heldout", 9),
-            hovertemplate="%{y}: %{x:.3f}<extra>" + name + "</extra>",
+            hovertemplate="%{y}: %{x:.3f}<extra>%{fullData.name}</extra>",
         )
     made.add_vline(first["patch"]["flips"]["mean"], line={"color": QUIET, "dash": "dash", "width": 1})
     made.update_layout(scattermode="group", scattergap=0.4)

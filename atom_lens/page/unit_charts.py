@@ -79,7 +79,7 @@ def plane(units: Sequence[Unit], key: str, label: str) -> go.Figure:
                 showlegend=shown and unit.name not in named,
                 marker=mark(unit.symbol, unit.color, split, 12 if unit.symbol.startswith("star") else 9),
                 customdata=[[run["l0"]["mean"], run["n"]] for run in runs],
-                hovertemplate=f"<b>{unit.name}</b> {unit.detail}<br>{split.replace('heldout', 'held-out')}: "
+                hovertemplate=f"<b>%{{fullData.name}}</b> {unit.detail}<br>{split.replace('heldout', 'held-out')}: "
                 f"{label} %{{y:.4f}}, q* %{{x:.4f}}<br>"
                 "L0 %{customdata[0]:.1f}, n = %{customdata[1]}<extra></extra>",
             )
@@ -115,7 +115,7 @@ def layers(units: Mapping[int, Sequence[Unit]], key: str, label: str) -> go.Figu
                 showlegend=held,
                 line={"color": first.color, "dash": first.dash if held else "dot", "width": 2.4 if held else 1.4},
                 marker=mark(first.symbol, first.color, split, 8),
-                hovertemplate=f"layer %{{x}}: {label} %{{y:.4f}}<extra>{name}, "
+                hovertemplate=f"layer %{{x}}: {label} %{{y:.4f}}<extra>%{{fullData.name}}, "
                 f"{split.replace('heldout', 'held-out')}</extra>",
             )
     made.update_xaxes(tickmode="array", tickvals=list(units))

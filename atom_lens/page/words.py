@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from atom_lens._files import visible
 from atom_lens.activations.connect import open_model
 from atom_lens.training.recipe import Model
 
@@ -71,7 +72,7 @@ def columns(lens: Lens, atoms: Float[Tensor, "F d"]) -> dict[str, Any]:
     up, down = lens.top(atoms)
     used, at = torch.cat([up, down]).unique(return_inverse=True)
     return {
-        "table": lens.tokenizer.batch_decode(used[:, None].tolist()),
+        "table": [visible(word) for word in lens.tokenizer.batch_decode(used[:, None].tolist())],
         "up": at[: len(up)].flatten().tolist(),
         "down": at[len(up) :].flatten().tolist(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from atom_lens._files import replacing
+from atom_lens._files import replacing, visible
 from atom_lens._version import __version__
 from atom_lens.page.folders import Folder, read_folders
 from atom_lens.page.sections import sections_of
@@ -36,7 +37,7 @@ def write_page(runs: Sequence[str | Path], out: Path | None = None) -> Path:
     path = Path(runs[0]).resolve().parent / "report.html" if out is None else Path(out)
     text = _html(folders, _command(runs, out))
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is no UTF-8
     return path
 
 
@@ -47,7 +48,9 @@ def _command(runs: Sequence[str | Path], out: Path | None) -> str:
 def _html(folders: Sequence[Folder], command: str) -> str:
     assets = files("atom_lens.page") / "assets"
     read = {asset.name: asset.read_text(encoding="utf-8") for asset in assets.iterdir()}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
+    )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
     return environment.from_string(read["page.html"]).render(
         title=", ".join(folder.name for folder in folders),
@@ -58,9 +61,19 @@ def _html(folders: Sequence[Folder], command: str) -> str:
         assets=read,
         plotly=get_plotlyjs(),
         plain=_plain,
+        visible=_visible,
     )
 
 
+def _visible(value: Any) -> Any:
+    """Texts are shown as they are, lines and all; what is markup or JSON by now, and numbers, are as they are."""
+    return visible(value, keep="\n\t") if type(value) is str else value
+
+
 def _plain(figure: go.Figure) -> Any:
-    """What JSON holds of a figure: numbers in plotly's compact base64."""
-    return json.loads(str(figure.to_json()))
+    """What JSON holds of a figure: numbers in plotly's compact base64, and names, where it takes markup, as text."""
+    plain = json.loads(str(figure.to_json()))
+    for trace in plain["data"]:
+        if "name" in trace:
+            trace["name"] = escape(visible(trace["name"]), quote=False)
+    return plain

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from atom_lens._files import visible
 from atom_lens._version import __version__
 from atom_lens.evidence.reading import certificates_text, reading, table
 from atom_lens.training.recipe import HubDataset, Recipe
@@ -51,7 +52,7 @@ def run_card(
     example = hooks[0] if hooks else "blocks.9.hook_resid_post"
     parts = [
         f"# {repo_id.split('/')[1]}",
-        f"Atoms of `{base}`: threshold sparse autoencoders in the atomic inner product "
+        f"Atoms of {_code(str(base))}: threshold sparse autoencoders in the atomic inner product "
         "([arXiv 2509.20784](https://arxiv.org/abs/2509.20784)), made with atom-lens "
         f"{__version__}. Figures are of training data, of data no training saw, and of dictionaries that know nothing.",
         "```python\n"
@@ -64,17 +65,23 @@ def run_card(
     for hook, report in reports.items():
         parts += [
             f"## {hook}",
-            f"{report['d_sae']} atoms of width {report['d_in']}, read at `{report['positions']}`.",
+            f"{report['d_sae']} atoms of width {report['d_in']}, read at {_code(str(report['positions']))}.",
             f"```\n{table(report)}\n\n{certificates_text(report)}\n```",
             f"![angles between activations, and R² against q* of atoms and nulls]({hook}/{FIGURE})",
             reading(report),
         ]
     if prompts is not None:
         asked = ", ".join(f"{key}={value!r}" for key, value in prompts.model_dump().items() if value)
-        parts += ["## Data", f"Prompts: {asked}. The recipe is `recipe.yaml`."]
+        parts += ["## Data", f"Prompts: {_code(asked)}. The recipe is `recipe.yaml`."]
     parts += ["## Citation", _CITATION]
     body = "\n\n".join(parts)
     return f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n{body}\n{_END}\n"
+
+
+def _code(text: str) -> str:
+    """A code span: on one line, and neither Markdown nor HTML whatever is in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {visible(text)} {fence}" if "`" in text else f"{fence}{visible(text)}{fence}"
 
 
 def merged_card(card: str, old: str | None) -> str:

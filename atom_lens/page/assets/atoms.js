@@ -13,7 +13,7 @@
   const fixed = (value) => (value === null ? "–" : value.toFixed(3));
   const share = (count, of) => (count === 0 ? "0" : `${(100 * count / of).toFixed(2)}%`);
   const range = (i) => data.row.slice(data.at[i], data.at[i + 1]);
-  const subjects = (i) => [...new Set(range(i).map((row) => data.rows.subject[row]))];
+  const subjects = (i) => [...new Set(range(i).map((row) => data.rows.subject[row]).filter(Boolean))];
   const words = (i, side) => data.words[side].slice(8 * i, 8 * i + 8).map((at) => data.words.table[at]);
   const hasWords = () => typeof data.words !== "string";
 
@@ -102,7 +102,7 @@
       const head = make("th", "", null, button);
       head.scope = "row";
       const cells = columns.slice(1).map((column) => make("td", column.key === "heldout" ? "held" : "", column.show ? column.show(i) : number(column.value(i))));
-      const row = make("tr", "", null, head, make("td", "text", subjects(i).join(", ")), ...cells);
+      const row = make("tr", "", null, head, make("td", "text", null, ...apart(subjects(i))), ...cells);
       row.dataset.atom = i;
       row.setAttribute("aria-current", String(i === open));
       row.addEventListener("click", () => choose(i, true));
@@ -116,13 +116,18 @@
     $("next").disabled = first + PAGE >= order.length;
   }
 
+  // A text from right to left must not carry its neighbours along.
+  function apart(items) {
+    return items.flatMap((item, at) => [at ? ", " : "", make("bdi", "", item)]);
+  }
   function context(i, at) {
     const row = data.row[at], text = data.rows, out = text.heldout[row];
     const line = make("p", "context", null, text.before[row], make("mark", "", text.token[row]), text.after[row]);
+    line.dir = "auto";
     const fill = make("i");
     fill.style.width = `${100 * Math.abs(data.value[at]) / data.largest[i]}%`;
     const under = make("div", "under", null, make("span", out ? "badge out" : "badge", out ? "held-out" : "train"), make("span", "strength", null, fill), make("span", "", number(data.value[at])));
-    if (text.answer[row] !== null) under.append(make("span", "answer", `answer: ${text.answer[row]}`));
+    if (text.answer[row] !== null) under.append(make("span", "answer", "answer: ", make("bdi", "", text.answer[row])));
     return make("li", "", null, line, under);
   }
   function histogram(i) {
@@ -158,7 +163,7 @@
     }
     if (hasWords()) {
       for (const [side, label] of [["up", "Logit lens, promotes"], ["down", "Logit lens, suppresses"]]) {
-        parts.push(make("h4", "", label), list_of("words", words(i, side).map((word) => make("li", "", word.trim() || JSON.stringify(word)))));
+        parts.push(make("h4", "", label), list_of("words", words(i, side).map((word) => make("li", "", null, make("bdi", "", word.trim() || JSON.stringify(word))))));
       }
     }
     const near = Array.from({ length: data.neighbours }, (_, at) => data.neighbours * i + at);
