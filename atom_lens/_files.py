@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
+from atom_lens._text import read_text
+
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, format characters, halves of surrogate pairs, separators
 _JOINERS = "\u200c\u200d"  # which scripts and emoji cannot be written without
 _TEMPORARY = ".atom-lens-"  # what begins with this is ours, and nobody's if no process is writing it
@@ -186,7 +188,7 @@ def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
     """
     regular_file(path, limit)
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not strict JSON: {shown(str(error))}") from error
 

@@ -212,7 +212,7 @@ def test_jsonl(tmp_path) -> None:
     }
     assert jsonl_file(path, limit=1, columns=columns) == [Prompt.fill("{} is in", "Rome", "Italy")]
     path.write_text('{"text": "a"}\n{broken\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
         jsonl_file(path)
     path.write_text('{"text": "line\u2028separator"}\n', encoding="utf-8")
     assert jsonl_file(path)[0].text == "line\u2028separator"

@@ -293,7 +293,9 @@ def test_no_disk_space(run: Callable[..., tuple[int, str, str]], full_disk: Path
 
 def test_numbers_as_people_write_them(recipe: dict[str, Any]) -> None:
     """YAML 1.1 takes 1e-6 for text."""
-    assert check_recipe({**recipe, "metric": {"ridge": "1e-6"}}).metric.ridge == 1e-6
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe) + "metric: {ridge: 1e-6}\n")
+    assert load_recipe("recipe.yaml").metric.ridge == 1e-6
+    assert load_recipe("recipe.yaml", ["metric.ridge=1E-3"]).metric.ridge == 1e-3
     assert check_recipe({**recipe, "metric": {"ridge": "oas"}}).metric.ridge == "oas"
     assert check_recipe({**recipe, "atoms": {"capacity": 8, "target_l0": 2}}).atoms.target_l0 == 2.0
     with pytest.raises(ValueError, match="metric.ridge is 'much'"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from atom_lens._files import shown
+from atom_lens._files import parse_json, shown
+from atom_lens._text import lines_of, read_text
 
 
 @dataclass(frozen=True)
@@ -109,25 +109,21 @@ def python_docs(limit: int | None = None) -> list[Prompt]:
 
 def text_file(path: str | Path, limit: int | None = None) -> list[Prompt]:
     """One prompt per non-empty line."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [Prompt(line) for line in lines if line.strip()][:limit]
+    return [Prompt(line) for line in lines_of(read_text(path)) if line.strip()][:limit]
 
 
 def jsonl_file(path: str | Path, limit: int | None = None, columns: dict[str, str] | None = None) -> list[Prompt]:
     """Prompts from JSON lines: fields `text` or `template`, `subject`, `answer`, under the names in `columns`."""
-    rows: list[dict[str, Any]] = []
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number} is a {type(row).__name__}, expected an object")
-            rows.append(row)
-    return list(islice(_from_rows(rows, columns or {}, str(path)), limit))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, line in enumerate(lines_of(read_text(path)), 1):
+            if line.strip():
+                try:
+                    yield parse_json(line)
+                except ValueError as error:
+                    raise ValueError(f"{path} line {number} is not a JSON object: {shown(str(error))}") from error
+
+    return list(islice(_from_rows(rows(), columns or {}, str(path)), limit))
 
 
 def hub_dataset(

@@ -47,12 +47,6 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
             cannot be opened or are of another hook; or the folder holds a study of another recipe.
     """
     recipe.needs("compare", "atoms", "training")
-    assert recipe.atoms is not None
-    # Not for the recipe to check: a run of `train` has a section compare too, with whatever defaults.
-    if max(recipe.compare.l0) > recipe.atoms.capacity:
-        raise ValueError(
-            f"compare.l0 has {max(recipe.compare.l0):g}, allowed is up to atoms.capacity={recipe.atoms.capacity}"
-        )
     homes = {features.name: _home(features, recipe) for features in recipe.compare.features}
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
@@ -115,9 +109,9 @@ def _cells(
     for k in ks:
         for null in kinds(Drawn):
             yield f"{null.name}-{k}", partial(_null_cell, null, k, setup, split, training.seed)
-    for one in map(find_kind, dict.fromkeys(asked.units)):
+    for one in map(find_kind, asked.units):
         if isinstance(one, Trained):
-            for level in dict.fromkeys(getattr(asked, one.sparsity)):
+            for level in getattr(asked, one.sparsity):
                 yield f"{one.name}-{level:g}", partial(_trained, one, level, setup, split, training)
         elif isinstance(one, Fixed) and one.sparsity is None:
             yield one.name, partial(_fixed, one, None, setup, split)

@@ -5,7 +5,7 @@ The hook is chosen by the ceiling on training facts; everything reported is on f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,16 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
     prompts = recipe.prompts.read()
     if any(prompt.answer is None or prompt.subject is None for prompt in prompts):
         raise ValueError(f"prompts of recipe {recipe.name!r} lack a subject or an answer, intervene needs both")
+    loaded = {f"features_{features.name}": pretrained(features, "auto") for features in recipe.intervene.features}
+    if recipe.intervene.run is not None:
+        check_split(Path(recipe.intervene.run), recipe)
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
-        _intervene(recipe, prompts, folder)
+        _intervene(recipe, prompts, loaded, folder)
     return folder
 
 
-def _intervene(recipe: Recipe, prompts: Sequence[Prompt], folder: Path) -> None:
+def _intervene(recipe: Recipe, prompts: Sequence[Prompt], loaded: Mapping[str, SAE[Any]], folder: Path) -> None:
     found = harvest_for(recipe, prompts)
     same_activations(folder, found.views)
     settings = recipe.model
@@ -82,7 +85,7 @@ def _intervene(recipe: Recipe, prompts: Sequence[Prompt], folder: Path) -> None:
     )
     aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge)
     cells = []
-    for name, make in _units(recipe, hook, split, aip).items():
+    for name, make in _units(recipe, hook, split, aip, loaded).items():
         path = folder / "cells" / f"{name}.json"
         cells.append(
             {
@@ -159,9 +162,9 @@ def _scan(
 
 
 def _units(
-    recipe: Recipe, hook: str, split: SplitActivations, aip: AtomicInnerProduct
+    recipe: Recipe, hook: str, split: SplitActivations, aip: AtomicInnerProduct, loaded: Mapping[str, SAE[Any]]
 ) -> dict[str, Callable[[], SAE[Any]]]:
-    """name -> what gives the dictionary.
+    """name -> what gives the dictionary; `loaded` are pretrained features.
 
     Raises:
         ValueError: a run or pretrained features of another hook, a run with another split, or two of one name.
@@ -172,9 +175,8 @@ def _units(
         kind = find_kind(unit, Trained)
         for level in getattr(settings, kind.sparsity):
             units.append((f"{unit}-{level:g}", partial(_trained, recipe, kind, level, split, aip)))
-    loaded = {f"features_{features.name}": pretrained(features, "auto") for features in settings.features}
+    loaded = dict(loaded)
     if settings.run is not None:
-        check_split(Path(settings.run), recipe)
         loaded[f"run_{Path(settings.run).name}"] = load_atoms(settings.run, hook=hook)
     for name, sae in loaded.items():
         if sae.cfg.metadata.hook_name != hook:

@@ -27,7 +27,7 @@ from atom_lens.evidence.certificates import atom_coherence
 from atom_lens.evidence.reading import aligned
 from atom_lens.evidence.window import ThresholdWindow, threshold_window
 from atom_lens.geometry import AtomicInnerProduct, unit_rows
-from atom_lens.recipe.sections import Atoms, Number, Section, Training
+from atom_lens.recipe.sections import Atoms, Section, Seed, Training
 from atom_lens.training.fit import fit_together
 from atom_lens.training.recipe import Unit
 from atom_lens.training.recipe_file import load_section
@@ -45,11 +45,11 @@ class Planted(Section):
     width: int = Field(64, ge=4)
     atoms: Literal["two_bases", "orthogonalized", "random"] = "two_bases"
     capacity: int = Field(128, ge=2)
-    common: Number = Field(0.0, ge=0, lt=1)
+    common: float = Field(0.0, ge=0, lt=1)
     k: int = Field(3, ge=1)
-    gap: Number = Field(0.8, gt=0, le=1, description="delta_min / delta_max")
-    noise: Number = Field(0.0, ge=0, description="norm of the noise, in units of delta_max")
-    condition: Number = Field(1000.0, ge=1, description="condition number of the second moment of the map")
+    gap: float = Field(0.8, gt=0, le=1, description="delta_min / delta_max")
+    noise: float = Field(0.0, ge=0, description="norm of the noise, in units of delta_max")
+    condition: float = Field(1000.0, ge=1, description="condition number of the second moment of the map")
 
 
 class Theorem(Section):
@@ -58,8 +58,8 @@ class Theorem(Section):
     planted: Planted = Planted.model_validate({"width": 256, "capacity": 512})
     dictionaries: int = Field(20, ge=1)
     codes: int = Field(10_000, ge=1)
-    noise: list[Number] = Field([0.0, 1.0, 2.0, 4.0, 8.0])
-    gap: list[Number] = Field([1.0, 0.6, 0.3, 0.2, 0.1])
+    noise: list[float] = Field([0.0, 1.0, 2.0, 4.0, 8.0])
+    gap: list[float] = Field([1.0, 0.6, 0.3, 0.2, 0.1])
 
 
 class Learning(Section):
@@ -68,7 +68,7 @@ class Learning(Section):
     planted: Planted = Planted.model_validate({"noise": 0.1})
     atoms: Atoms
     n: int = Field(20_000, ge=100)
-    l1: Number = 5.0
+    l1: float = 5.0
     units: list[Unit] = Field(default_factory=lambda: [one.name for one in kinds(Trained)], min_length=1)
 
     @field_validator("units")
@@ -87,7 +87,7 @@ class PlantedRecipe(Section):
     theorem: Theorem = Theorem.model_validate({})
     learning: Learning | None = None
     training: Training | None = None
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)

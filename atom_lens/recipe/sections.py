@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-# YAML 1.1 reads 1e-6 as text (it wants 1.0e-6): numbers may be written as people write them.
-Number = Annotated[float, Field(strict=False)]
-Positive = Annotated[float, Field(strict=False, gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+# What torch, numpy and scikit-learn all take, with room for those derived from it: seed + 1, seed + 2, ...
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Section(BaseModel):
@@ -16,19 +17,27 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Section:
+        for name, value in self:
+            for one in value if isinstance(value, list) else ():
+                if isinstance(one, str | float | int) and value.count(one) > 1:
+                    raise PydanticCustomError("twice", "{name} has {one} twice", {"name": name, "one": repr(one)})
+        return self
+
 
 class Atoms(Section):
     """The dictionary. `capacity` is d_sae; the rest is `TSAETrainingConfig`'s."""
 
     capacity: int = Field(ge=1)
-    target_l0: Number = Field(gt=0)
+    target_l0: float = Field(gt=0)
     encoder: Literal["tied", "free"] = "free"
     start: Literal["data", "random"] = "data"
-    loss_norm: Number = Field(0.75, ge=0, le=1)
-    l0_coefficient: Number = Field(0.15, gt=0)
-    noise: Number = Field(0.3, ge=0)
-    revival: Number = Field(1 / 32, ge=0)
-    bandwidth: Number = Field(0.05, gt=0)
+    loss_norm: float = Field(0.75, ge=0, le=1)
+    l0_coefficient: float = Field(0.15, gt=0)
+    noise: float = Field(0.3, ge=0)
+    revival: float = Field(1 / 32, ge=0)
+    bandwidth: float = Field(0.05, gt=0)
     step: Literal["dense", "sparse"] = "sparse"
     encoder_product: Literal["float32", "bfloat16"] = "float32"
 
@@ -44,12 +53,20 @@ class Training(Section):
 
     steps: int = Field(ge=1)
     batch_size: int = Field(256, ge=1)
-    lr: Number = Field(1e-3, gt=0)
-    warm_up: Number = Field(0.05, ge=0, le=1)
-    decay: Number = Field(0.3, ge=0, le=1)
+    lr: float = Field(1e-3, gt=0)
+    warm_up: float = Field(0.05, ge=0, le=1)
+    decay: float = Field(0.3, ge=0, le=1)
     dead_after: int = Field(200, ge=1, description="steps without firing after which an atom counts as dead")
     device: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
     seeds: int = Field(1, ge=1, description="runs from independent starts, trained in one pass")
-    checkpoint_minutes: Number = Field(5.0, ge=0, description="between checkpoints that a stopped run goes on from")
+    checkpoint_minutes: float = Field(5.0, ge=0, description="between checkpoints that a stopped run goes on from")
     nulls: bool = Field(True, description="also train the frozen-decoder and the shuffled-coordinates null")
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Training:
+        if self.warm_up + self.decay > 1 + 1e-9:  # 0.9 and 0.1 are 1 together, whatever floats say
+            raise ValueError(
+                f"training.warm_up is {self.warm_up:g} and training.decay {self.decay:g}, allowed is up to 1 together"
+            )
+        return self

@@ -10,11 +10,12 @@ from pydantic_core import PydanticCustomError
 
 from atom_lens.activations import generated
 from atom_lens.activations import prompts as sources
+from atom_lens.activations.models import pick_device
 from atom_lens.activations.positions import Positions
 from atom_lens.activations.prompts import Prompt
 from atom_lens.dictionaries import Kind, Trained, find_kind, kinds
 from atom_lens.geometry import DEFAULT_RIDGE
-from atom_lens.recipe.sections import Atoms, Number, Positive, Section, Training
+from atom_lens.recipe.sections import Atoms, Positive, Section, Seed, Training
 
 
 def existing(path: str | Path) -> Path:
@@ -97,7 +98,7 @@ class Generated(Section):
 
     source: Literal["arithmetic", "multi_step", "questions", "sentiment"]
     limit: int = Field(2000, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
     def read(self) -> list[Prompt]:
         return getattr(generated, self.source)(self.limit, self.seed)
@@ -133,14 +134,14 @@ class Domain(Section):
 class Split(Section):
     """Held-out data. No subject lies on both sides."""
 
-    heldout: Number = Field(0.2, gt=0, lt=1)
-    seed: int = 0
+    heldout: float = Field(0.2, gt=0, lt=1)
+    seed: Seed = 0
 
 
 class Metric(Section):
     """The atomic inner product. `ridge` is relative to the mean eigenvalue, or "oas"."""
 
-    ridge: Annotated[float, Field(strict=False, ge=0)] | Literal["oas"] = DEFAULT_RIDGE
+    ridge: Annotated[float, Field(ge=0)] | Literal["oas"] = DEFAULT_RIDGE
 
 
 class Wandb(Section):
@@ -225,7 +226,7 @@ class Scale(Section):
     capacities: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     n: list[Annotated[int, Field(ge=2)]] = Field(min_length=1, description="training activations, drawn nested")
     null: bool = Field(True, description="the same grid on activations whose coordinates were shuffled")
-    levels: list[Annotated[float, Field(strict=False, gt=0, lt=1)]] = Field(
+    levels: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.9], min_length=1, description="of R², at which the critical capacity is read off"
     )
 
@@ -243,7 +244,7 @@ class Intervene(Section):
     features: list[Features] = []
     facts: int = Field(240, ge=10, description="held-out facts that the model knows, at most")
     scan: int = Field(100, ge=10, description="training facts on which the hook is chosen, at most")
-    doses: list[Number] = [0.25, 0.5, 0.75, 1.0, 2.0]
+    doses: list[float] = [0.25, 0.5, 0.75, 1.0, 2.0]
     ks: list[Annotated[int, Field(ge=1)]] = Field([1, 4, 16], min_length=1)
     installed_k: int = Field(4, ge=1, description="atoms ablated where specificity is measured")
     other_templates: list[str] = []
@@ -271,7 +272,7 @@ class Recipe(Section):
     prompts: Prompts
     hooks: list[str] = Field(min_length=1)
     positions: Positions = "subject_last"
-    massive_ratio: Number | None = Field(10.0, gt=1)
+    massive_ratio: float | None = Field(10.0, gt=1)
     prepend_bos: bool = True
     max_tokens: int = Field(1024, ge=1)
     split: Split = Split.model_validate({})
@@ -286,7 +287,21 @@ class Recipe(Section):
     domains: dict[str, Domain] = {}
 
     def needs(self, command: str, *sections: str) -> None:
-        """Raise ValueError where a section that `command` cannot do without is missing."""
+        """Check, before any work, what `command` will need.
+
+        Only commands ask: a recipe may be read where its device is not, and one of `train` has sections of others.
+
+        Raises:
+            ValueError: a section is missing, a device is not there, or a study asks for more active atoms than there
+                are.
+        """
         for section in sections:
             if getattr(self, section) is None:
                 raise ValueError(f"key {section} is missing in recipe {self.name!r}, {command} needs it")
+        for section in (self.model, self.training):
+            if section is not None:
+                pick_device(section.device)
+        if command in ("compare", "intervene") and self.atoms is not None:
+            most = max(getattr(self, command).l0)
+            if most > self.atoms.capacity:
+                raise ValueError(f"{command}.l0 has {most:g}, allowed is up to atoms.capacity={self.atoms.capacity}")

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from atom_lens._text import read_text
+from atom_lens.recipe.yaml import read_yaml, write_yaml
 from atom_lens.training.recipe import SOURCES, Recipe, Section, existing
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -28,16 +29,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
     """Any kind of recipe, as `load_recipe` reads one."""
     path = existing(path)
+    text = read_text(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        data = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML as recipes are written: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}, a recipe is a mapping")
+    given: set[str] = set()
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} is not of the form section.key=value")
+        if key in given:
+            raise ValueError(f"override {key!r} is given twice")
+        given.add(key)
         node = data
         *parents, last = key.split(".")
         for parent in parents:
@@ -45,9 +51,9 @@ def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[s
             if not isinstance(node, dict):
                 raise ValueError(f"override {override!r} reaches into {parent!r}, which is not a section")
         try:
-            node[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {override!r} has a value that is not YAML") from error
+            node[last] = read_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"override {override!r} has a value that is not YAML: {error}") from error
     return _checked(kind, data, str(path))
 
 
@@ -65,14 +71,14 @@ def _checked(kind: type[AnySection], data: Any, where: str) -> AnySection:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, with every default written out."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    return write_yaml(recipe.model_dump())
 
 
 def _sentence(error: ValidationError, kind: type[Section]) -> str:
     # A misspelt key is also a missing one: name the misspelling.
     problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # A union's location holds the tag of the member: prompts.cities.limit is written prompts.limit in the file.
-    tags = (*SOURCES, "constrained-float", "literal['oas']")
+    tags = (*SOURCES, "float", "constrained-float", "literal['oas']")
     location = [str(part) for part in problem["loc"] if str(part) not in tags]
     key = ".".join(location) or "the recipe"
     if problem["type"] == "extra_forbidden":
@@ -80,6 +86,8 @@ def _sentence(error: ValidationError, kind: type[Section]) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]}" if near else f"allowed are {', '.join(known)}"
         return f"key {key} is unknown, {hint}"
+    if problem["type"] == "twice":
+        return f"key {'.'.join([*location, problem['msg']])}"
     if problem["type"] == "missing":
         return f"key {key} is missing"
     if problem["type"].startswith("union_tag"):

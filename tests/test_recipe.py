@@ -1,0 +1,196 @@
+"""A recipe means what it says: no boolean is a number, nothing is said twice, nothing is found wrong after the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atom_lens import harvest, load_recipe
+from atom_lens._text import lines_of, read_text
+from atom_lens.activations.prompts import jsonl_file, text_file
+from atom_lens.experiments.compare import compare
+from atom_lens.experiments.intervene import intervene
+from atom_lens.experiments.planted import load_planted
+from atom_lens.recipe.yaml import read_yaml, write_yaml
+from atom_lens.training import train
+
+BASE = """
+name: x
+model: {name: nowhere}
+prompts: {source: text, path: p.txt}
+hooks: [blocks.1.hook_resid_post]
+"""
+TRAINED = BASE + "atoms: {capacity: 8, target_l0: 2}\ntraining: {steps: 1}\n"
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+
+    def go(extra: str, overrides: tuple[str, ...] = (), base: str = BASE) -> Any:
+        Path("recipe.yaml").write_text(base + extra, encoding="utf-8")
+        return load_recipe("recipe.yaml", overrides)
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("training: {steps: 1, lr: true}", "key training.lr is True, allowed is a valid number"),
+        ("training: {steps: 1, lr: yes}", "key training.lr is 'yes', allowed is a valid number"),
+        ("training: {steps: true}", "key training.steps is True, allowed is a valid integer"),
+        ("training: {steps: 010}", "key training.steps is '010', allowed is a valid integer"),
+        ("training: {steps: 1:30}", "key training.steps is '1:30', allowed is a valid integer"),
+        ("training: {steps: 1, nulls: off}", "key training.nulls is 'off', allowed is a valid boolean"),
+        ("metric: {ridge: true}", "key metric.ridge is True"),
+        ("metric: {ridge: yes}", "key metric.ridge is 'yes'"),
+        ("compare: {l0: [true]}", "key compare.l0.0 is True"),
+        ("massive_ratio: on", "key massive_ratio is 'on'"),
+        ("max_tokens: .nan", "key max_tokens is nan"),
+        ("split: {heldout: .inf}", "key split.heldout is inf"),
+        ("split: {heldout: 1e400}", "key split.heldout is inf"),
+        ("positions: last\npositions: all", "key 'positions' is given twice, the second time in line 7"),
+        ("training: {steps: 1, steps: 2}", "key 'steps' is given twice"),
+        ("compare: {l0: [3, 6, 3]}", "key compare.l0 has 3.0 twice"),
+        ("compare: {units: [topk, topk]}", "key compare.units has 'topk' twice"),
+        ("scale: {capacities: [8, 8], n: [4]}", "key scale.capacities has 8 twice"),
+        ("training: {steps: 1, seed: -3}", "key training.seed is -3, allowed is greater than or equal to 0"),
+        ("training: {steps: 1, seed: 1180591620717411303424}", "allowed is less than 2147483648"),
+        ("split: {seed: 2147483648}", "key split.seed is 2147483648, allowed is less than 2147483648"),
+        ("training: {steps: 1, warm_up: 0.8, decay: 0.3}", "allowed is up to 1 together"),
+        ("x: [" + "[" * 5000, "nested too deep"),
+        ("training: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+    ],
+)
+def test_refused(read: Any, extra: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        read(extra + "\n")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_hooks_twice_and_overrides_twice(read: Any) -> None:
+    with pytest.raises(ValueError, match=r"key hooks has 'blocks.1.hook_resid_post' twice"):
+        read("", ("hooks=[blocks.1.hook_resid_post, blocks.1.hook_resid_post]",))
+    with pytest.raises(ValueError, match=r"override 'split.seed' is given twice"):
+        read("", ("split.seed=1", "split.seed=2"))
+
+
+def test_seeds_at_the_edges(read: Any) -> None:
+    """The largest seed serves torch, numpy and what is derived from it."""
+    largest = 2**31 - 1
+    assert read(f"split: {{seed: {largest}}}\n").split.seed == largest
+    Path("planted.yaml").write_text(f"name: x\nseed: {largest}\n")
+    assert load_planted("planted.yaml").seed == largest
+    with pytest.raises(ValueError, match="key seed is -1"):
+        load_planted("planted.yaml", ["seed=-1"])
+
+
+def test_what_yaml_1_1_misreads(read: Any) -> None:
+    """Norway's code is a name, and a number is a number as people write it."""
+    found = read("", ("name=no", "prompts.path=2026-11-26", "metric.ridge=1e-3", "split.heldout=.5"))
+    assert (found.name, found.prompts.path, found.metric.ridge, found.split.heldout) == ("no", "2026-11-26", 1e-3, 0.5)
+    assert read_yaml("a: &x {q: 1}\nb: {<<: *x, q: 2}") == {"a": {"q": 1}, "b": {"q": 2}}
+
+
+scalars = st.one_of(
+    st.text(st.characters(exclude_categories=("Cs", "Cc"))),
+    st.sampled_from(["no", "1e-3", "010", "0x1f", "1:30", "true", "~", "", ".inf", "<<", "=", "2026-01-02", "1_000"]),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.booleans(),
+    st.none(),
+)
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.one_of(scalars, st.lists(scalars))))
+def test_what_is_written_is_read_back(data: dict[str, Any]) -> None:
+    """By this package and, as recipes travel, by a reader of YAML 1.1."""
+    assert read_yaml(write_yaml(data)) == data == yaml.safe_load(write_yaml(data))
+
+
+@pytest.mark.parametrize(("study", "name"), [(train, "train"), (compare, "compare"), (intervene, "intervene")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_devices_are_looked_for_before_any_work(read: Any, study: Any, name: str) -> None:
+    """The model does not exist: whoever looked for it first would say so."""
+    for section in ("model", "training"):
+        with pytest.raises(ValueError, match="device 'cuda' is not"):
+            study(read("", (f"{section}.device=cuda",), TRAINED))
+    assert not Path("runs").exists()
+
+
+def test_more_active_atoms_than_atoms(read: Any) -> None:
+    for study, name in ((compare, "compare"), (intervene, "intervene")):
+        with pytest.raises(ValueError, match=rf"{name}.l0 has 9, allowed is up to atoms.capacity=8"):
+            study(read("", (f"{name}.l0=[2, 9]",), TRAINED))
+
+
+TEXT = "Paris is\nRome is\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_marks_and_line_endings(tmp_path: Path, encoding: str, ending: str) -> None:
+    """What Excel, Notepad and old Macs write; the mark is no part of the first prompt."""
+    path = tmp_path / "p.txt"
+    path.write_bytes(TEXT.replace("\n", ending).encode(encoding))
+    assert [prompt.text for prompt in text_file(path)] == ["Paris is", "Rome is"]
+    path.write_bytes(f'{{"text": "Paris is"}}{ending}{ending}{{"text": "Rome is"}}'.encode(encoding))
+    assert [prompt.text for prompt in jsonl_file(path)] == ["Paris is", "Rome is"]
+    path.write_bytes(BASE.replace("\n", ending).encode(encoding))
+    assert load_recipe(path).name == "x"
+
+
+def test_only_line_endings_end_lines(tmp_path: Path) -> None:
+    text = "a\x0bb\x0cc\x1cd\x1ee\x85f\u2028g\u2029h"
+    assert lines_of(text) == [text]
+    (tmp_path / "p.txt").write_text(text, encoding="utf-8", newline="")
+    assert [prompt.text for prompt in text_file(tmp_path / "p.txt")] == [text]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"Paris\n\xe9t\xe9\n", "is not text in UTF-8 at byte 6, in line 2: invalid"),
+        ("Paris\nRome".encode("utf-16-le"), "is not text: a NUL stands in line 1"),
+        (b"\xff\xfea", "is not text in UTF-16 at byte 2, in line 1: truncated data"),
+    ],
+)
+def test_what_is_no_text(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes(content)
+    for reader in (read_text, text_file, jsonl_file, load_recipe):
+        with pytest.raises(ValueError) as error:
+            reader(path)
+        assert str(path) in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, "line 2 is not a JSON object: it is nested too deep"),
+        ('{"text": "a", "text": "b"}', "line 2 is not a JSON object: a key of text stands twice"),
+        ('{"text": NaN}', "line 2 is not a JSON object: NaN is not JSON"),
+        ('["a"]', "line 2 is not a JSON object: it holds a list"),
+    ],
+)
+def test_lines_that_are_no_json(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"text": "a"}\n' + line)
+    with pytest.raises(ValueError) as error:
+        jsonl_file(path)
+    assert str(path) in str(error.value) and message in str(error.value)
+
+
+def test_a_harvest_of_such_a_file(tiny: str, tmp_path: Path) -> None:
+    """The first prompt reads as the others do."""
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\xef\xbb\xbfParis is\nParis is\n")
+    x = harvest(tiny, text_file(path), "blocks.1.hook_resid_post", "last", store=tmp_path, massive_ratio=None)
+    assert torch.equal(*x["blocks.1.hook_resid_post"])
