@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +170,11 @@ def _run(
             for row, i in enumerate(batch):
                 ids[row, : len(reads[i].ids)] = torch.tensor(reads[i].ids)
                 mask[row, : len(reads[i].ids)] = 1
-            kept = backend.run(ids.to(backend.device), mask.to(backend.device), hooks)
             at = torch.tensor([(row, token) for row, i in enumerate(batch) for token in reads[i].tokens])
             to = torch.tensor([first_row[i] + k for i in batch for k in range(len(reads[i].tokens))])
+            kept = backend.run(ids.to(backend.device), mask.to(backend.device), hooks, partial(_rows_at, at))
             for hook in hooks:
-                x = _rows_of(hook, kept, at)
+                x = _rows_of(hook, kept)
                 if hook not in values:
                     values[hook] = allocate(hook, len(rows), x.shape[1])
                 values[hook][to] = x
@@ -181,12 +182,16 @@ def _run(
     return rows, values, reads[0].ids[0] == backend.tokenizer.bos_token_id
 
 
-def _rows_of(hook: str, kept: dict[str, Tensor], at: Int[Tensor, "m 2"]) -> Float[Tensor, "m _"]:
+def _rows_at(at: Int[Tensor, "m 2"], hook: str, x: Tensor) -> Float[Tensor, "m _"]:
+    if x.ndim != 3:
+        raise ValueError(f"hook {hook!r} has shape {tuple(x.shape)}, expected (batch, pos, width)")
+    return x[at[:, 0], at[:, 1]]
+
+
+def _rows_of(hook: str, kept: dict[str, Tensor]) -> Float[Tensor, "m _"]:
     if hook not in kept:
         raise ValueError(f"hook {hook!r} is named by the model but never fires in its forward pass")
-    if kept[hook].ndim != 3:
-        raise ValueError(f"hook {hook!r} has shape {tuple(kept[hook].shape)}, expected (batch, pos, width)")
-    x = kept[hook][at[:, 0], at[:, 1]].cpu()
+    x = kept[hook].cpu()
     if not torch.isfinite(x).all():
         raise ValueError(f"hook {hook!r} gave NaN or infinite activations (dtype {x.dtype}): try float32")
     return x.float()  # exact for 16-bit dtypes, and what the store gives back

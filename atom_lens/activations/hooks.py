@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
@@ -67,7 +67,7 @@ def component_hooks(block: Any, prefix: str = "") -> dict[str, str]:
     return names
 
 
-def module_sites(config: Any) -> tuple[dict[str, tuple[str, str]], int, int]:
+def module_sites(config: Any) -> tuple[dict[str, tuple[str, Literal["input", "output"]]], int, int]:
     """Where each hook of a transformers model sits: hook name -> (module path, "input" or "output"), layers, context.
 
     TransformerLens' architecture adapters know the module behind every hook; nothing of the model is loaded.
@@ -79,7 +79,7 @@ def module_sites(config: Any) -> tuple[dict[str, tuple[str, str]], int, int]:
     bridge_config.architecture = determine_architecture_from_hf_config(config)
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
     mapping: Mapping[str, Any] = adapter.get_component_mapping()
-    sites: dict[str, tuple[str, str]] = {}
+    sites: dict[str, tuple[str, Literal["input", "output"]]] = {}
     for layer in range(bridge_config.n_layers):
         for name, canonical in component_hooks(mapping["blocks"]).items():
             *parts, last = canonical.split(".")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -14,15 +13,20 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from atom_lens.activations.backends import Backend, Change, cached_tokens, forward_arguments
+from atom_lens.activations.backends import (
+    Backend,
+    Change,
+    Passes,
+    Site,
+    Take,
+    evaluating,
+    forward_arguments,
+    read_at,
+)
 from atom_lens.activations.hooks import component_hooks, layer_of
 
 # TransformerLens removes hooks by the level of the context that added them; its own levels count from 0.
 _LEVELS = count(1 << 20)
-
-
-class _Read(Exception):
-    """All that was asked for is read."""
 
 
 class TransformerLensBackend:
@@ -50,31 +54,25 @@ class TransformerLensBackend:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def _modules(self) -> list[torch.nn.Module]:
+        """What has a mode: a bridge holds the transformers model, but not among its modules."""
+        return [self.model, *([self.model.original_model] if isinstance(self.model, TransformerBridge) else [])]
+
+    def _point(self, hook: str, points: Mapping[str, Any]) -> HookPoint:
+        point = points.get(self._points[hook])
+        if not isinstance(point, HookPoint):
+            raise ValueError(f"an sae-lens SAE is attached at hook {hook!r}: take it off with reset_saes() first")
+        return point
+
     def run(
-        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], hooks: Sequence[str]
-    ) -> dict[str, Float[Tensor, "batch pos _"]]:
-        kept: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
-            def hook_fn(module: Any, args: Any, output: Tensor) -> None:
-                kept[name] = output
-                if len(kept) == len(hooks):
-                    # Here, not by stop_at_layer: after its last layer a bridge would run the unembedding all the same,
-                    # which can cost more than all layers together.
-                    raise _Read
-
-            return hook_fn
-
+        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], hooks: Sequence[str], take: Take
+    ) -> dict[str, Tensor]:
         # Not through run_with_hooks, which builds the table of all hook points anew for every hook.
         points = self.model.hook_dict
-        handles = [points[self._points[name]].register_forward_hook(keep(name)) for name in hooks]
-        try:
-            with torch.no_grad(), suppress(_Read):
-                self.model(tokens, attention_mask=mask)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return kept
+        sites: dict[str, Site] = {name: (self._point(name, points), "output") for name in hooks}
+        with evaluating(*self._modules):
+            return read_at(sites, take, tokens, lambda: self.model(tokens, attention_mask=mask))
 
     @property
     def tracing(self) -> bool:
@@ -83,32 +81,25 @@ class TransformerLensBackend:
     def logits(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], keep: int
     ) -> Float[Tensor, "batch keep vocab"]:
-        if not isinstance(self.model, TransformerBridge):
-            return self.model(tokens, attention_mask=mask, padding_side="left")[:, -keep:]
-        return self.model(tokens, **forward_arguments(self.model.original_model, mask, keep))[:, -keep:]
+        with evaluating(*self._modules):
+            if not isinstance(self.model, TransformerBridge):
+                return self.model(tokens, attention_mask=mask, padding_side="left")[:, -keep:]
+            return self.model(tokens, **forward_arguments(self.model.original_model, mask, keep))[:, -keep:]
 
     def attach(self, hook: str, change: Change) -> Callable[[], None]:
-        point = self.model.hook_dict.get(self._points[hook])
-        if not isinstance(point, HookPoint):
-            raise ValueError(f"an sae-lens SAE is attached at hook {hook!r}: take it off with reset_saes() first")
-        past, level = 0, next(_LEVELS)
-
-        def note_past(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            nonlocal past
-            past = cached_tokens(kwargs)
-
+        point, level = self._point(hook, self.model.hook_dict), next(_LEVELS)
         # A bridge hands its cache to the transformers model, a HookedTransformer to each of its blocks.
         entry = (
             self.model.original_model
             if isinstance(self.model, TransformerBridge)
             else self.model.blocks[layer_of(hook)]
         )
-        noting = entry.register_forward_pre_hook(note_past, with_kwargs=True)
+        passes = Passes(hook, change, entry)
         # Permanent: reset_hooks(), which many notebooks call, would take it off in the middle of a block.
-        point.add_hook(lambda tensor, *, hook: change(tensor, past), is_permanent=True, level=level)
+        point.add_hook(lambda tensor, *, hook: passes.act(tensor), is_permanent=True, level=level)
 
         def detach() -> None:
-            noting.remove()
+            passes.end()
             for handle in [handle for handle in point.fwd_hooks if handle.context_level == level]:
                 handle.hook.remove()
                 point.fwd_hooks.remove(handle)
