@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,8 +21,11 @@ from atom_lens.rows import Rows
 class Dictionary(Protocol):
     """What evidence needs of a dictionary: any sae-lens SAE has it."""
 
-    @property
-    def W_dec(self) -> Tensor: ...
+    if TYPE_CHECKING:  # at run time Python 3.12 looks among plain attributes, where a module has no parameters
+
+        @property
+        def W_dec(self) -> Tensor: ...
+
     def encode(self, x: Tensor) -> Tensor: ...
     def decode(self, feature_acts: Tensor) -> Tensor: ...
 
