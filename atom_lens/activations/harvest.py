@@ -186,10 +186,10 @@ def _rows_of(hook: str, kept: dict[str, Tensor], at: Int[Tensor, "m 2"]) -> Floa
         raise ValueError(f"hook {hook!r} is named by the model but never fires in its forward pass")
     if kept[hook].ndim != 3:
         raise ValueError(f"hook {hook!r} has shape {tuple(kept[hook].shape)}, expected (batch, pos, width)")
-    x = kept[hook][at[:, 0], at[:, 1]].cpu()
+    x = kept[hook][at[:, 0], at[:, 1]]
     if not torch.isfinite(x).all():
         raise ValueError(f"hook {hook!r} gave NaN or infinite activations (dtype {x.dtype}): try float32")
-    return x.float()  # exact for 16-bit dtypes, and what the store gives back
+    return x.cpu().float()  # exact for 16-bit dtypes, and what the store gives back
 
 
 def _batches(lengths: Sequence[int], budget: int) -> Iterable[list[int]]:
