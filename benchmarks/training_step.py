@@ -276,15 +276,16 @@ def reached(curve: list[dict[str, float]], setup: Setup, step: float) -> float |
 def train(running: dict[str, Contestant], setup: Setup) -> dict[str, dict[str, Any]]:
     """All in turns; what JSON holds of each."""
     generator = torch.Generator().manual_seed(1)
+    wait = torch.cuda.synchronize if torch.device(setup.device).type == "cuda" else lambda: None
     for number in range(setup.warm_up + setup.rounds):
         x = setup.rows[torch.randint(len(setup.rows), (setup.batch,), generator=generator)].to(setup.device)
         for one in running.values():
             if number % setup.every == 0:
                 look(one, setup.heldout)
+            wait()
             start = time.perf_counter()
             output = one.step(x)
-            if setup.device != "cpu":
-                torch.cuda.synchronize()
+            wait()
             one.seconds.append(time.perf_counter() - start)
             if one.trainer is not None:
                 one.losses.append(float(output.loss.detach()))

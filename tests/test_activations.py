@@ -102,7 +102,7 @@ def test_hooked_transformer(tiny: str) -> None:
         _, cache = model.run_with_cache(ids)
         at = int(found.rows["blocks.1.hook_resid_post"][row, 1])
         for hook in ("blocks.1.hook_resid_post", "blocks.0.mlp.hook_post"):
-            torch.testing.assert_close(found[hook][row], cache[hook][0, at], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[hook][row], cache[hook][0, at].cpu(), rtol=1e-5, atol=1e-6)
 
 
 def test_second_run_reads_the_store(tiny: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_spliced_logits_agree(demo: str, exported: Path) -> None:
     atoms = load_atoms(exported)
     source = find_model(DEMO)
     model, tokenizer = load_model(source, torch.float32, "cpu")
-    bridge = SAETransformerBridge.boot_transformers(source.path, hf_model=model, tokenizer=tokenizer)
+    bridge = SAETransformerBridge.boot_transformers(source.path, hf_model=model, tokenizer=tokenizer, device="cpu")
     nnsight: Any = open_backend(source, "nnsight", torch.float32, "cpu").model
     for text in TEXTS:
         ids = tokenizer(text, return_tensors="pt").input_ids

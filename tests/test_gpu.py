@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from atom_lens import AtomicInnerProduct, Prompt, evaluate, fit, harvest, load_atoms, open_model, splice, stability
+from atom_lens.activations.backends import BackendName
+from atom_lens.activations.connect import wrap_backend
 from atom_lens.dictionaries.ours import tsae_learner
+from atom_lens.experiments.planted import Learning, learn
 from atom_lens.interventions import attribution, read
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.search import Search
@@ -27,14 +31,20 @@ def test_training_and_evidence(generator: torch.Generator, tmp_path) -> None:
     trained = {}
     for device in ("cpu", "cuda"):
         settings = Training(steps=60, batch_size=64, device=device)
-        atoms, _ = fit(x, aip, Atoms(capacity=40, target_l0=3.0), settings)
+        # Without noise, of which each device draws its own.
+        atoms, _ = fit(x, aip, Atoms(capacity=40, target_l0=3.0, noise=0), settings)
         assert atoms.W_dec.device.type == device
         trained[device] = atoms
         trained[f"{device} report"] = evaluate(atoms, x, heldout)
+    # Wherever the rows lie, all is measured where the atoms are.
+    there = evaluate(trained["cuda"], x.cuda(), heldout.cuda())
     torch.testing.assert_close(trained["cuda"].W_dec.cpu(), trained["cpu"].W_dec, rtol=1e-2, atol=1e-2)
     for split in ("train", "heldout"):
         on_cpu, on_gpu = (trained[f"{device} report"][split] for device in ("cpu", "cuda"))
         assert on_gpu["r2"] == pytest.approx(on_cpu["r2"], abs=0.02)
+        assert on_gpu["r2"] == pytest.approx(there[split]["r2"], abs=1e-5)
+        for name, null in trained["cuda report"]["nulls"].items():
+            assert null[split]["r2"] == pytest.approx(there["nulls"][name][split]["r2"], abs=1e-5)
     trained["cuda"].save_model(tmp_path)
 
 
@@ -66,6 +76,19 @@ def test_harvest(tiny: str, tmp_path) -> None:
         )
 
 
+@pytest.mark.parametrize("backend", ["transformer_lens", "nnsight"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_model_stays_where_it_was_asked_for(tiny: str, backend: BackendName, device: str) -> None:
+    """A pipeline of transformers, which nnsight makes of a model, would move it to the first GPU."""
+    assert wrap_backend(open_model(tiny, backend=backend, device=device)).device.type == device
+
+
+def test_planted_dictionaries_are_marked() -> None:
+    learning = Learning.model_validate({"n": 500, "units": ["tsae_free"], "atoms": {"capacity": 48, "target_l0": 2}})
+    (marks,) = learn(learning, Training(steps=20, batch_size=64, device="cuda"), seed=0)
+    assert 0 < marks["mcc"] <= 1
+
+
 def test_splice_and_attribution(tiny: str) -> None:
     """Atoms on either device in a model on the GPU do what they do on the CPU."""
     hook, facts = "blocks.1.hook_resid_post", [Prompt.fill("{} is a city in the", name) for name in ("Rome", "Oslo")]
@@ -83,6 +106,19 @@ def test_splice_and_attribution(tiny: str) -> None:
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("product", ["float32", "bfloat16"])
+def test_the_same_bits_again(generator: torch.Generator, product: Literal["float32", "bfloat16"]) -> None:
+    """Sums over entries go in one order, also where many blocks of a GPU share them out."""
+    x = shifted(4000, 256, generator)
+    aip = AtomicInnerProduct.estimate(x)
+    settings = Training(steps=15, batch_size=512, device="cuda")
+    first, again = (
+        fit(x, aip, Atoms(capacity=1024, target_l0=12.0, encoder_product=product), settings)[0] for _ in range(2)
+    )
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
 
 
 def test_saved_on_a_gpu_loads_on_a_cpu(generator: torch.Generator, tmp_path: Path) -> None:

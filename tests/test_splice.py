@@ -67,6 +67,7 @@ def open_model(kind: str, tiny: str) -> Model:
             init_weights=True,
             positional_embedding_type="rotary",
             rotary_dim=8,
+            device="cpu",
         )
         hooked = HookedTransformer(config).eval()
         return Model(
@@ -91,7 +92,7 @@ def open_model(kind: str, tiny: str) -> Model:
         return Model(traced, logits, generate)
     if kind == "sae_bridge":
         model, tokenizer = load_model(source, torch.float32, "cpu")
-        bridge: Any = SAETransformerBridge.boot_transformers(tiny, hf_model=model, tokenizer=tokenizer)
+        bridge: Any = SAETransformerBridge.boot_transformers(tiny, hf_model=model, tokenizer=tokenizer, device="cpu")
     else:
         bridge = open_backend(source, "transformer_lens", torch.float32, "cpu").model
     return Model(

@@ -191,10 +191,10 @@ def _rows_at(at: Int[Tensor, "m 2"], hook: str, x: Tensor) -> Float[Tensor, "m _
 def _rows_of(hook: str, kept: dict[str, Tensor]) -> Float[Tensor, "m _"]:
     if hook not in kept:
         raise ValueError(f"hook {hook!r} is named by the model but never fires in its forward pass")
-    x = kept[hook].cpu()
+    x = kept[hook]
     if not torch.isfinite(x).all():
         raise ValueError(f"hook {hook!r} gave NaN or infinite activations (dtype {x.dtype}): try float32")
-    return x.float()  # exact for 16-bit dtypes, and what the store gives back
+    return x.cpu().float()  # exact for 16-bit dtypes, and what the store gives back
 
 
 def _batches(lengths: Sequence[int], budget: int) -> Iterable[list[int]]:

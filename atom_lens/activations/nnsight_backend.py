@@ -83,7 +83,8 @@ class NNsightBackend:
 
 def from_transformers(model: Any, tokenizer: Any, name: str) -> Backend:
     """An nnsight model around a loaded transformers model."""
-    return NNsightBackend(TransformersModel(model, tokenizer=tokenizer))
+    # Without a device its pipeline would move the model to the first GPU.
+    return NNsightBackend(TransformersModel(model, tokenizer=tokenizer, device=model.device))
 
 
 def wrap(model: Any) -> Backend | None:

@@ -55,9 +55,9 @@ class Pursuit:
 
     def residual(self, x: Float[Tensor | Rows, "n d"]) -> Float[Tensor, " n"]:
         """||x - x_hat||² of every row, Euclidean, float64, on the CPU."""
-        found = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        found = torch.zeros(len(x), dtype=torch.float64, device=self.mean.device)
         for start in parallel.mine(range(0, len(x), 1024)):
-            rows = x[start : start + 1024]
+            rows = x[start : start + 1024].to(self.mean.device)
             found[start : start + len(rows)] = (rows - self.decode(self.encode(rows))).double().square().sum(dim=1)
         return parallel.summed(found).cpu()
 
@@ -110,7 +110,7 @@ def data_atoms(
 ) -> Float[Tensor, "F d"]:
     """Centred activations drawn without replacement as atoms (all of them, when there are fewer than asked for)."""
     chosen = torch.randperm(len(x), generator=generator)[:n_atoms].to(x.device)
-    rows = x[chosen] - mean
+    rows = x[chosen].to(mean.device) - mean
     # A row equal to the mean has no direction.
     return rows[rows.norm(dim=1) > 0]
 

@@ -62,7 +62,8 @@ def evaluate(
     given, metric = metric, metric if metric is not None else getattr(atoms, "aip", None)
     if metric is None or (given is None and metric.n == 0):  # n = 0 marks the identity of atoms that came without one
         raise ValueError("these atoms carry no metric: give one, AtomicInnerProduct.estimate(x)")
-    metric = metric.to(x.device)
+    device = atoms.W_dec.device  # where all is measured, the nulls too
+    metric = metric.to(device)
     splits = {"train": x} if heldout is None else {"train": x, "heldout": heldout}
     for name, rows in splits.items():
         check_rows(rows, f"the {name} split", metric.width)
@@ -73,7 +74,7 @@ def evaluate(
     if heldout is not None:
         figures[last]["interval"] = intervals(seen[last], groups=groups, seed=seed)
 
-    mean = mean_row(x).to(x.dtype)
+    mean = mean_row(x).to(device, x.dtype)
     generator = torch.Generator().manual_seed(seed)
     drawn = {
         "random": random_atoms(n_atoms, metric, generator),
@@ -138,7 +139,7 @@ def _excess(
 
 def angles(x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct) -> dict[str, dict[str, Any]]:
     """Angles between activations in degrees, Euclidean and under `metric`: mean, percentiles, over up to 5,000 rows."""
-    rows = x[torch.linspace(0, len(x) - 1, min(len(x), _ANGLE_ROWS)).long()]
+    rows = x[torch.linspace(0, len(x) - 1, min(len(x), _ANGLE_ROWS)).long()].to(metric.eigenvalues.device)
     found = {"euclidean": angle_histogram(rows), "aip": angle_histogram(rows, metric)}
     return {
         name: {

@@ -275,7 +275,8 @@ def _mark(dictionary: Dictionary, garden: Garden, x: Float[Tensor, "n d"], truth
     atoms = dictionary.W_dec.detach().double().cpu()
     alive = atoms.norm(dim=1) > 0
     found = match(garden.atoms, atoms[alive], garden.metric)
-    active = torch.cat([dictionary.encode(rows) for rows in x.split(4096)])[:, alive].cpu() != 0
+    codes = torch.cat([dictionary.encode(rows.to(dictionary.W_dec.device)).cpu() for rows in x.split(4096)])
+    active = codes[:, alive] != 0
     matched = active[:, found.partner.clamp(min=0)] & (found.partner >= 0)
     return {
         "mcc": float(found.coherence.mean()),
