@@ -101,6 +101,14 @@ def mask(which: Mask, n: int, name: str) -> Bool[Tensor, " n"]:
     return found
 
 
+def counts(given: Any, name: str) -> Int[Tensor, " n"]:
+    """Numbers of something, 0 or more, one per row, on the CPU; a mask is none."""
+    found = _flat(given, name)
+    if found.dtype == torch.bool or (len(found) and int(found.min()) < 0):
+        raise ValueError(f"{name} holds {found.min().item()}, allowed are counts >= 0")
+    return found
+
+
 def labels(given: Labels, n: int | None, name: str) -> list[Any]:
     """A label for each of `n` rows, equal where they are equal: elements of tensors and arrays are plain values.
 
@@ -119,7 +127,7 @@ def labels(given: Labels, n: int | None, name: str) -> list[Any]:
     return found
 
 
-def seed(given: SupportsIndex) -> int:
+def checked_seed(given: SupportsIndex) -> int:
     """A seed that the generators of torch and of numpy both take.
 
     Raises:

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from atom_lens.interventions.edits import Place, ablate, add, scale
+from atom_lens import AtomicInnerProduct, evaluate, faithfulness, stability
+from atom_lens.evidence import identity
+from atom_lens.evidence.nulls import random_atoms
+from atom_lens.evidence.purity import purity
+from atom_lens.interventions.edits import Place, ablate, add, scalefrom atom_lens.training.split import heldout_rows
 
 CPU = torch.device("cpu")
 
@@ -103,3 +107,72 @@ def test_choices_that_do_not_fit_are_refused():
         ablate([True, False])(torch.ones(1, 4), torch.zeros(1, dtype=torch.long))
     with refused("expected at least one index and each only once, or a mask"):
         ablate([False, False])
+
+
+class Signed:
+    """Positive parts of the coordinates."""
+
+    W_dec = torch.eye(3)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.W_dec).relu()
+
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        return feature_acts @ self.W_dec
+
+
+X = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+HELDOUT = X[:8].repeat_interleave(3, dim=0) + 0.5
+GROUPS = [i // 3 for i in range(24)]
+
+
+def label_forms(names: list[int]) -> list[Any]:
+    return [tuple(names), np.array(names), torch.tensor(names), list(torch.tensor(names)), list(np.array(names))]
+
+
+def test_labels_are_equal_where_their_values_are():
+    metric = AtomicInnerProduct.estimate(X)
+    wanted = evaluate(Signed(), X, HELDOUT, metric, groups=GROUPS)["heldout"]["interval"]
+    alone = evaluate(Signed(), X, HELDOUT, metric)["heldout"]["interval"]
+    assert wanted != alone
+    codes = (torch.rand(24, 2, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    pure = purity(codes, GROUPS, permutations=20).figures
+    out = heldout_rows(GROUPS, 0.3, 0)
+    for names in label_forms(GROUPS):
+        assert evaluate(Signed(), X, HELDOUT, metric, groups=names)["heldout"]["interval"] == wanted
+        assert heldout_rows(names, 0.3, 0).equal(out)
+        assert purity(codes, names, permutations=20).figures == pure
+    assert purity(codes, [f"{name:02d}" for name in GROUPS], permutations=20).figures == pure
+
+
+def test_what_is_refused_before_any_work():
+    metric = AtomicInnerProduct.estimate(X)
+    for seed in (-3, 2**70, True, 1.5):
+        with refused("seed is .*, allowed are the integers from 0"):
+            evaluate(Signed(), X, HELDOUT, metric, seed=seed)  # pyright: ignore[reportArgumentType]
+    with refused("groups holds nan, which is no label"):
+        evaluate(Signed(), X, HELDOUT, metric, groups=[float("nan")] * 24)
+    with refused("the train split has numbers of type torch.int64, allowed are floating-point numbers"):
+        evaluate(Signed(), X.long(), HELDOUT, metric)
+    with refused("x has numbers of type int64"):
+        AtomicInnerProduct.estimate(X.long().numpy())
+    with refused("x is of type list"):
+        faithfulness(X.tolist(), X)  # pyright: ignore[reportArgumentType]
+    with refused("alive holds 3 indices, expected one boolean for each of 3"):
+        stability(X[:3], torch.tensor([1]), alive=torch.tensor([0, 1, 1]))
+    with refused(r"alive\[0\] holds 2 indices, expected one boolean for each of 3"):
+        identity([X[:3], X[3:6]], alive=[torch.tensor([0, 1]), torch.tensor([0, 1])])
+
+
+def test_numpy_and_half_precision_are_taken():
+    metric = AtomicInnerProduct.estimate(X.numpy())
+    assert metric.metric.equal(AtomicInnerProduct.estimate(X.clone().requires_grad_()).metric)
+    wanted = evaluate(Signed(), X, HELDOUT, metric)
+    report = evaluate(Signed(), X.numpy(), HELDOUT.numpy(), metric)
+    assert report["heldout"] == wanted["heldout"]
+    half = evaluate(Signed(), X.bfloat16(), HELDOUT.bfloat16(), metric)
+    assert half["heldout"]["r2"] == pytest.approx(wanted["heldout"]["r2"], abs=0.02)
+    atoms = random_atoms(5, metric, torch.Generator().manual_seed(0))
+    alive = [True, True, True, False, True]
+    found = stability(atoms.numpy(), np.array([1, 2]), metric, alive)
+    assert found.q_star == stability(atoms, torch.tensor([1, 2]), metric, torch.tensor(alive)).q_star
