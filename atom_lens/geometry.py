@@ -12,9 +12,11 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from atom_lens import parallel
 from atom_lens._files import parse_json, regular_file, replacing, shown
+from atom_lens.inputs import matrix
 from atom_lens.rows import Rows
 from atom_lens.tiles import over_tiles, pairs_of
 
@@ -33,10 +36,13 @@ _FORMAT = "atom_lens.aip.1"
 _CHUNK = 8192  # rows held in float64
 
 
-def check_rows(x: Tensor | Rows, name: str, width: int | None = None) -> None:
-    """Raise a ValueError that says what is wrong with `x` as a matrix of rows, and where."""
-    if x.ndim != 2:
-        raise ValueError(f"{name} must have shape (rows, width), got shape {tuple(x.shape)}")
+@overload
+def check_rows(x: Tensor | np.ndarray, name: str, width: int | None = None) -> Tensor: ...
+@overload
+def check_rows(x: Tensor | Rows | np.ndarray, name: str, width: int | None = None) -> Tensor | Rows: ...
+def check_rows(x: Any, name: str, width: int | None = None) -> Tensor | Rows:
+    """`x` as a matrix of rows: numpy arrays become tensors. A ValueError says what is wrong with it, and where."""
+    x = matrix(x, name)
     if x.shape[0] == 0:
         raise ValueError(f"{name} is empty: it has 0 rows of width {x.shape[1]}")
     if width is not None and x.shape[1] != width:
@@ -45,6 +51,7 @@ def check_rows(x: Tensor | Rows, name: str, width: int | None = None) -> None:
     if bad.any():
         first = int(bad.nonzero()[0])
         raise ValueError(f"{name} has {int(bad.sum())} rows with NaN or infinite values, the first is row {first}")
+    return x
 
 
 class SecondMoment:
@@ -65,9 +72,10 @@ class SecondMoment:
             raise ValueError("the second moment is empty: no rows were added")
         return self.total / self.n
 
-    def update(self, x: Float[Tensor | Rows, "n d"]) -> SecondMoment:
+    @torch.no_grad()
+    def update(self, x: Float[Tensor | Rows | np.ndarray, "n d"]) -> SecondMoment:
         """Add the rows of `x`, in chunks so that no float64 copy of all of `x` is made."""
-        check_rows(x, "x", self.width)
+        x = check_rows(x, "x", self.width)
         for part in parallel.in_order(range(0, len(x), _CHUNK), lambda start: self._of(x[start : start + _CHUNK])):
             self.total += part
         self.n += len(x)
@@ -115,7 +123,9 @@ class AtomicInnerProduct:
     """
 
     def __init__(self, c: Float[Tensor, "d d"], n: int, ridge: Ridge = DEFAULT_RIDGE, source: str = "unknown") -> None:
-        check_rows(c, "the second moment", width=len(c))
+        c = check_rows(c, "the second moment")
+        if c.shape[0] != c.shape[1] or not torch.allclose(c, c.T):
+            raise ValueError(f"the second moment must be square and symmetric, got shape {tuple(c.shape)}")
         if n < 2:
             raise ValueError(f"a metric needs at least 2 rows, got {n}")
         d = len(c)
@@ -124,8 +134,8 @@ class AtomicInnerProduct:
             if ridge != "oas":
                 raise ValueError(f"ridge is {ridge!r}, allowed are a number >= 0 and 'oas'")
             rho = oas_ridge(c, n)
-        elif not (math.isfinite(ridge) and ridge >= 0):
-            raise ValueError(f"ridge is {ridge}, allowed are a finite number >= 0 and 'oas'")
+        elif isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0 <= ridge < math.inf:
+            raise ValueError(f"ridge is {ridge!r}, allowed are a finite number >= 0 and 'oas'")
         else:
             rho = float(ridge)
             rank = int(torch.linalg.matrix_rank(c, hermitian=True))
@@ -142,9 +152,10 @@ class AtomicInnerProduct:
 
     @classmethod
     def estimate(
-        cls, x: Float[Tensor | Rows, "n d"], ridge: Ridge = DEFAULT_RIDGE, source: str = "unknown"
+        cls, x: Float[Tensor | Rows | np.ndarray, "n d"], ridge: Ridge = DEFAULT_RIDGE, source: str = "unknown"
     ) -> AtomicInnerProduct:
         """Estimate the metric from activations `x`, shape (n, d). Use `SecondMoment` for streams."""
+        x = matrix(x, "x")
         moment = SecondMoment(x.shape[-1], x.device).update(x)
         return cls(moment.matrix, moment.n, ridge, source)
 
@@ -203,17 +214,17 @@ class AtomicInnerProduct:
             self.eigenvalues.to(device), self.eigenvectors.to(device), self.n, self.ridge, self.source
         )
 
-    def whiten(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    def whiten(self, x: Float[Tensor | np.ndarray, "n d"]) -> Float[Tensor, "n d"]:
         """Rows ``S^{1/2} x``, in which the AIP is the Euclidean inner product. float64."""
-        check_rows(x, "x", self.width)
-        return x.double() @ self.sqrt
+        return check_rows(x, "x", self.width).double() @ self.sqrt
 
-    def unwhiten(self, y: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    def unwhiten(self, y: Float[Tensor | np.ndarray, "n d"]) -> Float[Tensor, "n d"]:
         """The inverse of `whiten`. float64."""
-        check_rows(y, "y", self.width)
-        return y.double() @ self.inverse_sqrt
+        return check_rows(y, "y", self.width).double() @ self.inverse_sqrt
 
-    def cosine(self, u: Float[Tensor, "n d"], v: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    def cosine(
+        self, u: Float[Tensor | np.ndarray, "n d"], v: Float[Tensor | np.ndarray, "m d"]
+    ) -> Float[Tensor, "n m"]:
         """``<u_i, v_j>_S`` for all pairs, normalised: shape (n, m), float64."""
         return unit_rows(self.whiten(u)) @ unit_rows(self.whiten(v)).T
 
@@ -304,14 +315,14 @@ class AngleHistogram:
 
 
 def angle_histogram(
-    x: Float[Tensor, "n d"], metric: AtomicInnerProduct | None = None, bins: int = 3600
+    x: Float[Tensor | np.ndarray, "n d"], metric: AtomicInnerProduct | None = None, bins: int = 3600
 ) -> AngleHistogram:
     """Angles of all n(n-1)/2 pairs of rows of `x`, shape (n, d); Euclidean, or under `metric`.
 
     Raises:
         ValueError: fewer than two rows, non-finite values, or a zero row.
     """
-    check_rows(x, "x", None if metric is None else metric.width)
+    x = check_rows(x, "x", None if metric is None else metric.width).detach()
     if len(x) < 2:
         raise ValueError(f"angles need at least 2 rows, got {len(x)}")
     u = unit_rows(x.double() if metric is None else metric.whiten(x))

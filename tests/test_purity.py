@@ -110,7 +110,7 @@ def test_no_unit_is_active_often_enough() -> None:
 
 def test_labels_must_fit() -> None:
     codes = csc_array(drawn(30, 3, 0.5))
-    with pytest.raises(ValueError, match="labels has 29 rows, the codes have 30"):
+    with pytest.raises(ValueError, match="labels has 29 rows, expected 30"):
         purity(codes, np.arange(29))
     with pytest.raises(ValueError, match="all labels are the same"):
         purity(codes, np.ones(30, dtype=int))

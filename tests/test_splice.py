@@ -385,7 +385,7 @@ def test_nothing_leaks(live: Model) -> None:
 def test_an_error_in_the_forward_pass_leaves_nothing(live: Model) -> None:
     clean, before = live.logits(TOKENS), hooks_of(live)
     with (
-        pytest.raises(ValueError, match="position 7 is outside the prompt, allowed are -7 to 6"),
+        pytest.raises(ValueError, match="position 7 is outside the prompt with its padding, allowed are -7 to 6"),
         splice(live.model, make_sae()) as s,
     ):
         s.ablate(1, positions=7)
@@ -464,7 +464,7 @@ def test_bad_input(tiny: str) -> None:
     with splice(bridge, [sae, make_sae(LATER)]) as s:
         with pytest.raises(ValueError, match=f"hook is None, atoms are spliced at {HOOK}, {LATER}"):
             s.ablate(1)
-        with pytest.raises(ValueError, match=f"atom 40 is not among those at '{HOOK}', allowed are 0 to 39"):
+        with pytest.raises(ValueError, match=f"atom 40 is outside the dictionary at '{HOOK}', allowed are 0 to 39"):
             s.ablate([3, 40], hook=HOOK)
         with pytest.raises(ValueError, match="allowed are 0 to 39"):
             s.keep_only(-1, hook=HOOK)

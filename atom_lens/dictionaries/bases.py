@@ -41,7 +41,10 @@ def principal(x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct, k: int
     They are orthogonal under S too, so their coherence is 0 and q* is 1 at every K, even at K = d with R² = 1: what
     R² and q* leave open, only sparsity decides.
     """
-    return Basis(metric.eigenvectors.flip(1)[:, :k].T.float().contiguous(), mean_row(x).to(x.dtype))
+    return Basis(
+        metric.eigenvectors.flip(1)[:, :k].T.float().contiguous(),
+        mean_row(x).to(torch.promote_types(x.dtype, torch.float32)),
+    )
 
 
 register(

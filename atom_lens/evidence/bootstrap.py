@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Observation
+from atom_lens.inputs import Labels, checked_seed, labels
 
 LEVEL = 0.95
 _RESAMPLES = 1000
@@ -25,7 +26,7 @@ FIGURES: dict[str, Callable[[Observation, Int[Tensor, " m"]], float]] = {
 
 
 def intervals(
-    seen: Observation, null: Observation | None = None, groups: Sequence[str] | None = None, seed: int = 0
+    seen: Observation, null: Observation | None = None, groups: Labels | None = None, seed: int = 0
 ) -> dict[str, list[float]]:
     """95% percentile intervals of R², R² (AIP) and q*, or of their excess over `null` on the same activations.
 
@@ -41,10 +42,10 @@ def intervals(
     Returns:
         figure -> [low, high].
     """
-    names = list(range(len(seen))) if groups is None else list(groups)
-    if len(names) != len(seen) or (null is not None and len(null) != len(seen)):
-        raise ValueError(f"groups has {len(names)} rows, expected {len(seen)}, as the split and its null have")
-    members: dict[int | str, list[int]] = {}
+    names = list(range(len(seen))) if groups is None else labels(groups, len(seen), "groups")
+    if null is not None and len(null) != len(seen):
+        raise ValueError(f"the null has {len(null)} rows, expected {len(seen)}, as the split has")
+    members: dict[Hashable, list[int]] = {}
     for row, name in enumerate(names):
         members.setdefault(name, []).append(row)
     if len(members) < 2:
@@ -63,7 +64,7 @@ def intervals(
 
 def mean_interval(values: Float[Tensor, " n"], seed: int = 0) -> dict[str, Any]:
     """{"mean", "interval"}: the mean over independent witnesses, and its 95% percentile interval."""
-    found = _resampled((values.double().numpy(),), lambda v, axis: v.mean(axis=axis), seed)
+    found = _resampled((values.detach().double().cpu().numpy(),), lambda v, axis: v.mean(axis=axis), seed)
     return {"mean": float(values.double().mean()), "interval": [float(found.low), float(found.high)]}
 
 
@@ -74,7 +75,7 @@ def ratio_interval(above: Float[Tensor, " n"], below: Float[Tensor, " n"], seed:
     """
     if mean_interval(below, seed)["interval"][0] <= 0:
         return None
-    pairs = (above.double().numpy(), below.double().numpy())
+    pairs = tuple(part.detach().double().cpu().numpy() for part in (above, below))
     # A resample may still miss every witness that `below` counts; it then says nothing about the ratio.
     with np.errstate(divide="ignore", invalid="ignore"):
         found = _resampled(pairs, lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis), seed)
@@ -93,5 +94,5 @@ def _resampled(
         vectorized=vectorized,
         confidence_level=LEVEL,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(checked_seed(seed)),
     ).confidence_interval

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float, Int
@@ -23,9 +24,9 @@ _MARGIN = 2e-6
 _CELLS = 1 << 25
 
 
-def whitened_units(atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None) -> Float[Tensor, "F d"]:
+def whitened_units(atoms: Float[Tensor | np.ndarray, "F d"], metric: AtomicInnerProduct | None) -> Float[Tensor, "F d"]:
     """Atoms of unit norm in the space where the AIP is the Euclidean inner product; same dtype."""
-    check_rows(atoms, "atoms", None if metric is None else metric.width)
+    atoms = check_rows(atoms, "atoms", None if metric is None else metric.width)
     whitened = atoms if metric is None else torch.cat([metric.whiten(part) for part in atoms.split(8192)])
     return unit_rows(whitened).to(atoms.dtype)
 

@@ -13,7 +13,8 @@ from atom_lens.evidence.certificates import atom_coherence, certify_codes, rip_b
 from atom_lens.evidence.measure import Observation, observe
 from atom_lens.evidence.recovery import basis_pursuit_agrees, pursuit_agrees
 from atom_lens.evidence.window import threshold_window
-from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.geometry import AtomicInnerProduct, check_rows
+from atom_lens.inputs import checked_seed
 from atom_lens.rows import Rows
 
 # Codes with more active atoms are not pursued: the solvers take K steps, each on a K x K system.
@@ -44,6 +45,7 @@ def certify(
         The fields of `certificates` (docs/report.md). `window` only for a dictionary with thresholds, and None
         everywhere when no atom is alive.
     """
+    x = check_rows(x, "x", metric.width)
     seen = observe(dictionary, x, metric) if seen is None else seen
     device = dictionary.W_dec.device
     metric, alive = metric.to(device), seen.alive.to(device)
@@ -52,10 +54,10 @@ def certify(
     atoms = dictionary.W_dec.detach().float()[alive]
     coherence = atom_coherence(atoms, metric)
     most = int(seen.l0.max())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checked_seed(seed))
     rows = torch.randperm(len(x), generator=generator)[:sample]
     sampled = x[rows.to(x.device)].to(device)
-    codes = dictionary.encode(sampled)
+    codes = dictionary.encode(sampled.to(dictionary.W_dec.dtype))
     certified = certify_codes(atoms, codes[:, alive], metric)
     spoken = certified.k > 0
     found: dict[str, Any] = {

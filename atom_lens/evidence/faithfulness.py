@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -43,8 +44,11 @@ def explained(residual: Float[Tensor, " n"], total: Float[Tensor, " n"]) -> floa
     return 1 - float(residual.sum() / total.sum())
 
 
+@torch.no_grad()
 def faithfulness(
-    x: Float[Tensor, "n d"], x_hat: Float[Tensor, "m e"], metric: AtomicInnerProduct | None = None
+    x: Float[Tensor | np.ndarray, "n d"],
+    x_hat: Float[Tensor | np.ndarray, "m e"],
+    metric: AtomicInnerProduct | None = None,
 ) -> float:
     """R² = 1 - sum ||x - x_hat||² / sum ||x - mean(x)||², pooled over rows (theory.md section 2).
 
@@ -56,8 +60,8 @@ def faithfulness(
     Raises:
         ValueError: shapes differ, values are not finite, or all rows of `x` are equal.
     """
-    check_rows(x, "x", None if metric is None else metric.width)
-    check_rows(x_hat, "x_hat", x.shape[1])
+    x = check_rows(x, "x", None if metric is None else metric.width)
+    x_hat = check_rows(x_hat, "x_hat", x.shape[1])
     if len(x_hat) != len(x):
         raise ValueError(f"x_hat has {len(x_hat)} rows, expected {len(x)} as in x")
     sums = SquaredSums(x, metric)

@@ -17,7 +17,8 @@ from scipy.stats import beta
 from torch import Tensor
 
 from atom_lens.evidence.certificates import whitened_units
-from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.geometry import AtomicInnerProduct, check_rows
+from atom_lens.inputs import Mask, mask
 
 # Up to here the full matrix of coherences is matched (0.13 GB in float64); above it only the closest candidates.
 _DENSE_MOST = 4096
@@ -37,9 +38,10 @@ class Matching:
     coherence: Float[Tensor, " F"]
 
 
+@torch.no_grad()
 def match(
-    first: Float[Tensor, "F d"],
-    second: Float[Tensor, "G d"],
+    first: Float[Tensor | np.ndarray, "F d"],
+    second: Float[Tensor | np.ndarray, "G d"],
     metric: AtomicInnerProduct | None = None,
     dense_most: int = _DENSE_MOST,
 ) -> Matching:
@@ -54,6 +56,9 @@ def match(
         dense_most: the largest number of atoms matched exactly.
     """
     u, v = whitened_units(first, metric), whitened_units(second, metric)
+    if u.shape[1] != v.shape[1]:
+        raise ValueError(f"the dictionaries have widths {u.shape[1]} and {v.shape[1]}, expected one width")
+    v = v.to(u)
     partner = torch.full((len(u),), -1)
     coherence = torch.zeros(len(u), dtype=torch.float64)
     if max(len(u), len(v)) <= dense_most:
@@ -120,9 +125,9 @@ class Identity:
 
 
 def identity(
-    dictionaries: Sequence[Float[Tensor, "F d"]],
+    dictionaries: Sequence[Float[Tensor | np.ndarray, "F d"]],
     metric: AtomicInnerProduct | None = None,
-    alive: Sequence[Tensor] | None = None,
+    alive: Sequence[Mask] | None = None,
 ) -> Identity:
     """Match the atoms of independent runs and say how many are the same.
 
@@ -137,24 +142,31 @@ def identity(
     """
     if len(dictionaries) < 2:
         raise ValueError(f"identity needs at least 2 runs, got {len(dictionaries)}")
-    living = [torch.ones(len(d), dtype=torch.bool) for d in dictionaries] if alive is None else list(alive)
-    if not all(mask.any() for mask in living):
+    dictionaries = [check_rows(d, f"dictionary {i}") for i, d in enumerate(dictionaries)]
+    if len(widths := {d.shape[1] for d in dictionaries}) > 1:
+        raise ValueError(f"the dictionaries have widths {sorted(widths)}, expected one width")
+    if alive is not None and len(alive) != len(dictionaries):
+        raise ValueError(f"alive has {len(alive)} masks, expected one for each of {len(dictionaries)} runs")
+    masks = [[True] * len(d) for d in dictionaries] if alive is None else alive
+    living = [mask(m, len(d), f"alive[{i}]") for i, (m, d) in enumerate(zip(masks, dictionaries, strict=True))]
+    if not all(one.any() for one in living):
         raise ValueError("a run has no living atoms: there is nothing to match")
+    alone = [d[one.to(d.device)] for d, one in zip(dictionaries, living, strict=True)]
     scores = [torch.zeros(len(d), dtype=torch.float64) for d in dictionaries]
     matched, pairs = [], []
     for a, b in combinations(range(len(dictionaries)), 2):
-        found = match(dictionaries[a][living[a]], dictionaries[b][living[b]], metric)
+        found = match(alone[a], alone[b], metric)
         back = torch.zeros(int(living[b].sum()), dtype=torch.float64)
         real = found.partner >= 0
         back[found.partner[real]] = found.coherence[real]
         for run, coherence in ((a, found.coherence), (b, back)):
-            scores[run][living[run].cpu()] += coherence / (len(dictionaries) - 1)
+            scores[run][living[run]] += coherence / (len(dictionaries) - 1)
         # Atoms beyond the smaller run have no partner, and that is no disagreement of the others.
         best = found.coherence.sort(descending=True).values[: min(len(found.coherence), len(back))]
         matched.append(best)
         pairs.append(float(best.mean()))
     every = torch.cat(matched)
-    most = max(int(mask.sum()) for mask in living)
+    most = max(int(one.sum()) for one in living)
     level = extreme_level(most, dictionaries[0].shape[1])
     return Identity(
         pw_mcc=float(np.mean(pairs)),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -75,7 +76,7 @@ class Observation:
 
 @torch.no_grad()
 def observe(
-    dictionary: Dictionary, x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct, batch: int = 1024
+    dictionary: Dictionary, x: Float[Tensor | Rows | np.ndarray, "n d"], metric: AtomicInnerProduct, batch: int = 1024
 ) -> Observation:
     """Encode and decode `x` once, and keep what the evidence is made of.
 
@@ -88,9 +89,8 @@ def observe(
     Raises:
         ValueError: widths differ, values are not finite, or all rows of `x` are equal.
     """
-    check_rows(x, "x", metric.width)
-    atoms = dictionary.W_dec.detach()
-    check_rows(atoms, "the dictionary", metric.width)
+    x = check_rows(x, "x", metric.width)
+    atoms = check_rows(dictionary.W_dec, "the dictionary", metric.width).detach()
     device = atoms.device
     metric = metric.to(device)
     norms = torch.cat([metric.whiten(part).norm(dim=1) for part in atoms.split(8192)])
@@ -100,7 +100,9 @@ def observe(
     smallest, largest = torch.full_like(norms, torch.inf), torch.zeros_like(norms)
     for start in parallel.mine(range(0, len(x), batch)):
         rows = x[start : start + batch].to(device)
-        codes = dictionary.encode(rows)
+        codes = dictionary.encode(rows.to(atoms.dtype))
+        if codes.shape != (len(rows), len(atoms)):
+            raise ValueError(f"encode gives codes of shape {tuple(codes.shape)}, expected {(len(rows), len(atoms))}")
         reconstruction = dictionary.decode(codes)
         check_rows(reconstruction, "the reconstruction", metric.width)
         sums.update(start, rows, reconstruction)
@@ -125,7 +127,7 @@ def observe(
 
 
 def measure(
-    dictionary: Dictionary, x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct, batch: int = 1024
+    dictionary: Dictionary, x: Float[Tensor | Rows | np.ndarray, "n d"], metric: AtomicInnerProduct, batch: int = 1024
 ) -> dict[str, Any]:
     """R² (Euclidean and AIP), q*, L0, empty codes, dead atoms and coherence of `dictionary` on `x`, see `observe`."""
     return observe(dictionary, x, metric, batch).figures

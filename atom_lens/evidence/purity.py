@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csc_array
 from scipy.stats import false_discovery_control
+from torch import Tensor
+
+from atom_lens import inputs
+from atom_lens.inputs import Labels
 
 LEAST = 5  # rows at which a unit is active, below which they say nothing about it
 _TIE = 1e-9  # the same counts may sum to figures that differ in the last digits
@@ -84,14 +88,15 @@ class Purity:
 
 
 def purity(
-    codes: csc_array, labels: np.ndarray, *, top: int = 10, least: int = LEAST, permutations: int = 2000, seed: int = 0
+    codes: Any, labels: Labels, *, top: int = 10, least: int = LEAST, permutations: int = 2000, seed: int = 0
 ) -> Purity:
     """Mutual information with the labels, and purity of the strongest rows, of every unit, each with its null.
 
     Args:
-        codes: shape (n, F); a unit is active at the rows of its non-zero entries. No two rows may be of one subject:
+        codes: shape (n, F), any sparse array, a numpy array or a tensor; a unit is active at the rows of its
+            non-zero entries. No two rows may be of one subject:
             they are alike, permuted labels would tear them apart, and units that know nothing would pass.
-        labels: integers from 0 on, shape (n,).
+        labels: of the rows, shape (n,).
         top: rows that purity looks at, the largest in size; all of a unit that has fewer.
         least: units that are active at fewer rows are left out.
         permutations: of the labels over the rows, shared by all units, so that their means have a null too.
@@ -100,14 +105,17 @@ def purity(
     Raises:
         ValueError: labels of another length, or all the same.
     """
+    if isinstance(codes, Tensor):
+        codes = codes.detach().cpu().double().numpy()
+    codes = csc_array(codes, copy=True)
     shape: Any = codes.shape
     n, n_units = shape
-    if len(labels) != n:
-        raise ValueError(f"labels has {len(labels)} rows, the codes have {n}")
-    totals = np.bincount(labels)
-    if (totals > 0).sum() < 2:
+    names = inputs.labels(labels, n, "labels")
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    if len(number) < 2:
         raise ValueError("all labels are the same, purity needs at least 2")
-    codes = codes.copy()
+    kinds = np.array([number[name] for name in names])
+    totals = np.bincount(kinds)
     codes.eliminate_zeros()
     often = np.diff(codes.indptr)
     kept = often >= least
@@ -136,11 +144,11 @@ def purity(
         information = (joint - xlogx[active] - xlogx[n - active] + xlogx[n]) / n
         return information, commonest.reshape(size) / np.minimum(active, top)
 
-    generator = np.random.default_rng(seed)
-    (information,), (share,) = scores(labels[None])
+    generator = np.random.default_rng(inputs.checked_seed(seed))
+    (information,), (share,) = scores(kinds[None])
     at_once = max(1, _AT_ONCE // max(1, len(rows)))
     nulls = [
-        scores(np.stack([generator.permutation(labels) for _ in range(min(at_once, permutations - done))]))
+        scores(np.stack([generator.permutation(kinds) for _ in range(min(at_once, permutations - done))]))
         for done in range(0, permutations, at_once)
     ]
     entropy = float((xlogx[n] - xlogx[totals].sum()) / n)

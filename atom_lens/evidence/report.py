@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +21,7 @@ from atom_lens.evidence.certify import certify
 from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Observation, observe
 from atom_lens.geometry import AtomicInnerProduct, angle_histogram, check_rows
+from atom_lens.inputs import Labels, checked_seed, labels
 from atom_lens.rows import Rows, mean_row
 
 SCHEMA_VERSION = 2
@@ -29,13 +31,14 @@ _ANGLE_ROWS = 5000
 _K_MOST = 64
 
 
+@torch.no_grad()
 def evaluate(
     atoms: Dictionary,
-    x: Float[Tensor | Rows, "n d"],
-    heldout: Float[Tensor | Rows, "m d"] | None = None,
+    x: Float[Tensor | Rows | np.ndarray, "n d"],
+    heldout: Float[Tensor | Rows | np.ndarray, "m d"] | None = None,
     metric: AtomicInnerProduct | None = None,
     *,
-    groups: Sequence[str] | None = None,
+    groups: Labels | None = None,
     trained_nulls: Mapping[str, TrainedNull] | None = None,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
@@ -56,17 +59,26 @@ def evaluate(
         report.json as a dict (docs/report.md).
 
     Raises:
-        ValueError: no metric, wrong widths, empty or non-finite activations.
+        ValueError: no metric, wrong widths, empty or non-finite activations, groups that do not fit, or a seed that is
+            negative or above 2**63 - 1.
     """
     start = time.monotonic()
+    if not (isinstance(atoms, Dictionary) and isinstance(atoms.W_dec, Tensor)):
+        raise ValueError(
+            f"atoms is of type {type(atoms).__name__}, expected something with a tensor W_dec, encode and decode"
+        )
+    if not (metric is None or isinstance(metric, AtomicInnerProduct)):
+        raise ValueError(f"metric is of type {type(metric).__name__}, expected an AtomicInnerProduct")
     given, metric = metric, metric if metric is not None else getattr(atoms, "aip", None)
     if metric is None or (given is None and metric.n == 0):  # n = 0 marks the identity of atoms that came without one
         raise ValueError("these atoms carry no metric: give one, AtomicInnerProduct.estimate(x)")
+    given_splits = {"train": x} if heldout is None else {"train": x, "heldout": heldout}
+    splits = {name: check_rows(rows, f"the {name} split", metric.width) for name, rows in given_splits.items()}
+    x, seed = splits["train"], checked_seed(seed)
+    if heldout is not None and groups is not None:
+        groups = labels(groups, len(splits["heldout"]), "groups")
     device = atoms.W_dec.device  # where all is measured, the nulls too
     metric = metric.to(device)
-    splits = {"train": x} if heldout is None else {"train": x, "heldout": heldout}
-    for name, rows in splits.items():
-        check_rows(rows, f"the {name} split", metric.width)
     seen = {name: observe(atoms, rows, metric) for name, rows in splits.items()}
     figures = {name: dict(one.figures) for name, one in seen.items()}
     n_atoms = len(atoms.W_dec)
@@ -74,7 +86,7 @@ def evaluate(
     if heldout is not None:
         figures[last]["interval"] = intervals(seen[last], groups=groups, seed=seed)
 
-    mean = mean_row(x).to(device, x.dtype)
+    mean = mean_row(x).to(device, torch.promote_types(x.dtype, torch.float32))
     generator = torch.Generator().manual_seed(seed)
     drawn = {
         "random": random_atoms(n_atoms, metric, generator),
@@ -126,7 +138,7 @@ def evaluate(
 
 
 def _excess(
-    seen: Observation, null: Observation, groups: Sequence[str] | None, seed: int
+    seen: Observation, null: Observation, groups: Labels | None, seed: int
 ) -> dict[str, dict[str, float | list[float]]]:
     """How far the atoms are above a null on the same subjects, with 95% intervals."""
     every = torch.arange(len(seen))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from atom_lens import parallel
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
+from atom_lens.inputs import Mask, counts, mask
 from atom_lens.tiles import over_tiles, pairs_of
 
 # The smallest gap from a threshold 1/(2k-1) that a cosine must keep, per dtype: rounding may not turn a tie
@@ -47,6 +50,9 @@ class Stability:
 
     def q_star_of(self, l0: Int[Tensor, " m"]) -> float:
         """q* of the same atoms with the codes of other activations, none with more active atoms than seen here."""
+        l0 = counts(l0, "l0")
+        if l0.numel() == 0:
+            raise ValueError("l0 is empty: q* needs the codes of at least one activation")
         if int(l0.max()) >= len(self.below):
             raise ValueError(f"l0 holds {int(l0.max())}, allowed is up to {len(self.below) - 1}, the largest seen")
         return _q_star(self.below, self.pairs, torch.bincount(l0, minlength=len(self.below))) if self.n_atoms else 0.0
@@ -68,11 +74,12 @@ class Stability:
         return int(self.l0[max(0, -int(-(q * len(self.l0) - 1e-9) // 1) - 1)])
 
 
+@torch.no_grad()
 def stability(
-    atoms: Float[Tensor, "F d"],
-    l0: Int[Tensor, " n"],
+    atoms: Float[Tensor | np.ndarray, "F d"],
+    l0: Int[Tensor | np.ndarray, " n"] | Sequence[int],
     metric: AtomicInnerProduct | None = None,
-    alive: Bool[Tensor, " F"] | None = None,
+    alive: Mask | None = None,
     tile: int = 1024,
 ) -> Stability:
     """Exact q* of a dictionary and the L0 of its codes, in one tiled pass over the pairs of atoms.
@@ -91,16 +98,13 @@ def stability(
     Raises:
         ValueError: empty or non-finite input, negative L0, wrong widths, or an alive atom that is zero.
     """
-    check_rows(atoms, "atoms", None if metric is None else metric.width)
+    atoms = check_rows(atoms, "atoms", None if metric is None else metric.width)
+    l0 = counts(l0, "l0")
     if l0.numel() == 0:
         raise ValueError("l0 is empty: q* needs the codes of at least one activation")
-    if int(l0.min()) < 0:
-        raise ValueError(f"l0 holds {int(l0.min())}, allowed are counts >= 0")
-    if alive is not None and alive.shape != atoms.shape[:1]:
-        raise ValueError(f"alive has shape {tuple(alive.shape)}, expected ({len(atoms)},)")
-    living = atoms if alive is None else atoms[alive]
+    living = atoms if alive is None else atoms[mask(alive, len(atoms), "alive").to(atoms.device)]
     n_atoms = len(living)
-    ordered = l0.cpu().long().sort().values
+    ordered = l0.sort().values
     k_max = int(ordered[-1])
 
     pairs = n_atoms * (n_atoms - 1) // 2

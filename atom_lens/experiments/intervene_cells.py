@@ -10,8 +10,10 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
+from atom_lens import inputs
 from atom_lens.activations import Prompt
 from atom_lens.evidence.bootstrap import mean_interval, ratio_interval
+from atom_lens.inputs import Labels
 from atom_lens.interventions.causal import Evaluation, Swaps, third
 from atom_lens.interventions.facts import Scores, ask
 from atom_lens.interventions.splice import splice
@@ -32,7 +34,7 @@ def class_means(
     hook: str,
     pairs: Swaps,
     x: Float[Tensor | Rows, "n d"],
-    labels: Sequence[str],
+    labels: Labels,
     seed: int,
     **reading: Any,
 ) -> dict[str, Any]:
@@ -44,9 +46,9 @@ def class_means(
         seed: of the intervals.
         reading: positions and prepend_bos.
     """
-    means = {}
+    means, names = {}, inputs.labels(labels, len(x), "labels")
     for answer in {answer for both in pairs.answers for answer in both}:
-        rows = torch.tensor([label == answer for label in labels])
+        rows = torch.tensor([label == answer for label in names])
         means[answer] = x[rows].mean(dim=0) if bool(rows.any()) else mean_row(x).to(x.dtype)
     moved = pairs.seen.x + torch.stack([means[new] - means[old] for old, new in pairs.answers])
     clean = ask(model, pairs.prompts, pairs.answers, {"none": None}, **reading)["none"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions
 from atom_lens.activations.prompts import Prompt
+from atom_lens.inputs import checked_seed
 from atom_lens.interventions.attribution import Read, attribution, read
 from atom_lens.interventions.facts import Batch, Prepare, Scores, ask, divergence
 from atom_lens.interventions.splice import Splice, splice
@@ -91,7 +92,7 @@ class Evaluation:
     ) -> None:
         self.backend, self.hook, self.sae, self.swaps = wrap_backend(model), hook, sae, swaps
         self.reading: dict[str, Any] = {"positions": positions, "prepend_bos": prepend_bos}
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(checked_seed(seed))
         if (scaling := sae.cfg.normalize_activations) in ("layer_norm", "constant_norm_rescale"):
             raise ValueError(f"the SAE at {hook!r} has normalize_activations {scaling!r}, allowed are SAEs without")
         with torch.no_grad():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import SupportsFloat
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from atom_lens.inputs import Which, choice, indices
+
 # None: every position, also those that generation adds. Columns of the prompt, negative ones from its end. Or a mask
-# of shape (batch, pos).
-Positions = int | Sequence[int] | Tensor | None
+# of shape (pos,) or (batch, pos).
+Positions = Which | None
 # One number; one per chosen atom, (k,); or one per item of the batch and chosen atom, (batch, k).
-Value = float | int | Tensor
+Value = SupportsFloat | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,29 @@ class Place:
 
     Attributes:
         positions: None, columns of the token batch (padding counts, as everywhere in TransformerLens), or a mask of
-            shape (batch, pos). Columns and masks are of the prompt; tokens that generation adds are edited under None
-            only.
-        items: indices of the batch; None for all.
+            shape (pos,) or (batch, pos). Columns and masks are of the prompt; tokens that generation adds are edited
+            under None only.
+        items: indices or a mask of the batch; None for all.
+
+    Raises:
+        ValueError: neither indices nor a mask.
     """
 
     positions: Positions = None
-    items: Sequence[int] | None = None
+    items: Which | None = None
+
+    def __post_init__(self) -> None:
+        positions = self.positions
+        if isinstance(positions, Tensor | np.ndarray) and positions.ndim == 2:
+            table = torch.as_tensor(positions)
+            # Attention masks are integers.
+            if not bool(((table == 0) | (table == 1)).all()):
+                raise ValueError("positions has two dimensions, a mask (batch, pos) holds booleans, or 0 and 1 only")
+            object.__setattr__(self, "positions", table.bool())
+        elif positions is not None:
+            object.__setattr__(self, "positions", choice(positions, "position"))
+        if self.items is not None:
+            object.__setattr__(self, "items", choice(self.items, "item"))
 
     def mask(self, batch: int, length: int, past: int, device: torch.device) -> Bool[Tensor, "batch pos"]:
         """The places within one forward pass of `length` columns that stand after `past` cached ones.
@@ -42,30 +62,21 @@ class Place:
             columns = torch.ones(batch, length, dtype=torch.bool, device=device)
         elif generating:
             columns = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        elif isinstance(self.positions, Tensor) and self.positions.ndim == 2:
+        elif isinstance(self.positions, Tensor):
             if tuple(self.positions.shape) != (batch, total):
                 raise ValueError(
                     f"positions is a mask of shape {tuple(self.positions.shape)}, the prompt has {(batch, total)}"
                 )
-            columns = self.positions[:, past:].to(device, torch.bool)
+            columns = self.positions[:, past:].to(device)
         else:
-            wanted = [self.positions] if isinstance(self.positions, int) else [int(p) for p in self.positions]
-            for position in wanted:
-                if not -total <= position < total:
-                    raise ValueError(
-                        f"position {position} is outside the prompt, allowed are {-total} to {total - 1} "
-                        f"({total} tokens with padding)"
-                    )
+            wanted = indices(self.positions, total, "position", "the prompt with its padding", least=-total)
             columns = torch.zeros(batch, total, dtype=torch.bool, device=device)
-            columns[:, wanted] = True
+            columns[:, wanted.to(device)] = True
             columns = columns[:, past:]
         if self.items is None:
             return columns
-        for item in self.items:
-            if not 0 <= item < batch:
-                raise ValueError(f"item {item} is outside the batch, allowed are 0 to {batch - 1}")
         rows = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-        rows[list(self.items)] = True
+        rows[indices(self.items, batch, "item", "the batch").to(device)] = True
         return columns & rows
 
 
@@ -75,13 +86,13 @@ class Edit:
 
     Attributes:
         change: (codes of the chosen atoms, item of the batch that each row belongs to) -> codes.
-        atoms: indices of the chosen atoms; None for all.
+        atoms: indices or a mask of the chosen atoms; None for all.
         place: where it acts.
         others: the chosen atoms are all but `atoms`.
     """
 
     change: Callable[[Float[Tensor, "rows k"], Int[Tensor, " rows"]], Float[Tensor, "rows k"]]
-    atoms: tuple[int, ...] | None
+    atoms: Which | None
     place: Place
     others: bool = False
 
@@ -89,27 +100,28 @@ class Edit:
         """The codes after this edit."""
         if self.atoms is None:
             return self.change(codes, items)
-        index = torch.tensor(self.atoms, device=codes.device)
+        index = indices(self.atoms, codes.shape[1], "atom", "the dictionary").to(codes.device)
         if self.others:
             rest = torch.ones(codes.shape[1], dtype=torch.bool, device=codes.device).index_fill(0, index, False)
             index = rest.nonzero()[:, 0]
         return codes.index_copy(1, index, self.change(codes[:, index], items))
 
 
-def _chosen(atoms: int | Sequence[int] | None) -> tuple[int, ...] | None:
+def _chosen(atoms: Which | None) -> tuple[int, ...] | tuple[bool, ...] | None:
     if atoms is None:
         return None
-    chosen = (atoms,) if isinstance(atoms, int) else tuple(int(atom) for atom in atoms)
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"atoms is {list(chosen)}, expected at least one index and each only once")
+    chosen = choice(atoms, "atom")
+    mask = len(chosen) > 0 and isinstance(chosen[0], bool)
+    if not chosen or (not any(chosen) if mask else len(set(chosen)) < len(chosen)):
+        raise ValueError(f"atoms is {list(chosen)}, expected at least one index and each only once, or a mask")
     return chosen
 
 
 def rows_of(value: Value, like: Float[Tensor, "rows k"], items: Int[Tensor, " rows"]) -> Float[Tensor, "*rows k"]:
     """`value` for every row of `like`."""
-    if not isinstance(value, Tensor):
-        return torch.full_like(like[:1], value)
-    value = value.to(like)
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if value.ndim == 0:
+        return value.expand(1, like.shape[1])
     if value.ndim == 2 and items.numel() and int(items.max()) >= len(value):
         raise ValueError(f"a value has {len(value)} rows, the batch has an item {int(items.max())}")
     if value.ndim not in (1, 2) or value.shape[-1] != like.shape[1]:
@@ -120,53 +132,45 @@ def rows_of(value: Value, like: Float[Tensor, "rows k"], items: Int[Tensor, " ro
     return value[items] if value.ndim == 2 else value[None]
 
 
-def assign(
-    atoms: int | Sequence[int] | None, value: Value, positions: Positions = None, items: Sequence[int] | None = None
-) -> Edit:
+def assign(atoms: Which | None, value: Value, positions: Positions = None, items: Which | None = None) -> Edit:
     """z' = value."""
     return Edit(lambda z, of: rows_of(value, z, of).expand_as(z), _chosen(atoms), Place(positions, items))
 
 
-def ablate(
-    atoms: int | Sequence[int] | None = None, positions: Positions = None, items: Sequence[int] | None = None
-) -> Edit:
+def ablate(atoms: Which | None = None, positions: Positions = None, items: Which | None = None) -> Edit:
     """z' = 0."""
     return assign(atoms, 0.0, positions, items)
 
 
-def scale(
-    atoms: int | Sequence[int] | None, factor: Value, positions: Positions = None, items: Sequence[int] | None = None
-) -> Edit:
+def scale(atoms: Which | None, factor: Value, positions: Positions = None, items: Which | None = None) -> Edit:
     """z' = factor z."""
     return Edit(lambda z, of: z * rows_of(factor, z, of), _chosen(atoms), Place(positions, items))
 
 
-def add(
-    atoms: int | Sequence[int] | None, amount: Value, positions: Positions = None, items: Sequence[int] | None = None
-) -> Edit:
+def add(atoms: Which | None, amount: Value, positions: Positions = None, items: Which | None = None) -> Edit:
     """z' = z + amount, whether the atom fires or not: steering along it. In units of the code."""
     return Edit(lambda z, of: z + rows_of(amount, z, of), _chosen(atoms), Place(positions, items))
 
 
-def keep_only(atoms: int | Sequence[int], positions: Positions = None, items: Sequence[int] | None = None) -> Edit:
+def keep_only(atoms: Which, positions: Positions = None, items: Which | None = None) -> Edit:
     """z' = z on `atoms`, 0 on all others."""
     return Edit(lambda z, of: torch.zeros_like(z), _chosen(atoms), Place(positions, items), others=True)
 
 
 def swap(
-    codes: Float[Tensor, " F"] | Float[Tensor, "batch F"],
+    codes: Float[Tensor | np.ndarray, " F"] | Float[Tensor | np.ndarray, "batch F"],
     positions: Positions = None,
-    items: Sequence[int] | None = None,
+    items: Which | None = None,
 ) -> Edit:
     """z' = codes: the whole code of another subject."""
     return assign(None, codes, positions, items)
 
 
 def exchange(
-    old: Float[Tensor, " F"] | Float[Tensor, "batch F"],
-    new: Float[Tensor, " F"] | Float[Tensor, "batch F"],
+    old: Float[Tensor | np.ndarray, " F"] | Float[Tensor | np.ndarray, "batch F"],
+    new: Float[Tensor | np.ndarray, " F"] | Float[Tensor | np.ndarray, "batch F"],
     positions: Positions = None,
-    items: Sequence[int] | None = None,
+    items: Which | None = None,
 ) -> Edit:
     """z' = z - min(z, old) + s new, with s = sum(min(z, old)) / sum(old): as much of `new` as there was of `old`.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from atom_lens.activations.backends import Backend
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.hooks import expand_hooks
+from atom_lens.inputs import Which, indices
 from atom_lens.interventions import edits
 from atom_lens.interventions.edits import Edit, Place, Value
 
@@ -78,31 +79,28 @@ class Splice:
         """
         name, site = self._site(hook)
         n_atoms = site.atoms.cfg.d_sae
-        for atom in edit.atoms or ():
-            if not 0 <= atom < n_atoms:
-                raise ValueError(f"atom {atom} is not among those at {name!r}, allowed are 0 to {n_atoms - 1}")
+        if edit.atoms is not None:
+            indices(edit.atoms, n_atoms, "atom", f"the dictionary at {name!r}")
         site.edits.append(edit)
         return self
 
-    def ablate(self, atoms: int | Sequence[int] | None = None, *, hook: str | None = None, **place: Any) -> Splice:
+    def ablate(self, atoms: Which | None = None, *, hook: str | None = None, **place: Any) -> Splice:
         """z' = 0 for `atoms`, or for all. `place`: ``positions=``, ``items=`` as in `Place`, here and below."""
         return self.apply(edits.ablate(atoms, **place), hook)
 
-    def scale(
-        self, atoms: int | Sequence[int] | None, factor: Value, *, hook: str | None = None, **place: Any
-    ) -> Splice:
+    def scale(self, atoms: Which | None, factor: Value, *, hook: str | None = None, **place: Any) -> Splice:
         """z' = factor z."""
         return self.apply(edits.scale(atoms, factor, **place), hook)
 
-    def set(self, atoms: int | Sequence[int] | None, value: Value, *, hook: str | None = None, **place: Any) -> Splice:
+    def set(self, atoms: Which | None, value: Value, *, hook: str | None = None, **place: Any) -> Splice:
         """z' = value."""
         return self.apply(edits.assign(atoms, value, **place), hook)
 
-    def add(self, atoms: int | Sequence[int] | None, amount: Value, *, hook: str | None = None, **place: Any) -> Splice:
+    def add(self, atoms: Which | None, amount: Value, *, hook: str | None = None, **place: Any) -> Splice:
         """z' = z + amount: steering along atoms, whether they fire or not."""
         return self.apply(edits.add(atoms, amount, **place), hook)
 
-    def keep_only(self, atoms: int | Sequence[int], *, hook: str | None = None, **place: Any) -> Splice:
+    def keep_only(self, atoms: Which, *, hook: str | None = None, **place: Any) -> Splice:
         """z' = 0 for every atom but these."""
         return self.apply(edits.keep_only(atoms, **place), hook)
 
