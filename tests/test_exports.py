@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from atom_lens import aip_converter, load_atoms, open_model, splice, train
 from atom_lens._manifest import seal
+from atom_lens.sharing.card import run_card
 from atom_lens.training.recipe_file import check_recipe
 
 GOOD = Path(__file__).parent / "artifacts" / "format-1" / "run" / "blocks.1.hook_resid_post"
@@ -154,3 +155,12 @@ def test_one_dictionary_is_not_of_any_hook(tmp_path: Path) -> None:
         load_atoms(GOOD, hook="blocks.2.hook_resid_post")
     shutil.copytree(GOOD, tmp_path / "mine")
     load_atoms(tmp_path / "mine", hook="mine")
+
+
+def test_a_local_folder_is_no_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may be named as repositories of the Hub are."""
+    monkeypatch.chdir(tmp_path)
+    report = json.loads((GOOD / "report.json").read_text()) | {"model": "models/tiny"}
+    assert "base_model: models/tiny" in run_card({"blocks.1.hook_resid_post": report}, "user/name")
+    Path("models/tiny").mkdir(parents=True)
+    assert "base_model" not in run_card({"blocks.1.hook_resid_post": report}, "user/name")
