@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens import SAE, ActivationsStore, HookedSAETransformer, SAETransformerBridge
+from sae_lens import SAE, ActivationsStore, HookedSAETransformer, SAETransformerBridge, TopKSAE, TopKSAEConfig
 from sae_lens.load_model import load_model
 from transformer_lens import HookedTransformerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from atom_lens import aip_converter, load_atoms, open_model, splice, train
 from atom_lens._manifest import seal
+from atom_lens.sharing import convert
 from atom_lens.sharing.card import run_card
 from atom_lens.training.recipe_file import check_recipe
 
@@ -164,3 +165,11 @@ def test_a_local_folder_is_no_base_model(tmp_path: Path, monkeypatch: pytest.Mon
     assert "base_model: models/tiny" in run_card({"blocks.1.hook_resid_post": report}, "user/name")
     Path("models/tiny").mkdir(parents=True)
     assert "base_model" not in run_card({"blocks.1.hook_resid_post": report}, "user/name")
+
+
+def test_a_whitened_checkpoint_of_sae_lens_is_refused(tmp_path: Path) -> None:
+    """sae-lens loads it, and its weights are wrong on raw activations."""
+    TopKSAE(TopKSAEConfig(8, 16, k=2, normalize_activations="covariance_whitening")).save_model(tmp_path)
+    with pytest.raises(ValueError, match="is a checkpoint from the middle of training"):
+        convert(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

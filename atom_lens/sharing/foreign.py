@@ -18,7 +18,7 @@ from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from atom_lens._files import read_json, regular_file, shown
 from atom_lens._format import check_metadata
 from atom_lens.sharing.weights import WEIGHTS, State, Thresholds, jumprelu_weights, read_tensors
-from atom_lens.tsae import ARCHITECTURE, TSAE, TSAEConfig, model_metadata
+from atom_lens.tsae import ARCHITECTURE, TSAE, WHITENED, TSAEConfig, model_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,10 @@ def _converted(
         if "trust_remote_code" in (metadata.get("model_from_pretrained_kwargs") or {}):
             raise ValueError(f"{str(path)!r}: metadata.model_from_pretrained_kwargs has trust_remote_code")
         cfg, state = sae_lens_disk_loader(path, device, overrides)
+        if cfg.get("normalize_activations") == WHITENED:
+            raise ValueError(
+                f"{str(path)!r} is a checkpoint from the middle of training: it is wrong on raw activations"
+            )
         _check_finite(path, state)
         return cfg, state
     if path.is_dir() and (path / "sae.safetensors").exists():
