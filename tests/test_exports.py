@@ -119,8 +119,8 @@ def test_sae_lens_loads_the_model_and_its_activations(
     """By nothing but what the folder says of itself, as sae-lens' evals do."""
     monkeypatch.chdir(tmp_path)  # a folder of that name is what transformers opens
     AutoTokenizer.from_pretrained(tiny).save_pretrained("gpt2")
-    config = GPT2Config(vocab_size=210, n_positions=64, n_embd=16, n_layer=2, n_head=2, **{"n_ctx": 64})
-    GPT2LMHeadModel(config).save_pretrained("gpt2")
+    size: dict[str, Any] = {"vocab_size": 210, "n_positions": 64, "n_ctx": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**size)).save_pretrained("gpt2")
     sae = SAE.load_from_disk(trained("gpt2", "blocks.1.hook_resid_post", tmp_path))
     about = sae.cfg.metadata
     model = load_model(
