@@ -36,7 +36,7 @@ class _Config(Strict):
     device: str
     apply_b_dec_to_input: bool
     normalize_activations: Literal["none"]
-    reshape_activations: Literal["none"]
+    reshape_activations: Literal["none", "hook_z"]
     architecture: Literal["jumprelu"]
     metadata: dict[str, Any]
 
@@ -66,7 +66,7 @@ def check_metadata(metadata: dict[str, Any]) -> None:
             raise ValueError(f"metadata.{shown(key)} would replace a part of sae-lens' own object")
 
 
-def read_atoms(folder: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Tensor], AtomicInnerProduct]:
+def read_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], AtomicInnerProduct]:
     """cfg.json, the weights and the metric of an atoms folder, as they were written and as docs/format.md asks.
 
     Raises:
@@ -74,13 +74,15 @@ def read_atoms(folder: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[
         ValueError: a file is damaged or holds what it must not; nothing of it was used.
     """
     verify(folder, ATOMS_FILES)
-    return check_atoms(folder, device)
+    return check_atoms(folder)
 
 
-def check_atoms(folder: Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Tensor], AtomicInnerProduct]:
+def check_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], AtomicInnerProduct]:
     """`read_atoms`, but for the manifest."""
     cfg = read_json(folder / SAE_CFG_FILENAME, limit=1 << 20)
     checked = parsed(_Config, cfg, folder / SAE_CFG_FILENAME)
+    if checked.reshape_activations == "hook_z" and not str(cfg["metadata"].get("hook_name")).endswith(".hook_z"):
+        raise ValueError(f"{str(folder)!r}: reshape_activations is 'hook_z', allowed is 'none' at any other hook")
     aip = AtomicInnerProduct.load(folder / AIP_FILENAME)
     if aip.width != checked.d_in:
         raise ValueError(f"{str(folder)!r}: the metric has width {aip.width}, the weights have d_in {checked.d_in}")
@@ -88,15 +90,15 @@ def check_atoms(folder: Path, device: str = "cpu") -> tuple[dict[str, Any], dict
         raise ValueError(
             f"{str(folder)!r}: metadata.aip in {SAE_CFG_FILENAME} is not what {AIP_FILENAME} says of itself"
         )
-    return cfg, _weights(folder / SAE_WEIGHTS_FILENAME, checked, device), aip
+    return cfg, _weights(folder / SAE_WEIGHTS_FILENAME, checked), aip
 
 
-def _weights(path: Path, cfg: _Config, device: str) -> dict[str, Tensor]:
+def _weights(path: Path, cfg: _Config) -> dict[str, Tensor]:
     d, f = cfg.d_in, cfg.d_sae
     expected = {"W_enc": [d, f], "W_dec": [f, d], "b_enc": [f], "b_dec": [d], "threshold": [f]}
     regular_file(path)
     try:
-        with safe_open(path, framework="pt", device=device) as file:
+        with safe_open(path, framework="pt") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             if sorted(found) != sorted(expected):
                 raise ValueError(
@@ -109,6 +111,8 @@ def _weights(path: Path, cfg: _Config, device: str) -> dict[str, Tensor]:
                         f"{_DTYPES[cfg.dtype]} {shape} is what {SAE_CFG_FILENAME} says"
                     )
             state = {name: file.get_tensor(name) for name in expected}
+    except OSError:
+        raise
     except Exception as error:  # safetensors has an error of its own for damaged headers
         raise ValueError(f"{str(path)!r} holds no atoms: {shown(str(error))}") from error
     for name, value in state.items():

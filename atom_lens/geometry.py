@@ -272,6 +272,8 @@ class AtomicInnerProduct:
             made = cls.from_eigen(values, vectors, n, float(ridge), source)
             if not torch.allclose(vectors.T @ vectors, torch.eye(len(values), dtype=torch.float64), rtol=0, atol=1e-8):
                 raise ValueError("the eigenvectors are not orthonormal")
+        except OSError:
+            raise
         except Exception as error:
             raise ValueError(f"{path} is not a metric saved by atom_lens: {shown(str(error))}") from error
         return made

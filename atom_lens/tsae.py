@@ -27,7 +27,13 @@ from atom_lens._manifest import sealed_folder
 from atom_lens.geometry import AtomicInnerProduct
 
 ARCHITECTURE = "aip_tsae"
+HEADS = "hook_z"  # the one hook whose heads sae-lens merges, and its name for doing so
 WHITENED = "covariance_whitening"  # sae-lens' mark of weights that live in whitened space
+
+
+def model_metadata() -> dict[str, Any]:
+    """How `sae_lens.load_model` and sae-lens' evals are to load a model whose hooks go by TransformerLens' names."""
+    return {"model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {}}
 
 
 @dataclass
@@ -62,7 +68,24 @@ class TSAE(JumpReLUSAE):
                 "this is a checkpoint from the middle of training: its weights act on whitened activations and "
                 "would be silently wrong on raw ones; load the final atoms, or resume the training from it"
             )
+        if str(cfg.metadata.hook_name).endswith(f".{HEADS}"):
+            cfg.reshape_activations = HEADS
         super().__init__(cfg, use_error_term)
+
+    @override
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        """Take heads apart, (..., n_heads, d_head), as well as side by side, (..., d_in), and give back the same."""
+        super().turn_on_forward_pass_hook_z_reshaping()
+        self.d_head = None
+        self.reshape_fn_in, self.reshape_fn_out = self._side_by_side, self._apart
+
+    def _side_by_side(self, x: Tensor) -> Tensor:
+        self.d_head = None if x.shape[-1] == self.cfg.d_in else x.shape[-1]
+        return x if self.d_head is None else x.flatten(-2)
+
+    @staticmethod
+    def _apart(x: Tensor, d_head: int | None) -> Tensor:
+        return x if d_head is None else x.unflatten(-1, (-1, d_head))
 
     @override
     def initialize_weights(self) -> None:

@@ -44,6 +44,7 @@ def open_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
+    device = pick_device(device)  # before a model is downloaded or converted
     opened: Any = open_backend(find_model(name, revision), backend, DTYPES[dtype], device)
     return opened.model
 

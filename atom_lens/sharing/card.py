@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -44,7 +45,7 @@ def run_card(
         library_name="saelens",
         tags=_TAGS,
         # A local folder, a GGUF file or the demo model is nothing the Hub could link to.
-        base_model=base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        base_model=base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None,
         datasets=[prompts.path] if isinstance(prompts, HubDataset) else None,
         license=license,
     )

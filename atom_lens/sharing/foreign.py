@@ -18,7 +18,7 @@ from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from atom_lens._files import read_json, regular_file, shown
 from atom_lens._format import check_metadata
 from atom_lens.sharing.weights import WEIGHTS, State, Thresholds, jumprelu_weights, read_tensors
-from atom_lens.tsae import ARCHITECTURE, TSAE, TSAEConfig
+from atom_lens.tsae import ARCHITECTURE, TSAE, WHITENED, TSAEConfig, model_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,10 @@ def _converted(
         if "trust_remote_code" in (metadata.get("model_from_pretrained_kwargs") or {}):
             raise ValueError(f"{str(path)!r}: metadata.model_from_pretrained_kwargs has trust_remote_code")
         cfg, state = sae_lens_disk_loader(path, device, overrides)
+        if cfg.get("normalize_activations") == WHITENED:
+            raise ValueError(
+                f"{str(path)!r} is a checkpoint from the middle of training: it is wrong on raw activations"
+            )
         _check_finite(path, state)
         return cfg, state
     if path.is_dir() and (path / "sae.safetensors").exists():
@@ -81,14 +85,14 @@ def as_tsae(sae: SAE[Any]) -> TSAE:
     if not isinstance(sae, JumpReLUSAE | StandardSAE):
         raise ValueError(f"architecture is {name!r}, atoms are jumprelu or standard: SAE.load_from_disk reads this one")
     cfg = sae.cfg.to_dict()
-    for key in ("normalize_activations", "reshape_activations"):
-        if cfg[key] != "none":
-            raise ValueError(f"{key} is {cfg[key]!r}, allowed for atoms is 'none'")
+    if (norm := cfg["normalize_activations"]) != "none":
+        raise ValueError(f"normalize_activations is {norm!r}, allowed for atoms is 'none'")
     state = {k: v.detach() for k, v in sae.state_dict().items()}
     state.setdefault("threshold", torch.zeros_like(state["b_enc"]))
     metadata = {**cfg["metadata"], "converted_from": name, "aip": None}
-    if metadata.pop("model_from_pretrained_kwargs", None):
+    if metadata.get("model_from_pretrained_kwargs"):
         logger.warning("model_from_pretrained_kwargs is left out: %s", sae.cfg.metadata.model_from_pretrained_kwargs)
+    metadata["model_from_pretrained_kwargs"] = {}
     # On no device at first: the weights that are there are used, none are drawn or copied.
     atoms = TSAE(TSAEConfig.from_dict({**cfg, "metadata": metadata, "architecture": ARCHITECTURE, "device": "meta"}))
     atoms.process_state_dict_for_loading(state)
@@ -98,7 +102,7 @@ def as_tsae(sae: SAE[Any]) -> TSAE:
 
 def _config(path: Path, cfg: dict[str, Any], state: State) -> dict[str, Any]:
     _check_finite(path, state)
-    metadata = {"sae_lens_version": __version__, **cfg.pop("metadata", {})}
+    metadata = {"sae_lens_version": __version__, **model_metadata(), **cfg.pop("metadata", {})}
     dtype = str(state["W_enc"].dtype).removeprefix("torch.")
     d, f = state["W_enc"].shape
     shared = {"d_in": d, "d_sae": f, "dtype": dtype, "normalize_activations": "none", "reshape_activations": "none"}
@@ -114,7 +118,7 @@ def open_sae(folder: Path, converter: Any, device: str = "cpu", dtype: str | Non
     """`SAE.load_from_disk`; whatever keeps it from loading is a ValueError of one sentence."""
     try:
         return SAE.load_from_disk(folder, device=device, dtype=dtype, converter=converter)
-    except (ValueError, OSError):
+    except (ValueError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # sae-lens checks nothing: what is wrong shows anywhere
         raise ValueError(f"{str(folder)!r} is no SAE that sae-lens loads: {shown(str(error))}") from error

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, snapshot_download
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import DTYPE_TO_STR, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from torch import Tensor
 
 from atom_lens._files import read_json
 from atom_lens._format import AIP_FILENAME, ATOMS_FILES, read_atoms
 from atom_lens._manifest import MANIFEST
+from atom_lens.activations.models import pick_device
 from atom_lens.sharing.foreign import as_tsae, foreign_converter, open_sae
 from atom_lens.sharing.weights import WEIGHTS, Thresholds
 from atom_lens.tsae import ARCHITECTURE, TSAE
@@ -36,10 +37,12 @@ def aip_converter(
 
     For sae-lens' own loading: ``SAE.load_from_disk(path, converter=aip_converter)``.
     """
-    cfg, state, aip = read_atoms(Path(path), device)
+    device = pick_device(device)
+    cfg, weights, aip = read_atoms(Path(path))
     about = {"n": aip.n, "ridge": aip.ridge, "source": aip.source}
     metadata = {**cfg["metadata"], "aip": about}
-    state["aip_eigenvalues"], state["aip_eigenvectors"] = aip.eigenvalues.to(device), aip.eigenvectors.to(device)
+    tensors = {**weights, "aip_eigenvalues": aip.eigenvalues, "aip_eigenvectors": aip.eigenvectors}
+    state = {name: value.to(device) for name, value in tensors.items()}
     overrides = cfg_overrides or {}
     return {**cfg, "device": device, **overrides, "architecture": ARCHITECTURE, "metadata": metadata}, state
 
@@ -66,9 +69,12 @@ def load_atoms(
 
     Raises:
         FileNotFoundError: no atoms there.
-        ValueError: several hooks and none chosen, files that are damaged or do not fit together, an architecture
-            without thresholds, or no such repository.
+        ValueError: several hooks and none chosen, atoms of another hook, a device that is not there, files that are
+            damaged or do not fit together, an architecture without thresholds, or no such repository.
     """
+    device = pick_device(device)
+    if dtype not in (None, *DTYPE_TO_STR.values()):
+        raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPE_TO_STR.values())}")
     release = None if Path(path).exists() else get_pretrained_saes_directory().get(str(path))
     if release is not None:
         if revision is not None:
@@ -114,6 +120,7 @@ def atoms_folder(path: str | Path, hook: str | None = None, revision: str | None
     if revision is not None:
         raise ValueError(f"revision is {revision!r}, but {str(path)!r} is a folder: only a repository has revisions")
     if folder.is_file() or any((folder / name).exists() for name in (SAE_CFG_FILENAME, *ATOMS_FILES, "ae.pt")):
+        _of_hook(folder, hook)
         return folder
     below = {
         file.relative_to(folder).parent.as_posix()
@@ -123,6 +130,16 @@ def atoms_folder(path: str | Path, hook: str | None = None, revision: str | None
     if not below and folder.is_dir() and any(file.suffix in WEIGHTS for file in folder.iterdir()):
         return folder
     return folder / chosen(str(path), hook, below)
+
+
+def _of_hook(folder: Path, hook: str | None) -> None:
+    """One dictionary is no choice: asked for by a hook, it must be of that hook, as its config or its name says."""
+    cfg = folder / SAE_CFG_FILENAME
+    metadata = read_json(cfg).get("metadata") if hook is not None and cfg.exists() else None
+    said = metadata.get("hook_name") if isinstance(metadata, dict) else None
+    names = [name for name in (said, folder.resolve().name) if isinstance(name, str)]
+    if not any(matching([name], hook) for name in names):
+        raise ValueError(f"hook {hook!r} is not in {str(folder)!r}, it holds one dictionary, of {names[0]!r}")
 
 
 def _from_hub(repo_id: str, hook: str | None, revision: str | None) -> Path:

@@ -28,7 +28,7 @@ from atom_lens.training.folder import CHECKPOINT, checkpoint_file, run_folder, s
 from atom_lens.training.recipe import Atoms, Recipe, Training
 from atom_lens.training.recipe_file import dump_recipe, load_recipe
 from atom_lens.training.split import heldout_rows
-from atom_lens.tsae import TSAE
+from atom_lens.tsae import TSAE, model_metadata
 
 logger = logging.getLogger(__name__)
 IDENTITY_FILENAME = "identity.safetensors"
@@ -141,7 +141,8 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
         "model_name": recipe.model.name,
         "hook_name": hook,
         "prepend_bos": found.prepend_bos,
-        "model_class_name": "TransformerBridge",
+        "context_size": int(found.rows[hook][:, 1].max()) + 1,  # of the longest prompt that was read
+        **model_metadata(),
     }
     checkpoint = checkpoint_file(work, hook)
     resumed = checkpoint.exists()
