@@ -15,7 +15,8 @@ from atom_lens import AtomicInnerProduct, evaluate, faithfulness, stability
 from atom_lens.evidence import identity
 from atom_lens.evidence.nulls import random_atoms
 from atom_lens.evidence.purity import purity
-from atom_lens.interventions.edits import Place, ablate, add, scalefrom atom_lens.training.split import heldout_rows
+from atom_lens.interventions.edits import Place, ablate, add, scale
+from atom_lens.training.split import heldout_rows
 
 CPU = torch.device("cpu")
 
