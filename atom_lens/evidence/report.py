@@ -64,9 +64,7 @@ def evaluate(
     """
     start = time.monotonic()
     if not (isinstance(atoms, Dictionary) and isinstance(atoms.W_dec, Tensor)):
-        raise ValueError(
-            f"atoms is of type {type(atoms).__name__}, expected something with a tensor W_dec, encode and decode"
-        )
+        raise ValueError(f"atoms is of type {type(atoms).__name__}, expected a tensor W_dec, encode and decode")
     if not (metric is None or isinstance(metric, AtomicInnerProduct)):
         raise ValueError(f"metric is of type {type(metric).__name__}, expected an AtomicInnerProduct")
     given, metric = metric, metric if metric is not None else getattr(atoms, "aip", None)
