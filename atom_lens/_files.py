@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import math
@@ -177,6 +178,26 @@ def regular_file(path: Path, limit: int | None = None) -> int:
     return found.st_size
 
 
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, without a byte-order mark; lines end as Python ends them, in a newline only.
+
+    Not as `str.splitlines` has it: U+2028 and the like are a part of a line.
+
+    Raises:
+        ValueError: it is in another encoding, or no text.
+    """
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8")
+        wrong = data.find(b"\0")  # text has none, UTF-16 many
+    except UnicodeDecodeError as error:
+        text, wrong = "", error.start
+    if wrong >= 0:
+        line = data.count(b"\n", 0, wrong) + 1
+        raise ValueError(f"{str(path)!r} line {line} is not text in UTF-8: it has a byte {data[wrong]:#04x}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
     """Read a strict JSON mapping: no NaN, no key twice, no depth or length beyond reason.
 
@@ -186,7 +207,7 @@ def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
     """
     regular_file(path, limit)
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not strict JSON: {shown(str(error))}") from error
 

@@ -212,15 +212,15 @@ def test_jsonl(tmp_path) -> None:
     }
     assert jsonl_file(path, limit=1, columns=columns) == [Prompt.fill("{} is in", "Rome", "Italy")]
     path.write_text('{"text": "a"}\n{broken\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    with pytest.raises(ValueError, match="facts.jsonl line 2 is not strict JSON"):
         jsonl_file(path)
     path.write_text('{"text": "line\u2028separator"}\n', encoding="utf-8")
     assert jsonl_file(path)[0].text == "line\u2028separator"
     path.write_text('{"text": "In 1984", "subject": 1984}\n')
-    with pytest.raises(ValueError, match="row 1 has 1984 as its subject, allowed is text"):
+    with pytest.raises(ValueError, match="facts.jsonl line 1: subject is 1984, allowed is text"):
         jsonl_file(path)
     path.write_text('{"words": "a"}\n')
-    with pytest.raises(ValueError, match=r"row 1 has neither a text nor a template with a subject: \['words'\]"):
+    with pytest.raises(ValueError, match=r"line 1: neither a text nor a template with a subject, but \['words'\]"):
         jsonl_file(path)
 
 

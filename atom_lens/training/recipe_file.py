@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from atom_lens._files import read_text
 from atom_lens.training.recipe import SOURCES, Recipe, Section, existing
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -29,7 +30,9 @@ def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[s
     """Any kind of recipe, as `load_recipe` reads one."""
     path = existing(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(read_text(path))
+    except RecursionError as error:
+        raise ValueError(f"{path} is not YAML: it is nested too deep") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
