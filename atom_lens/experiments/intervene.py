@@ -50,6 +50,7 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
     prompts = recipe.prompts.read()
     if any(prompt.answer is None or prompt.subject is None for prompt in prompts):
         raise ValueError(f"prompts of recipe {recipe.name!r} lack a subject or an answer, intervene needs both")
+    recipe.other_text.read()  # a file that is not there is said now, not after the trainings
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
         _intervene(recipe, prompts, folder)
