@@ -186,10 +186,20 @@ def test_positions() -> None:
     assert select_tokens(prompt, offsets, "span") == [2, 3, 4]
     assert select_tokens(prompt, offsets, "last") == [6]
     assert select_tokens(prompt, offsets, "all") == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(ValueError, match="lies beyond its 4 tokens"):
-        select_tokens(prompt, offsets[:4], "subject_last")
+    for positions, max_tokens in (("subject_last", 4), ("span", 4), ("last", 6), ("all", 1)):
+        with pytest.raises(ValueError, match=f"lies beyond its first {max_tokens} tokens"):
+            select_tokens(prompt, offsets, positions, max_tokens)
+    assert select_tokens(prompt, offsets, "all", 3) == [1, 2]
     with pytest.raises(ValueError, match="need a subject"):
         select_tokens(Prompt("Rome"), [(0, 4)], "subject_last")
+
+
+def test_subjects_are_missed_before_a_model_is_looked_for() -> None:
+    for positions in ("subject_last", "span"):
+        with pytest.raises(ValueError, match="need a subject, the prompt 'Rome is' has none"):
+            harvest("no such model", [Prompt("Oslo is", "Oslo"), "Rome is"], "blocks.0.hook_resid_post", positions)
+    with pytest.raises(ValueError, match="there are no prompts"):
+        harvest("no such model", [], "blocks.0.hook_resid_post", "last")
 
 
 def test_prompts_refuse() -> None:
@@ -217,10 +227,10 @@ def test_jsonl(tmp_path) -> None:
     path.write_text('{"text": "line\u2028separator"}\n', encoding="utf-8")
     assert jsonl_file(path)[0].text == "line\u2028separator"
     path.write_text('{"text": "In 1984", "subject": 1984}\n')
-    with pytest.raises(ValueError, match="row 1 has 1984 as its subject, allowed is text"):
+    with pytest.raises(ValueError, match="facts.jsonl line 1: subject is 1984, allowed is text"):
         jsonl_file(path)
     path.write_text('{"words": "a"}\n')
-    with pytest.raises(ValueError, match=r"row 1 has neither a text nor a template with a subject: \['words'\]"):
+    with pytest.raises(ValueError, match=r"line 1: neither a text nor a template with a subject, but \['words'\]"):
         jsonl_file(path)
 
 
@@ -318,7 +328,7 @@ def test_refuses_what_is_no_model(tiny: str, tmp_path) -> None:
     with pytest.raises(ValueError, match="there are no prompts"):
         harvest(tiny, [], "blocks.0.hook_resid_post")
     with pytest.raises(ValueError, match="a dict is not a model with hooks"):
-        harvest({}, ["Rome"], "blocks.0.hook_resid_post")
+        harvest({}, ["Rome"], "blocks.0.hook_resid_post", "last")
     with pytest.raises(ValueError, match="has no config.json"):
         find_model(str(tmp_path))
     with pytest.raises(ValueError, match="does not exist"):

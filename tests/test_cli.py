@@ -173,6 +173,13 @@ def test_shift_between_domains(run: Callable[..., tuple[int, str, str]], tmp_pat
     assert "under sentiment" in out
     code, _, err = run(command="shift", domains={"poems": {"prompts": {"source": "poems"}}})
     assert code == 2 and "key domains.poems.prompts.source is 'poems', allowed are cities, " in err
+    # What is wrong with the last domain is said before the first is harvested.
+    gone = {"prompts": {"source": "text", "path": "gone.txt"}}
+    subjects = {"prompts": {"source": "sentiment", "limit": 60}, "positions": "span"}
+    for name, wrong, message in (("gone", gone, "file 'gone.txt'"), ("second", subjects, "domain 'second': positions")):
+        first = {"prompts": {"source": "arithmetic", "limit": 60}}
+        code, _, err = run(command="shift", domains={"first": first, name: wrong}, model={"name": "no such model"})
+        assert code == 2 and message in err
 
 
 def test_wandb_offline(

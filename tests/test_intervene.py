@@ -81,6 +81,20 @@ def test_answers_are_scored_as_transformers_scores_them(tiny: str, backend: Back
     assert float((found["clean"].logprob - found["ablated"].logprob).abs().min()) > 0
 
 
+def test_asking_more_than_the_context_is_refused(backend: Backend) -> None:
+    """64 tokens, of which BOS is one; the last token of an answer is not read."""
+    facts = [Prompt("Rome" + " is" * n, "Rome", answer="Italy") for n in (62, 63)]
+    ask(backend, facts[:1], [["Italy"]], {"clean": None})
+    with pytest.raises(ValueError, match="has 65 tokens with its answer, the model reads 64"):
+        ask(backend, facts[1:], [["Italy"]], {"clean": None})
+    with pytest.raises(ValueError, match="answer 1 of 'Rome is.*' is ' ', text is needed"):
+        ask(backend, facts[:1], [["Italy", " "]], {"clean": None})
+    edits = {"ablated": lambda batch: splice(backend, exact_sae()).ablate(positions=batch.subject)}
+    longest = [Prompt("Rome" + " is" * 99, "Rome")]
+    cut = divergence(backend, longest, edits)["ablated"]
+    assert torch.equal(cut, divergence(backend, longest, edits, max_tokens=64)["ablated"]) and cut > 0
+
+
 def test_known_are_the_greedy_answers(tiny: str, backend: Backend) -> None:
     expected = [i for i, p in enumerate(FACTS) if reference_logprobs(tiny, p.text, str(p.answer))[1]]
     assert known(backend, FACTS) == expected

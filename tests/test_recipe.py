@@ -11,9 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atom_lens import harvest, load_recipe
-from atom_lens._text import lines_of, read_text
-from atom_lens.activations.prompts import jsonl_file, text_file
+from atom_lens import load_recipe
 from atom_lens.experiments.compare import compare
 from atom_lens.experiments.intervene import intervene
 from atom_lens.experiments.planted import load_planted
@@ -129,68 +127,3 @@ def test_more_active_atoms_than_atoms(read: Any) -> None:
     for study, name in ((compare, "compare"), (intervene, "intervene")):
         with pytest.raises(ValueError, match=rf"{name}.l0 has 9, allowed is up to atoms.capacity=8"):
             study(read("", (f"{name}.l0=[2, 9]",), TRAINED))
-
-
-TEXT = "Paris is\nRome is\n"
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
-def test_marks_and_line_endings(tmp_path: Path, encoding: str, ending: str) -> None:
-    """What Excel, Notepad and old Macs write; the mark is no part of the first prompt."""
-    path = tmp_path / "p.txt"
-    path.write_bytes(TEXT.replace("\n", ending).encode(encoding))
-    assert [prompt.text for prompt in text_file(path)] == ["Paris is", "Rome is"]
-    path.write_bytes(f'{{"text": "Paris is"}}{ending}{ending}{{"text": "Rome is"}}'.encode(encoding))
-    assert [prompt.text for prompt in jsonl_file(path)] == ["Paris is", "Rome is"]
-    path.write_bytes(BASE.replace("\n", ending).encode(encoding))
-    assert load_recipe(path).name == "x"
-
-
-def test_only_line_endings_end_lines(tmp_path: Path) -> None:
-    text = "a\x0bb\x0cc\x1cd\x1ee\x85f\u2028g\u2029h"
-    assert lines_of(text) == [text]
-    (tmp_path / "p.txt").write_text(text, encoding="utf-8", newline="")
-    assert [prompt.text for prompt in text_file(tmp_path / "p.txt")] == [text]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"Paris\n\xe9t\xe9\n", "is not text in UTF-8 at byte 6, in line 2: invalid"),
-        ("Paris\nRome".encode("utf-16-le"), "is not text: a NUL stands in line 1"),
-        (b"\xff\xfea", "is not text in UTF-16 at byte 2, in line 1: truncated data"),
-    ],
-)
-def test_what_is_no_text(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "p.txt"
-    path.write_bytes(content)
-    for reader in (read_text, text_file, jsonl_file, load_recipe):
-        with pytest.raises(ValueError) as error:
-            reader(path)
-        assert str(path) in str(error.value) and message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("[" * 100_000, "line 2 is not a JSON object: it is nested too deep"),
-        ('{"text": "a", "text": "b"}', "line 2 is not a JSON object: a key of text stands twice"),
-        ('{"text": NaN}', "line 2 is not a JSON object: NaN is not JSON"),
-        ('["a"]', "line 2 is not a JSON object: it holds a list"),
-    ],
-)
-def test_lines_that_are_no_json(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"text": "a"}\n' + line)
-    with pytest.raises(ValueError) as error:
-        jsonl_file(path)
-    assert str(path) in str(error.value) and message in str(error.value)
-
-
-def test_a_harvest_of_such_a_file(tiny: str, tmp_path: Path) -> None:
-    """The first prompt reads as the others do."""
-    path = tmp_path / "p.txt"
-    path.write_bytes(b"\xef\xbb\xbfParis is\nParis is\n")
-    x = harvest(tiny, text_file(path), "blocks.1.hook_resid_post", "last", store=tmp_path, massive_ratio=None)
-    assert torch.equal(*x["blocks.1.hook_resid_post"])

@@ -19,7 +19,7 @@ from atom_lens.activations.backends import Backend, BackendName
 from atom_lens.activations.connect import open_backend, wrap_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import DTYPES, cache_folder, find_model
-from atom_lens.activations.positions import Positions, tokens_to_read
+from atom_lens.activations.positions import Positions, check_prompts, tokens_to_read
 from atom_lens.activations.prompts import Prompt, as_prompts
 from atom_lens.activations.store import Allocate, Stored, in_memory, store_key, stored
 from atom_lens.geometry import massive_rows
@@ -101,16 +101,18 @@ def harvest(
         prepend_bos: put the tokenizer's beginning-of-sequence token, if it has one, before every prompt.
         unique: read each token prefix once. A causal model gives the same activation again for a repeated prefix, which
             would then lie on both sides of a split. Off, so that rows and prompts correspond.
-        max_tokens: longer prompts are cut, as they are at the model's own context length.
+        max_tokens: longer prompts are cut, as they are at the model's own context length; only "all" may lose tokens.
         batch_tokens: tokens of a batch, padding included; None is 1,024 on a CPU, whose cache is full then, and 16,384
             on a GPU.
         store: folder of the activation store; None is the cache folder.
 
     Raises:
-        ValueError: no prompts, unknown hook, layer out of range, subject not found, NaN activations, unknown model.
+        ValueError: no prompts, unknown hook, layer out of range, subject not found or missing, tokens to read that
+            are cut off, NaN activations, unknown model.
     """
     start = time.monotonic()
     prompts = as_prompts(prompts)
+    check_prompts(prompts, positions)
     patterns = [hooks] if isinstance(hooks, str) else list(hooks)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")

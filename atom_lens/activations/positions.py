@@ -11,36 +11,60 @@ from atom_lens.activations.prompts import Prompt
 Positions = Literal["subject_last", "last", "all", "span"]
 
 
-def select_tokens(prompt: Prompt, offsets: Sequence[tuple[int, int]], positions: Positions) -> list[int]:
+def select_tokens(
+    prompt: Prompt, offsets: Sequence[tuple[int, int]], positions: Positions, max_tokens: int | None = None
+) -> list[int]:
     """Indices of the tokens to read.
 
     Args:
         prompt: the prompt that was tokenised.
-        offsets: character range of every token; special tokens (BOS) have an empty one.
+        offsets: character range of every token of the whole prompt; special tokens (BOS) have an empty one.
         positions: "subject_last" the last token that covers a character of the subject, "span" all that do,
             "last" the last token of the prompt, "all" every token that stands for text (special ones do not).
+        max_tokens: only so many from the first on can be read; "all" are then fewer.
 
     Raises:
-        ValueError: unknown `positions`, a prompt without a subject, or a subject beyond the tokens.
+        ValueError: unknown `positions`, a prompt without a subject, a subject that no token stands for, or tokens to
+            read beyond `max_tokens`.
     """
-    if positions not in get_args(Positions):
-        raise ValueError(f"positions is {positions!r}, allowed are {', '.join(get_args(Positions))}")
+    check_prompts([prompt], positions)
     text_tokens = [i for i, (start, end) in enumerate(offsets) if end > start]
     if not text_tokens:
         raise ValueError(f"the prompt {shown(prompt.text)!r} has no tokens")
+    limit = len(offsets) if max_tokens is None else max_tokens
     if positions == "all":
-        return text_tokens
-    if positions == "last":
-        return text_tokens[-1:]
-    if prompt.span is None:
-        raise ValueError(f"positions {positions!r} need a subject, the prompt {shown(prompt.text)!r} has none")
-    start, end = prompt.span
-    inside = [i for i in text_tokens if offsets[i][0] < end and offsets[i][1] > start]
-    if not inside or offsets[inside[-1]][1] < end:
+        chosen = [i for i in text_tokens if i < limit] or text_tokens
+    elif positions == "last":
+        chosen = text_tokens[-1:]
+    else:
+        assert prompt.span is not None
+        start, end = prompt.span
+        # Normalising tokenizers leave characters without a token: those of a subject need not reach to its end.
+        chosen = [i for i in text_tokens if offsets[i][0] < end and offsets[i][1] > start]
+        if not chosen:
+            raise ValueError(f"no token stands for the subject of {shown(prompt.text)!r}")
+        if positions == "subject_last":
+            chosen = chosen[-1:]
+    if chosen[-1] >= limit:
+        what = "last token" if positions == "last" else "text" if positions == "all" else "subject"
         raise ValueError(
-            f"the subject of {shown(prompt.text)!r} lies beyond its {len(offsets)} tokens: raise max_tokens"
+            f"the {what} of {shown(prompt.text)!r} lies beyond its first {limit} tokens: raise max_tokens, if the "
+            "model reads more"
         )
-    return inside[-1:] if positions == "subject_last" else inside
+    return chosen
+
+
+def check_prompts(prompts: Sequence[Prompt], positions: Positions) -> None:
+    """Whether `positions` can be found in `prompts` is known before a model is.
+
+    Raises:
+        ValueError: unknown `positions`, or a prompt without a subject where one is needed.
+    """
+    if positions not in get_args(Positions):
+        raise ValueError(f"positions is {positions!r}, allowed are {', '.join(get_args(Positions))}")
+    for prompt in prompts if positions in ("subject_last", "span") else ():
+        if prompt.span is None:
+            raise ValueError(f"positions {positions!r} need a subject, the prompt {shown(prompt.text)!r} has none")
 
 
 class Read(NamedTuple):
@@ -67,8 +91,9 @@ def tokens_to_read(
     """
     reads = []
     seen: set[int] = set()
-    for index, (ids, offsets) in enumerate(tokenised(tokenizer, prompts, max_tokens, prepend_bos)):
-        tokens = select_tokens(prompts[index], offsets, positions)
+    texts = [prompt.text for prompt in prompts]
+    for index, (ids, offsets) in enumerate(tokenised(tokenizer, texts, prepend_bos)):
+        tokens = select_tokens(prompts[index], offsets, positions, max_tokens)
         if unique:
             tokens = _not_seen(ids, tokens, seen)
         if tokens:
@@ -78,9 +103,9 @@ def tokens_to_read(
 
 
 def tokenised(
-    tokenizer: Any, prompts: Sequence[Prompt], max_tokens: int, prepend_bos: bool
+    tokenizer: Any, texts: Sequence[str], prepend_bos: bool
 ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """Token ids of each prompt, and the characters that each token stands for: none for BOS.
+    """Token ids of each text, however long, and the characters that each token stands for: none for BOS.
 
     Raises:
         ValueError: a tokenizer without character offsets.
@@ -89,15 +114,22 @@ def tokenised(
         raise ValueError(f"the tokenizer {type(tokenizer).__name__} gives no character offsets, a fast one is needed")
     # Tokenizers and backends differ in whether they add BOS by themselves, so it is added here and nowhere else.
     bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
-    encoded = tokenizer(
-        [prompt.text for prompt in prompts],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        truncation=True,
-        max_length=max(1, max_tokens - len(bos)),
-    )
-    for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        yield bos + ids, [(0, 0)] * len(bos) + offsets
+    # Not cut here: some tokenizers would cut the beginning. Nor may it warn of lengths, which is for others to check.
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        yield bos + ids, [(0, 0)] * len(bos) + _with_blanks(text, offsets)
+
+
+def _with_blanks(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offsets in which a token of blanks has its blanks: byte-level tokenizers (Llama 3's) trim them, to nothing."""
+    found, reached = [], 0
+    for start, end in offsets:
+        if start == end:
+            # A blank that the tokenizer has put before the text stays empty.
+            start, end = reached, max(end, reached + text.startswith(" ", reached))
+        found.append((start, end))
+        reached = max(reached, end)
+    return found
 
 
 def _not_seen(ids: list[int], tokens: list[int], seen: set[int]) -> list[int]:

@@ -11,6 +11,8 @@ from typing import Any
 from atom_lens._files import parse_json, shown
 from atom_lens._text import lines_of, read_text
 
+_FIELDS = ("text", "template", "subject", "answer")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -114,16 +116,18 @@ def text_file(path: str | Path, limit: int | None = None) -> list[Prompt]:
 
 def jsonl_file(path: str | Path, limit: int | None = None, columns: dict[str, str] | None = None) -> list[Prompt]:
     """Prompts from JSON lines: fields `text` or `template`, `subject`, `answer`, under the names in `columns`."""
+    return _from_rows(_json_lines(Path(path)), columns or {}, limit)
 
-    def rows() -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(lines_of(read_text(path)), 1):
-            if line.strip():
-                try:
-                    yield parse_json(line)
-                except ValueError as error:
-                    raise ValueError(f"{path} line {number} is not a JSON object: {shown(str(error))}") from error
 
-    return list(islice(_from_rows(rows(), columns or {}, str(path)), limit))
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(lines_of(read_text(path)), 1):
+        if line.strip():
+            where = f"{path} line {number}"
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{where} is not a JSON object: {error}") from error
+            yield where, row
 
 
 def hub_dataset(
@@ -144,26 +148,39 @@ def hub_dataset(
         rows = load_dataset(path, config, split=split)
     except Exception as error:
         raise ValueError(f"the data set {path!r} (split {split!r}) could not be loaded: {error}") from error
-    return list(islice(_from_rows(rows, columns or {}, path), limit))
+    return _from_rows(((f"{path} row {number}", row) for number, row in enumerate(rows, 1)), columns or {}, limit)
 
 
-def _from_rows(rows: Iterable[Any], columns: dict[str, str], source: str) -> Iterator[Prompt]:
-    unknown = set(columns) - {"text", "template", "subject", "answer"}
+def _from_rows(rows: Iterable[tuple[str, Any]], columns: dict[str, str], limit: int | None) -> list[Prompt]:
+    """Prompts of `rows`, each with where it stands."""
+    unknown = set(columns) - set(_FIELDS)
     if unknown:
-        raise ValueError(f"columns has {sorted(unknown)}, allowed are text, template, subject, answer")
-    for number, row in enumerate(rows, 1):
-        field = {name: _reach(row, columns.get(name, name)) for name in ("text", "template", "subject", "answer")}
-        # Some data sets keep the blank before a subject with it; the same entity must be the same subject.
-        for name, value in field.items():
-            if not isinstance(value, str | None):
-                raise ValueError(f"{source} row {number} has {value!r} as its {name}, allowed is text")
-        field = {name: value.strip() if value else None for name, value in field.items()}
-        if field["template"] and field["subject"]:
-            yield Prompt.fill(field["template"], field["subject"], field["answer"])
-        elif field["text"]:
-            yield Prompt(field["text"], field["subject"], answer=field["answer"])
-        else:
-            raise ValueError(f"{source} row {number} has neither a text nor a template with a subject: {sorted(row)}")
+        raise ValueError(f"columns has {sorted(unknown)}, allowed are {', '.join(_FIELDS)}")
+    made: list[Prompt] = []
+    missing = set(columns)
+    for where, row in islice(rows, limit):
+        fields = {name: _reach(row, columns.get(name, name)) for name in _FIELDS}
+        try:
+            made.append(_from_fields(fields, row))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        missing -= {name for name, value in fields.items() if value is not None}
+    for name in sorted(missing if made else ()):
+        raise ValueError(f"columns.{name} is {columns[name]!r}, which none of the {len(made)} rows has")
+    return made
+
+
+def _from_fields(fields: dict[str, Any], row: dict[str, Any]) -> Prompt:
+    for name, value in fields.items():
+        if not isinstance(value, str | None):
+            raise ValueError(f"{name} is {shown(value)}, allowed is text")
+    # Some data sets keep the blank before a subject with it; the same entity must be the same subject.
+    text, template, subject, answer = (value.strip() if value else None for value in fields.values())
+    if template and subject:
+        return Prompt.fill(template, subject, answer)
+    if text:
+        return Prompt(text, subject, answer=answer)
+    raise ValueError(f"neither a text nor a template with a subject, but {shown(sorted(row))}")
 
 
 def _reach(row: Any, path: str) -> Any:

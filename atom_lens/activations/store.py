@@ -24,7 +24,7 @@ from atom_lens._files import locked, new_folder, read_json, sweep, write_json
 from atom_lens.activations.models import ModelSource
 from atom_lens.activations.prompts import Prompt
 
-_FORMAT = 3
+_FORMAT = 4
 _ROWS, _ABOUT, _ACTIVATIONS, _NAME = "rows.safetensors", "about.json", ".activations.safetensors", "activations"
 
 

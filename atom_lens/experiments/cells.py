@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,8 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from atom_lens import parallel
-from atom_lens._files import locked, replacing, sweep, write_json
+from atom_lens._files import locked, read_json, replacing, sweep, write_json
+from atom_lens._text import read_text
 from atom_lens.activations.models import pick_device
 from atom_lens.training.folder import same_activations
 from atom_lens.training.recipe import Features, Recipe
@@ -42,7 +42,7 @@ def _claim(folder: Path, recipe: Recipe) -> None:
     kept, text = folder / "recipe.yaml", dump_recipe(recipe)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_file())):
         raise FileExistsError(f"output folder {str(folder)!r} is not empty: choose another name= or remove it")
-    if kept.is_file() and kept.read_text(encoding="utf-8") != text:
+    if kept.is_file() and read_text(kept) != text:
         raise ValueError(f"{str(folder)!r} holds a study of another recipe: choose another name= or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
@@ -55,7 +55,7 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 def kept(path: Path, make: Callable[[], Cell], says: Callable[[Cell], str]) -> Cell:
     """The cell at `path`, made and logged with what it `says` if it is not there yet."""
     if parallel.agreed(path.is_file):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     start = time.monotonic()
     cell = make()
     cell["seconds"] = time.monotonic() - start

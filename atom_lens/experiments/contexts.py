@@ -61,8 +61,8 @@ def corpus(recipe: Recipe, hook: str) -> Corpus:
         raise ValueError(f"hook is {hook!r}, allowed are the recipe's: {', '.join(found)}")
     rows = found.rows[hook]
     tokenizer = load_tokenizer(find_model(recipe.model.name, recipe.model.revision))
-    texts = tokenised(tokenizer, prompts, recipe.max_tokens, recipe.prepend_bos)
-    offsets = [characters for _, characters in texts]
+    texts = [prompt.text for prompt in prompts]
+    offsets = [characters for _, characters in tokenised(tokenizer, texts, recipe.prepend_bos)]
     places = torch.tensor([[prompt, *offsets[prompt][token]] for prompt, token in rows.tolist()])
     groups = [prompts[prompt].group for prompt in rows[:, 0].tolist()]
     out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed)

@@ -53,6 +53,7 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
     loaded = {f"features_{features.name}": pretrained(features, "auto") for features in recipe.intervene.features}
     if recipe.intervene.run is not None:
         check_split(Path(recipe.intervene.run), recipe)
+    recipe.other_text.read()  # a file that is not there is said now, not after the trainings
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
         _intervene(recipe, prompts, loaded, folder)

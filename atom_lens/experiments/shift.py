@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from atom_lens._files import replacing
+from atom_lens.activations.positions import check_prompts
+from atom_lens.activations.prompts import as_prompts
 from atom_lens.evidence.reading import aligned
 from atom_lens.evidence.report import angles
 from atom_lens.geometry import AtomicInnerProduct
@@ -36,10 +38,16 @@ def shift(recipe: Recipe) -> dict[str, Any]:
         "prompts": Domain(prompts=recipe.prompts, positions=recipe.positions),
         "other text": Domain(prompts=recipe.other_text),
     }
+    texts = {name: domain.prompts.read() for name, domain in domains.items()}
+    for name, domain in domains.items():  # of every domain, before the first is harvested
+        try:
+            check_prompts(as_prompts(texts[name]), domain.positions)
+        except ValueError as error:
+            raise ValueError(f"domain {name!r}: {error}") from error
     splits: dict[str, dict[str, SplitActivations]] = {}
     for name, domain in domains.items():
         own = recipe.model_copy(update={"prompts": domain.prompts, "positions": domain.positions})
-        prompts = own.prompts.read()
+        prompts = texts[name]
         found = harvest_for(own, prompts)
         for hook in found:
             try:

@@ -43,7 +43,7 @@ def read(
         ValueError: a prompt with more than one chosen token.
     """
     backend = wrap_backend(model)
-    ordered = answered(backend.tokenizer, prompts, [[answer] for answer in answers], positions, prepend_bos)
+    ordered = answered(backend, prompts, [[answer] for answer in answers], positions, prepend_bos)
     xs: list[Tensor] = [torch.empty(0)] * len(prompts)
     gradients = list(xs)
     for start in range(0, len(ordered), BATCH):

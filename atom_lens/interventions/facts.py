@@ -15,6 +15,7 @@ from atom_lens._files import shown
 from atom_lens.activations.backends import Backend
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions, select_tokens
+from atom_lens.activations.positions import tokenised as texts_tokenised
 from atom_lens.activations.prompts import Prompt
 
 BATCH = 64
@@ -58,13 +59,18 @@ class Answered(NamedTuple):
 def tokenised(
     tokenizer: Any, prompt: Prompt, answer: str, positions: Positions, prepend_bos: bool
 ) -> tuple[list[int], list[int], list[int]]:
-    """Tokens of a prompt, of its answer after a blank, and which tokens of the prompt to edit."""
-    encoded = tokenizer(f"{prompt.text} {answer}", add_special_tokens=False, return_offsets_mapping=True)
-    bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
-    offsets = encoded["offset_mapping"]
+    """Tokens of a prompt, of its answer after a blank (where there is one), and which tokens of the prompt to edit.
+
+    Raises:
+        ValueError: what `select_tokens` refuses, or an answer that is not told from the prompt by its tokens.
+    """
+    text = f"{prompt.text} {answer}" if answer else prompt.text
+    ((ids, offsets),) = texts_tokenised(tokenizer, [text], prepend_bos)
     n = sum(start < len(prompt.text) for start, _ in offsets)
-    chosen = select_tokens(prompt, [(0, 0)] * len(bos) + offsets[:n], positions)
-    return bos + encoded["input_ids"][:n], encoded["input_ids"][n:], chosen
+    # Begun within the prompt, and beyond the blank after it: that part of the answer would be given away.
+    if answer and (n == len(ids) or offsets[n - 1][1] > len(prompt.text) + 1):
+        raise ValueError(f"the answer {shown(answer)!r} has no tokens of its own after {shown(prompt.text)!r}")
+    return ids[:n], ids[n:], select_tokens(prompt, offsets[:n], positions)
 
 
 def ask(
@@ -89,7 +95,7 @@ def ask(
         name -> `Scores` of shape (n, answers).
     """
     backend = wrap_backend(model)
-    ordered = answered(backend.tokenizer, prompts, answers, positions, prepend_bos)
+    ordered = answered(backend, prompts, answers, positions, prepend_bos)
     shape = (len(prompts), max(map(len, answers)))
     found = {name: Scores(torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)) for name in edits}
     with tqdm(total=len(ordered) * len(edits), desc="Answers", unit="prompt") as bar, torch.no_grad():
@@ -109,13 +115,28 @@ def ask(
 
 
 def answered(
-    tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]], positions: Positions, prepend_bos: bool
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[str]],
+    positions: Positions,
+    prepend_bos: bool,
 ) -> list[Answered]:
-    """Token sequences that score all `answers`; answers of one token share the sequence of their prompt."""
+    """Token sequences that score all `answers`; answers of one token share the sequence of their prompt.
+
+    Raises:
+        ValueError: what `tokenised` refuses, a blank answer, or a prompt that with it is longer than the context.
+    """
     sequences: dict[tuple[int, tuple[int, ...]], Answered] = {}
     for row, (prompt, options) in enumerate(zip(prompts, answers, strict=True)):
         for column, answer in enumerate(options):
-            ids, wanted, chosen = tokenised(tokenizer, prompt, answer, positions, prepend_bos)
+            if not answer.strip():
+                raise ValueError(f"answer {column} of {shown(prompt.text)!r} is {answer!r}, text is needed")
+            ids, wanted, chosen = tokenised(backend.tokenizer, prompt, answer, positions, prepend_bos)
+            if len(ids) + len(wanted) - 1 > backend.n_ctx:
+                raise ValueError(
+                    f"the prompt {shown(prompt.text)!r} has {len(ids) + len(wanted) - 1} tokens with its answer, the "
+                    f"model reads {backend.n_ctx}"
+                )
             key = (row, tuple(wanted[:-1]))
             sequences.setdefault(key, Answered(row, ids + wanted[:-1], chosen, [])).answers.append((column, wanted))
     # Answers of like length together: only so many columns go through the unembedding, the dearest layer there is.
@@ -139,12 +160,13 @@ def divergence(
 
     Args:
         model, prompts, edits, positions, prepend_bos: as of `ask`.
-        max_tokens: longer prompts are cut after these.
+        max_tokens: longer prompts are cut after these, and where the model's context ends.
 
     Raises:
         ValueError: a prompt whose chosen tokens lie beyond `max_tokens`, so that an edit there would act nowhere.
     """
     backend = wrap_backend(model)
+    max_tokens = min(max_tokens, backend.n_ctx)
     sequences = []
     for row, prompt in enumerate(prompts):
         ids, _, chosen = tokenised(backend.tokenizer, prompt, "", positions, prepend_bos)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atom_lens._files import read_json, shown
+from atom_lens._text import read_text
 from atom_lens.evidence.report import SCHEMA_VERSION
 from atom_lens.page.shapes import STUDIES, Report, checked
 
@@ -71,7 +72,7 @@ def _read(path: Path, name: str) -> Folder:
             "report.json) and those that hold a compare.json, intervene.json or scale.json"
         )
     reports = _reports(path / "report.json") if has_run else {}
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+    text = read_text(recipe) if recipe.is_file() else ""
     return Folder(path, name, text, reports, studies)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from atom_lens import parallel
 from atom_lens._files import locked, new_folder, read_json, settle, sweep, write_json
 from atom_lens._manifest import seal
+from atom_lens._text import read_text
 from atom_lens.rows import Rows
 from atom_lens.training.checkpoint import fingerprint
 
@@ -58,7 +59,7 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
         sweep(work.parent, work.name)
         if work.exists():
             kept = work / "recipe.yaml"
-            if not kept.is_file() or kept.read_text(encoding="utf-8") != recipe:
+            if not kept.is_file() or read_text(kept) != recipe:
                 raise ValueError(f"{str(work)!r} holds a run of another recipe: choose another name= or remove it")
             sweep(work)
             logger.info("going on with what is in %s", work)
