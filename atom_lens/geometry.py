@@ -145,6 +145,8 @@ class AtomicInnerProduct:
                     "give more rows, or ridge='oas' to shrink what they leave open"
                 )
         values, vectors = torch.linalg.eigh(c)
+        if values[0] < -1e-6 * values[-1].abs():  # what rounding to float32 can do is less
+            raise ValueError(f"the second moment has a negative eigenvalue, {float(values[0]):.3g}, allowed are none")
         self.n, self.ridge, self.source = n, rho, source
         self.eigenvalues: Float[Tensor, " d"] = values.clamp(min=0) + rho * c.trace() / d
         # Contiguous, as they are read back from a file: products then round alike.

@@ -102,6 +102,17 @@ def test_what_blocks_add_is_what_they_leave(pair: Pair) -> None:
         assert holds == (pair.name not in NO_SUM)
 
 
+def test_models_that_look_ahead_are_refused(tmp_path: Path) -> None:
+    """Prompts are cut after the token that is read: a BERT that reads to both sides would give something else."""
+    folder = str(save_tiny_model(tmp_path))
+    tf.BertLMHeadModel(tf.BertConfig(**NEW, is_decoder=False)).save_pretrained(folder)
+    for backend in ("transformer_lens", "nnsight"):
+        with pytest.raises(ValueError, match=r"hook 'blocks.1.hook_out' depends on tokens that follow"):
+            harvest(folder, PROMPTS, "blocks.1.hook_out", "last", backend, store=tmp_path / "store")
+    hook = "blocks.0.hook_in"
+    assert harvest(folder, PROMPTS, hook, "last", store=tmp_path / "store")[hook].shape == (3, 16)
+
+
 def test_edits_do_the_same(pair: Pair) -> None:
     """Patches and edits of codes at every hook; without effect they leave the logits alone."""
     clean = pair.logits(pair.backends[0])

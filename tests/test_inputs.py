@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from atom_lens import AtomicInnerProduct, evaluate, faithfulness, stability
+from atom_lens.dictionaries.bases import neurons
 from atom_lens.dictionaries.nulls import random_atoms
-from atom_lens.evidence import identity
+from atom_lens.evidence import identity, observe
 from atom_lens.evidence.purity import purity
 from atom_lens.interventions.edits import Place, ablate, add, scale
 from atom_lens.training.split import heldout_rows
@@ -177,3 +178,23 @@ def test_numpy_and_half_precision_are_taken():
     alive = [True, True, True, False, True]
     found = stability(atoms.numpy(), np.array([1, 2]), metric, alive)
     assert found.q_star == stability(atoms, torch.tensor([1, 2]), metric, torch.tensor(alive)).q_star
+
+
+def test_metrics_and_batches_that_make_no_sense(generator: torch.Generator) -> None:
+    x = torch.randn(60, 4, generator=generator)
+    c = x.T.double() @ x.double() / 60
+    for wrong in (-c, c - 5 * torch.eye(4, dtype=torch.float64)):
+        with refused("the second moment has a negative eigenvalue, -"):
+            AtomicInnerProduct(wrong, 60)
+    aip = AtomicInnerProduct.estimate(x)
+    for batch in (0, -1):
+        with refused(f"batch is {batch}, allowed is at least 1"):
+            observe(neurons(x), x, aip, batch=batch)
+
+
+def test_an_activation_of_zero_is_an_activation(generator: torch.Generator) -> None:
+    """Hidden activations of a ReLU may all be off at a token: its angles are left out, all else counts it."""
+    x = torch.randn(60, 4, generator=generator)
+    x[7] = 0
+    report = evaluate(neurons(x), x, x[5:30], AtomicInnerProduct.estimate(x))
+    assert report["heldout"]["n"] == 25 and report["heldout"]["r2"] == pytest.approx(1)

@@ -159,6 +159,7 @@ def _run(
     rows = torch.tensor([(read.prompt, token) for read in reads for token in read.tokens])
     first_row = torch.tensor([0, *(len(read.tokens) for read in reads)]).cumsum(0).tolist()
 
+    _check_causal(backend, hooks)
     values: dict[str, Tensor] = {}
     budget = batch_tokens or (1024 if backend.device.type == "cpu" else 16_384)
     with tqdm(total=len(reads), desc="Harvest", unit="prompt") as bar:
@@ -182,6 +183,19 @@ def _run(
                 values[hook][to] = x
             bar.update(len(batch))
     return rows, values, reads[0].ids[0] == backend.tokenizer.bos_token_id
+
+
+def _check_causal(backend: Backend, hooks: Sequence[str]) -> None:
+    """Prompts are cut after the last token read: of a model that looks ahead, activations would be of another text.
+
+    Raises:
+        ValueError: an activation of a token depends on the token after it.
+    """
+    tokens = torch.tensor([[0, 1], [0, 2]], device=backend.device)
+    kept = backend.run(tokens, torch.ones_like(tokens), hooks, partial(_rows_at, torch.tensor([[0, 0], [1, 0]])))
+    for hook, x in kept.items():
+        if not torch.allclose(x[0], x[1], rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise ValueError(f"hook {hook!r} depends on tokens that follow, allowed are hooks of causal models")
 
 
 def _rows_at(at: Int[Tensor, "m 2"], hook: str, x: Tensor) -> Float[Tensor, "m _"]:

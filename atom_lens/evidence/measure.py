@@ -89,6 +89,8 @@ def observe(
     Raises:
         ValueError: widths differ, values are not finite, or all rows of `x` are equal.
     """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}, allowed is at least 1")
     x = check_rows(x, "x", metric.width)
     atoms = check_rows(dictionary.W_dec, "the dictionary", metric.width).detach()
     device = atoms.device

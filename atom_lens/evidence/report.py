@@ -150,6 +150,7 @@ def _excess(
 def angles(x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct) -> dict[str, dict[str, Any]]:
     """Angles between activations in degrees, Euclidean and under `metric`: mean, percentiles, over up to 5,000 rows."""
     rows = x[torch.linspace(0, len(x) - 1, min(len(x), _ANGLE_ROWS)).long()].to(metric.eigenvalues.device)
+    rows = rows[rows.norm(dim=1) > 0]  # zero has no direction
     found = {"euclidean": angle_histogram(rows), "aip": angle_histogram(rows, metric)}
     return {
         name: {
