@@ -54,8 +54,9 @@ def read(
         kept: list[Tensor] = []
 
         def keep(x: Tensor, past: int, kept: list[Tensor] = kept) -> Tensor:
-            kept.append(x.detach().requires_grad_())
-            return kept[0]
+            # Two copies: some models change an activation in place afterwards, one passed on or one held elsewhere.
+            kept.append(x.detach().clone().requires_grad_())
+            return kept[0].clone()
 
         detach = backend.attach(hook, keep)
         try:
@@ -70,8 +71,8 @@ def read(
         (gradient,) = torch.autograd.grad(log_odds.sum(), kept)
         for i, sequence in enumerate(part):
             where = batch.subject[i].nonzero()[0, 0]
-            xs[sequence.row] = kept[0][i, where].detach().float().cpu()
-            gradients[sequence.row] = gradient[i, where].float().cpu()
+            xs[sequence.row] = kept[0][i, where].detach().flatten().float().cpu()  # heads side by side
+            gradients[sequence.row] = gradient[i, where].flatten().float().cpu()
     return Read(torch.stack(xs), torch.stack(gradients))
 
 
