@@ -13,6 +13,8 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from atom_lens._files import visible
 from atom_lens._version import __version__
 
@@ -28,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
+        made.register("action", None, _Once)
         made.add_argument("--quiet", action="store_true", help="no progress bars, no table")
         made.add_argument("--debug", action="store_true", help="show where an error comes from")
         return made
@@ -122,6 +125,19 @@ def parser() -> argparse.ArgumentParser:
     shift.add_argument("--json", type=Path, help="also write the figures to this file")
     shift.add_argument("--plot", type=Path, help="also draw the matrix of domains and metrics, as PNG")
     return main_parser
+
+
+class _Once(argparse.Action):
+    """What `store` does, but not twice: the first value would be dropped without a word."""
+
+    given = False
+
+    @override
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.given and option_string:
+            parser.error(f"argument {option_string}: given twice")
+        self.given = True
+        setattr(namespace, self.dest, values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

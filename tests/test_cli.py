@@ -270,6 +270,10 @@ def test_missing_recipe_and_bad_overrides(
     with pytest.raises(SystemExit) as stopped:
         main(["train", "recipe.yaml", "--outt", "x"])
     assert stopped.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["evaluate", "runs/tiny", "--hook", "blocks.0.hook_resid_post", "--hook", "blocks.1.hook_resid_post"])
+    assert "argument --hook: given twice" in capsys.readouterr().err
 
 
 def test_output_folder_is_never_overwritten(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

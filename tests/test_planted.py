@@ -118,7 +118,12 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         (["theorem.planted.width=48"], "atoms is 'two_bases' with width=48"),
         (["theorem.planted.gap=0.2"], "the window is empty: gap is 0.2, allowed is above eps (2K - 1) = 0.31"),
         (["theorem.planted.gup=0.2"], "key theorem.planted.gup is unknown, did you mean gap"),
-        (["training=null", "theorem.dictionaries=1", "theorem.codes=10"], "key training is missing"),
+        # Said before the theorem is put to the test, where the empty window would come up.
+        (["theorem.planted.gap=0.2", "training=null"], "key training is missing"),
+        (["theorem.planted.gap=0.2", "learning.planted.width=48"], "atoms is 'two_bases' with width=48"),
+        (["theorem.planted.gap=0.2", "learning.planted.k=128"], "k is 128, allowed is below capacity=128"),
+        (["theorem.planted.gap=0.2", "theorem.gap=[0.5, 1.5]"], "theorem.gap has 1.5, allowed is above 0 and up to 1"),
+        (["theorem.planted.gap=0.2", "theorem.noise=[0, -1]"], "theorem.noise has -1, allowed is 0 or more"),
     ],
 )
 def test_bad_input_is_one_sentence(changes: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,6 +148,7 @@ def test_two_processes_fill_the_same_grid(
             "scale.n has 650, the training activations at blocks.1",
         ),
         ({"scale": {**GRID, "capacities": []}}, "key scale.capacities is []"),
+        ({"scale": {**GRID, "capacities": [8, 1]}}, "scale.capacities has 1, allowed is at least atoms.target_l0=2"),
         ({"scale": {**GRID, "levels": [1.5]}}, "key scale.levels.0 is 1.5, allowed is less than 1"),
     ],
 )

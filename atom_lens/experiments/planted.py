@@ -112,21 +112,34 @@ def load_planted(path: str | Path, overrides: Sequence[str] = ()) -> PlantedReci
     return load_section(PlantedRecipe, path, overrides)
 
 
+def check_planted(planted: Planted) -> None:
+    """Whether such atoms can be planted.
+
+    Raises:
+        ValueError: "two_bases" with a width that is no power of 2 or more than 2 d atoms, or k that is not below the
+            number of atoms.
+    """
+    d, n_atoms = planted.width, planted.capacity
+    if planted.atoms == "two_bases" and (d & (d - 1) or n_atoms > 2 * d):
+        raise ValueError(
+            f"atoms is 'two_bases' with width={d} and capacity={n_atoms}, "
+            "allowed are a power of 2 and up to twice as many atoms"
+        )
+    if planted.k >= n_atoms:  # the hardest codes hold an atom silent beside k others
+        raise ValueError(f"k is {planted.k}, allowed is below capacity={n_atoms}")
+
+
 def plant(planted: Planted, seed: int) -> Garden:
     """Atoms and the map, float64.
 
     Raises:
-        ValueError: "two_bases" with a width that is no power of 2 or more than 2 d atoms.
+        ValueError: what `check_planted` refuses.
     """
+    check_planted(planted)
     d, n_atoms = planted.width, planted.capacity
     generator = torch.Generator().manual_seed(seed)
     rotation = torch.from_numpy(ortho_group.rvs(d, random_state=seed))
     if planted.atoms == "two_bases":
-        if d & (d - 1) or n_atoms > 2 * d:
-            raise ValueError(
-                f"atoms is 'two_bases' with width={d} and capacity={n_atoms}, "
-                "allowed are a power of 2 and up to twice as many atoms"
-            )
         both = torch.cat([torch.eye(d, dtype=torch.float64), torch.from_numpy(hadamard(d) / d**0.5)])
         units = both[torch.randperm(2 * d, generator=generator)[:n_atoms]] @ rotation
     else:
@@ -287,14 +300,26 @@ def _mark(dictionary: Dictionary, garden: Garden, x: Float[Tensor, "n d"], truth
 
 
 def planted(recipe: PlantedRecipe) -> dict[str, Any]:
-    """The whole study: the theorem, its decay, and what trained SAEs find."""
+    """The whole study: the theorem, its decay, and what trained SAEs find.
+
+    Raises:
+        ValueError: before any work, what cannot be planted, drawn or trained.
+    """
+    if recipe.learning is not None and recipe.training is None:
+        raise ValueError("key training is missing, learning needs it")
+    if any(level < 0 for level in recipe.theorem.noise):
+        raise ValueError(f"theorem.noise has {min(recipe.theorem.noise):g}, allowed is 0 or more")
+    for level in recipe.theorem.gap:
+        if not 0 < level <= 1:
+            raise ValueError(f"theorem.gap has {level:g}, allowed is above 0 and up to 1")
+    for part in (recipe.theorem, recipe.learning):
+        if part is not None:
+            check_planted(part.planted)
     found: dict[str, Any] = {
         "theorem": check_theorem(recipe.theorem, recipe.seed),
         "decay": decay(recipe.theorem, recipe.seed),
     }
-    if recipe.learning is not None:
-        if recipe.training is None:
-            raise ValueError("key training is missing, learning needs it")
+    if recipe.learning is not None and recipe.training is not None:
         found["learning"] = learn(recipe.learning, recipe.training, recipe.seed)
     return found
 

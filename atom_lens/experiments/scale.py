@@ -46,6 +46,11 @@ def scale(recipe: Recipe, out: str | Path = "runs") -> Path:
             folder holds a study of another recipe.
     """
     recipe.needs("scale", "atoms", "training", "scale")
+    assert recipe.scale is not None and recipe.atoms is not None
+    if (least := min(recipe.scale.capacities)) < recipe.atoms.target_l0:
+        raise ValueError(
+            f"scale.capacities has {least}, allowed is at least atoms.target_l0={recipe.atoms.target_l0:g}"
+        )
     folder = Path(out) / recipe.name
     with parallel.processes(), claimed(folder, recipe):
         _scale(recipe, folder)
