@@ -15,7 +15,7 @@ from sae_lens.load_model import load_model
 from transformer_lens import HookedTransformerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from atom_lens import aip_converter, load_atoms, open_model, splice, train
+from atom_lens import AtomicInnerProduct, aip_converter, evaluate, load_atoms, open_model, splice, train
 from atom_lens._manifest import seal
 from atom_lens.sharing import convert
 from atom_lens.sharing.card import run_card
@@ -167,9 +167,17 @@ def test_a_local_folder_is_no_base_model(tmp_path: Path, monkeypatch: pytest.Mon
     assert "base_model" not in run_card({"blocks.1.hook_resid_post": report}, "user/name")
 
 
-def test_a_whitened_checkpoint_of_sae_lens_is_refused(tmp_path: Path) -> None:
+def test_a_whitened_checkpoint_of_sae_lens_is_refused(tiny: str, tmp_path: Path) -> None:
     """sae-lens loads it, and its weights are wrong on raw activations."""
     TopKSAE(TopKSAEConfig(8, 16, k=2, normalize_activations="covariance_whitening")).save_model(tmp_path)
     with pytest.raises(ValueError, match="is a checkpoint from the middle of training"):
         convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    loaded, x = SAE.load_from_disk(tmp_path), torch.randn(40, 8)
+    loaded.cfg.metadata.hook_name = "blocks.1.hook_out"
+    for use in (
+        lambda: evaluate(loaded, x, x, AtomicInnerProduct.estimate(x)),
+        lambda: splice(open_model(tiny), {"blocks.1.hook_out": loaded}),
+    ):
+        with pytest.raises(ValueError, match="is from the middle of a training"):
+            use()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from atom_lens.tsae import WHITENED
 
 
 @runtime_checkable
@@ -18,3 +20,16 @@ class Dictionary(Protocol):
 
     def encode(self, x: Tensor) -> Tensor: ...
     def decode(self, feature_acts: Tensor) -> Tensor: ...
+
+
+def check_folded(dictionary: Any, what: str) -> None:
+    """Refuse an SAE from the middle of a whitened training: sae-lens loads it, and runs it on raw activations.
+
+    Raises:
+        ValueError: its whitening is not folded into its weights.
+    """
+    if getattr(getattr(dictionary, "cfg", None), "normalize_activations", None) == WHITENED:
+        raise ValueError(
+            f"{what} is from the middle of a training: its weights act on whitened activations and would be wrong on "
+            "raw ones; take what the training ends with"
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atom_lens import parallel
 from atom_lens.dictionaries import Dictionary
+from atom_lens.dictionaries.protocol import check_folded
 from atom_lens.evidence.faithfulness import SquaredSums, explained
 from atom_lens.evidence.stability import Stability, stability
 from atom_lens.geometry import AtomicInnerProduct, check_rows
@@ -89,6 +90,7 @@ def observe(
     Raises:
         ValueError: widths differ, values are not finite, or all rows of `x` are equal.
     """
+    check_folded(dictionary, "the dictionary")
     if batch < 1:
         raise ValueError(f"batch is {batch}, allowed is at least 1")
     x = check_rows(x, "x", metric.width)

@@ -16,6 +16,7 @@ from torch import Tensor
 from atom_lens.activations.backends import Backend
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.hooks import expand_hooks
+from atom_lens.dictionaries.protocol import check_folded
 from atom_lens.inputs import Which, indices
 from atom_lens.interventions import edits
 from atom_lens.interventions.edits import Edit, Place, Value
@@ -168,6 +169,7 @@ def splice(
     for hook, sae in atoms.items():
         if expand_hooks([hook], backend.hooks, backend.n_layers) != [hook]:
             raise ValueError(f"hook {hook!r} is a pattern, a splice takes names")
+        check_folded(sae, f"the SAE at {hook!r}")
         if (architecture := sae.cfg.architecture()) in _ACROSS_ROWS:
             raise ValueError(
                 f"the SAE at {hook!r} has architecture {architecture!r}, whose codes depend on other tokens or items: "

@@ -43,6 +43,8 @@ def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[s
             raise ValueError(f"override {override!r} is not of the form section.key=value")
         if key in given:
             raise ValueError(f"override {key!r} is given twice")
+        if lost := next((one for one in given if one.startswith(f"{key}.")), None):
+            raise ValueError(f"override {key!r} replaces what override {lost!r} said: give it first")
         given.add(key)
         node = data
         *parents, last = key.split(".")
