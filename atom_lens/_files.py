@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -155,6 +156,18 @@ def sweep(folder: Path, name: str = "") -> None:
             path.unlink(missing_ok=True)
 
 
+def check_writable(option: str, path: Path) -> None:
+    """Refuse a file that could not be written, before the work for it (a ValueError)."""
+    if path.is_dir():
+        raise ValueError(f"{option} is {str(path)!r}, a folder: the name of a file is needed")
+    parent = path.absolute().parent
+    there = next(p for p in (parent, *parent.parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise ValueError(f"{option} is {str(path)!r}, below {str(there)!r}, which is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} is {str(path)!r}, and nothing may be written in {str(there)!r}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN), whole or not at all."""
     with replacing(path) as temporary:
@@ -208,6 +221,14 @@ def shown(value: Any) -> str:
     """What a message may hold of something that was read: on one line, without control characters, not too long."""
     text = "".join(c if c.isprintable() else "?" for c in (value if isinstance(value, str) else repr(value)))
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def without_secrets(text: str, *secrets: str | None) -> str:
+    """`text` without `secrets`, what is said after Bearer, and user and password in addresses."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "[secret]")
+    text = re.sub(r"(?i)\b(bearer|basic)\s+[^\s'\",}]{8,}", r"\1 [secret]", text)
+    return re.sub(r"(://)[^/\s@]+@", r"\1[secret]@", text)
 
 
 def visible(text: str, keep: str = "") -> str:

@@ -13,7 +13,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
-from atom_lens._files import visible
+from atom_lens._files import check_writable, visible
 from atom_lens._version import __version__
 
 
@@ -141,6 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[console])
     logging.getLogger("atom_lens").setLevel(logging.INFO)
     try:
+        for name in ("json", "plot"):
+            if path := getattr(arguments, name, None):
+                check_writable(f"--{name}", path)
         _COMMANDS[arguments.command](arguments)
     except BrokenPipeError:  # who reads has seen enough, as `| head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -156,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = arguments.command in ("train", "compare", "intervene", "judge", "scale")
         after = "the same command goes on from what is kept, if anything was yet" if goes_on else "nothing was written"
+        if arguments.command == "publish":  # the Hub may have taken the commit, and only its answer was missed
+            after = "the repository is at its old commit or at the new one, the same command completes it"
         _say(f"atom-lens {arguments.command}: interrupted, {after}", file=sys.stderr)
         return 130
     return 0
