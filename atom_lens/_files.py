@@ -22,6 +22,7 @@ from atom_lens._text import read_text
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, format characters, halves of surrogate pairs, separators
 _JOINERS = "\u200c\u200d"  # which scripts and emoji cannot be written without
+_SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
 _TEMPORARY = ".atom-lens-"  # what begins with this is ours, and nobody's if no process is writing it
 
 
@@ -224,8 +225,9 @@ def shown(value: Any) -> str:
 
 
 def without_secrets(text: str, *secrets: str | None) -> str:
-    """`text` without `secrets`, what is said after Bearer, and user and password in addresses."""
-    for secret in filter(None, secrets):
+    """`text` without `secrets`, the environment's keys, what is said after Bearer, and who is named in addresses."""
+    kept = (os.environ.get(name, "").strip() for name in _SECRET)
+    for secret in filter(None, (*secrets, *(key for key in kept if len(key) >= 8))):
         text = text.replace(secret, "[secret]")
     text = re.sub(r"(?i)\b(bearer|basic)\s+[^\s'\",}]{8,}", r"\1 [secret]", text)
     return re.sub(r"(://)[^/\s@]+@", r"\1[secret]@", text)

@@ -13,7 +13,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
-from atom_lens._files import check_writable, visible
+from atom_lens._files import check_writable, visible, without_secrets
 from atom_lens._version import __version__
 
 
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if arguments.debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = without_secrets(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             text = f"no disk space is left to write {error.filename or 'the output'}, free some or write elsewhere"
         _say(f"atom-lens {arguments.command}: {text}", file=sys.stderr)

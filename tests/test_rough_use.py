@@ -72,3 +72,16 @@ def test_secrets_are_left_out_of_text() -> None:
     text = without_secrets("http://me:pw@host/v1 said {'authorization': 'Bearer other-key-1'} and key", "key-of-mine")
     assert text == "http://[secret]@host/v1 said {'authorization': 'Bearer [secret]'} and key"
     assert without_secrets("a bearer of news, see https://host/@me") == "a bearer of news, see https://host/@me"
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"])
+def test_no_command_prints_a_key_of_the_environment(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(arguments: Any) -> None:
+        raise ValueError(f"the server said: no such key {TOKEN}")
+
+    monkeypatch.setenv(name, TOKEN)
+    monkeypatch.setitem(cli._COMMANDS, "train", refused)
+    assert cli.main(["train", "x.yaml"]) == 2
+    assert capsys.readouterr().err == "atom-lens train: the server said: no such key [secret]\n"
