@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 
 from atom_lens import cli
 from atom_lens._files import check_writable, without_secrets
+from atom_lens.sharing.load import _asked
 from atom_lens.sharing.publish import _commit
 
 TOKEN = "hf_" + "secret" * 6
@@ -85,3 +86,12 @@ def test_no_command_prints_a_key_of_the_environment(
     monkeypatch.setitem(cli._COMMANDS, "train", refused)
     assert cli.main(["train", "x.yaml"]) == 2
     assert capsys.readouterr().err == "atom-lens train: the server said: no such key [secret]\n"
+
+
+def test_loading_shows_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> Any:
+        raise RuntimeError(f"401 for https://me:{TOKEN}@host/x, authorization: Bearer {TOKEN}")
+
+    with pytest.raises(ValueError, match="the Hub gives: 401 for") as caught:
+        _asked("me/atoms", None, refused)
+    assert TOKEN not in str(caught.value)
