@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -21,6 +22,7 @@ from atom_lens._text import read_text
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, format characters, halves of surrogate pairs, separators
 _JOINERS = "\u200c\u200d"  # which scripts and emoji cannot be written without
+_SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
 _TEMPORARY = ".atom-lens-"  # what begins with this is ours, and nobody's if no process is writing it
 
 
@@ -155,6 +157,18 @@ def sweep(folder: Path, name: str = "") -> None:
             path.unlink(missing_ok=True)
 
 
+def check_writable(option: str, path: Path) -> None:
+    """Refuse a file that could not be written, before the work for it (a ValueError)."""
+    if path.is_dir():
+        raise ValueError(f"{option} is {str(path)!r}, a folder: the name of a file is needed")
+    parent = path.absolute().parent
+    there = next(p for p in (parent, *parent.parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise ValueError(f"{option} is {str(path)!r}, below {str(there)!r}, which is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} is {str(path)!r}, and nothing may be written in {str(there)!r}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN), whole or not at all."""
     with replacing(path) as temporary:
@@ -208,6 +222,15 @@ def shown(value: Any) -> str:
     """What a message may hold of something that was read: on one line, without control characters, not too long."""
     text = "".join(c if c.isprintable() else "?" for c in (value if isinstance(value, str) else repr(value)))
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def without_secrets(text: str, *secrets: str | None) -> str:
+    """`text` without `secrets`, the environment's keys, what is said after Bearer, and who is named in addresses."""
+    kept = (os.environ.get(name, "").strip() for name in _SECRET)
+    for secret in filter(None, (*secrets, *(key for key in kept if len(key) >= 8))):
+        text = text.replace(secret, "[secret]")
+    text = re.sub(r"(?i)\b(bearer|basic)\s+[^\s'\",}]{8,}", r"\1 [secret]", text)
+    return re.sub(r"(://)[^/\s@]+@", r"\1[secret]@", text)
 
 
 def visible(text: str, keep: str = "") -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from atom_lens._files import visible
+from atom_lens._files import check_writable, visible, without_secrets
 from atom_lens._version import __version__
 
 
@@ -157,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[console])
     logging.getLogger("atom_lens").setLevel(logging.INFO)
     try:
+        for name in ("json", "plot"):
+            if path := getattr(arguments, name, None):
+                check_writable(f"--{name}", path)
         _COMMANDS[arguments.command](arguments)
     except BrokenPipeError:  # who reads has seen enough, as `| head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -164,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if arguments.debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = without_secrets(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             text = f"no disk space is left to write {error.filename or 'the output'}, free some or write elsewhere"
         _say(f"atom-lens {arguments.command}: {text}", file=sys.stderr)
@@ -172,6 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = arguments.command in ("train", "compare", "intervene", "judge", "scale")
         after = "the same command goes on from what is kept, if anything was yet" if goes_on else "nothing was written"
+        if arguments.command == "publish":  # the Hub may have taken the commit, and only its answer was missed
+            after = "the repository is at its old commit or at the new one, the same command completes it"
         _say(f"atom-lens {arguments.command}: interrupted, {after}", file=sys.stderr)
         return 130
     return 0

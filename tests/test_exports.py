@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from datasets import Dataset
@@ -181,3 +182,18 @@ def test_a_whitened_checkpoint_of_sae_lens_is_refused(tiny: str, tmp_path: Path)
     ):
         with pytest.raises(ValueError, match="is from the middle of a training"):
             use()
+
+
+def test_arguments_are_not_dropped_in_silence(tiny: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="revision is 'main', but model '.*' is local"):
+        open_model(tiny, revision="main")
+    for use in (lambda: open_model(tiny, device="meta"), lambda: load_atoms(GOOD, device="meta")):
+        with pytest.raises(ValueError, match="device is 'meta', allowed are devices that hold values"):
+            use()
+    jaxtyping.config.update("jaxtyping_disable", True)  # users run without the checks of types that tests have
+    try:
+        with pytest.raises(ValueError, match="threshold is 'exp', allowed are auto, plain, log"):
+            convert(GOOD, tmp_path / "out", threshold="exp")  # pyright: ignore[reportArgumentType]
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert not (tmp_path / "out").exists()

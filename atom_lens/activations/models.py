@@ -36,6 +36,8 @@ def pick_device(device: str) -> str:
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("meta"):
+        raise ValueError("device is 'meta', allowed are devices that hold values")
     try:
         torch.empty(0, device=device)
     except Exception as error:
@@ -61,12 +63,14 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: nothing by that name can be found or reached.
+        ValueError: nothing by that name can be found or reached, or a revision of what has none.
     """
+    path = Path(name).expanduser()
+    if revision is not None and (name.startswith("demo:") or path.exists()):
+        raise ValueError(f"revision is {revision!r}, but model {name!r} is local: only a repository has revisions")
     if name.startswith("demo:"):
         folder = _converted(_demo_gguf(name))
         return ModelSource(name, str(folder), None, _folder_fingerprint(folder))
-    path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"model {name!r} does not exist")

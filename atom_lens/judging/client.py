@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from httpx import InvalidURL
 from openai import APIError, OpenAI
 
-from atom_lens._files import read_json, shown, write_json
+from atom_lens._files import read_json, shown, without_secrets, write_json
 
 DEFAULT_URL = "https://api.openai.com/v1"
 _PORTS = {"http": 80, "https": 443}
@@ -96,12 +96,13 @@ class Judge:
             )
         self.model, self.cache, self.budget = model, cache, budget
         self.asked = 0
-        self._host, self._key = host, key
+        self._host, self._key, self._password = host, key, urlsplit(url).password
         try:
             self._client = OpenAI(base_url=url, api_key=key, max_retries=_RETRIES, timeout=_TIMEOUT)
         except (ImportError, InvalidURL, ValueError) as error:
+            said = shown(without_secrets(str(error), key, self._password))
             raise ValueError(
-                f"{host} cannot be reached by this base_url or the proxy in the environment: {shown(str(error))}"
+                f"{host} cannot be reached by this base_url or the proxy in the environment: {said}"
             ) from None
 
     def ask(self, version: str, question: str, max_tokens: int) -> str:
@@ -148,7 +149,7 @@ class Judge:
                 raise ValueError("no numbers of tokens")
         except APIError as error:
             # Some servers repeat the key they were sent.
-            said = shown(str(error).replace(self._key, "[key]"))
+            said = shown(without_secrets(str(error).replace(self._key, "[key]"), self._password))
             raise ValueError(
                 f"the judge {self.model!r} at {self._host} did not answer: {said}; the same command goes on from there"
             ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 from atom_lens._files import new_folder
 from atom_lens.sharing.load import atoms_folder, open_dictionary
@@ -41,6 +42,8 @@ def convert(
         raise FileExistsError(f"output folder {str(out)!r} is not empty: choose another or remove it")
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(_DTYPES)}")
+    if threshold not in get_args(Thresholds):
+        raise ValueError(f"threshold is {threshold!r}, allowed are {', '.join(get_args(Thresholds))}")
     folder = atoms_folder(source, hook, revision)
     sae = open_dictionary(folder, dtype=dtype, threshold=threshold)
     if isinstance(sae, TSAE):

@@ -17,7 +17,7 @@ from sae_lens.constants import DTYPE_TO_STR, SAE_CFG_FILENAME, SAE_WEIGHTS_FILEN
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from torch import Tensor
 
-from atom_lens._files import read_json
+from atom_lens._files import read_json, without_secrets
 from atom_lens._format import AIP_FILENAME, ATOMS_FILES, read_atoms
 from atom_lens._manifest import MANIFEST
 from atom_lens.activations.models import pick_device
@@ -172,7 +172,7 @@ def _asked(where: str, revision: str | None, ask: Callable[[], Answer]) -> Answe
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
             f"{where!r} is neither a folder nor a repository that the Hub gives{at}: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"{without_secrets((str(error).splitlines() or [type(error).__name__])[0])}"
         ) from error
 
 

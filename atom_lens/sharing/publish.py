@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
-from atom_lens._files import read_json
+from atom_lens._files import read_json, without_secrets
 from atom_lens._format import AIP_FILENAME
 from atom_lens._manifest import MANIFEST, verify
 from atom_lens.evidence.figure import draw_report
@@ -121,7 +121,8 @@ def _commit(
         found = api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent)
     except Exception as error:  # the client raises errors of its HTTP library as they are, and that changes
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"publishing to {repo_id!r} did not complete, try again: {said}") from error
+        said = without_secrets(said, api.token if isinstance(api.token, str) else get_token())
+        raise ValueError(f"publishing to {repo_id!r} did not complete, try again: {said}") from None
     return str(found.commit_url), card
 
 
