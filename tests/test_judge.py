@@ -290,14 +290,14 @@ def test_keys_and_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for url in ("file:///etc", "http://localhost:abc/v1", "http://localhost:65536", "http://[::1", "http://"):
         with pytest.raises(ValueError, match=f"base_url is {re.escape(repr(url))}, allowed is http"):
             Judge("m", url, tmp_path, budget)
-    for url in ("ftp://user:secret@host/v1", "user:secret@host", "http://user:secret@host:abc"):
+    for url in ("ftp://user:hunter2@host/v1", "user:hunter2@host", "http://user:hunter2@host:abc"):
         with pytest.raises(ValueError, match="base_url is 'host") as error:
             Judge("m", url, tmp_path, budget)
-        assert "secret" not in str(error.value)
-    monkeypatch.setenv("ALL_PROXY", "gopher://me:secret@localhost:1")
+        assert "hunter2" not in str(error.value)
+    monkeypatch.setenv("ALL_PROXY", "gopher://me:hunter2@localhost:1")
     with pytest.raises(ValueError, match="127.0.0.2 cannot be reached by this base_url or the proxy") as error:
         Judge("m", "http://127.0.0.2:1/v1", tmp_path, budget)
-    assert "secret" not in str(error.value)
+    assert "hunter2" not in str(error.value)
 
 
 def test_answers_of_another_server_are_not_taken(server: Server, tmp_path: Path) -> None:

@@ -159,7 +159,6 @@ def _run(
     rows = torch.tensor([(read.prompt, token) for read in reads for token in read.tokens])
     first_row = torch.tensor([0, *(len(read.tokens) for read in reads)]).cumsum(0).tolist()
 
-    _check_causal(backend, hooks)
     values: dict[str, Tensor] = {}
     budget = batch_tokens or (1024 if backend.device.type == "cpu" else 16_384)
     with tqdm(total=len(reads), desc="Harvest", unit="prompt") as bar:
@@ -176,6 +175,8 @@ def _run(
             at = torch.tensor([(row, token) for row, i in enumerate(batch) for token in reads[i].tokens])
             to = torch.tensor([first_row[i] + k for i in batch for k in range(len(reads[i].tokens))])
             kept = backend.run(ids.to(backend.device), mask.to(backend.device), hooks, partial(_rows_at, at))
+            if not values:  # after a real batch: what is no activation is refused in the shape it has there
+                _check_causal(backend, hooks)
             for hook in hooks:
                 x = _rows_of(hook, kept)
                 if hook not in values:
