@@ -5,14 +5,23 @@ this package registers the architecture ``aip_tsae`` with sae-lens.
 """
 
 from atom_lens._version import __version__
-from atom_lens.activations import Harvest, Prompt, harvest, open_model
-from atom_lens.evidence import Stability, evaluate, faithfulness, stability
+from atom_lens.activations.connect import open_model
+from atom_lens.activations.harvest import Harvest, harvest
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.dictionaries.load import aip_converter, load_atoms
+from atom_lens.dictionaries.tsae.sae import TSAE, TSAEConfig
+from atom_lens.dictionaries.tsae.training import TSAETraining, TSAETrainingConfig
+from atom_lens.evidence.faithfulness import faithfulness
+from atom_lens.evidence.report import evaluate
+from atom_lens.evidence.stability import Stability, stability
 from atom_lens.geometry import AtomicInnerProduct, SecondMoment, angle_histogram
-from atom_lens.interventions import Splice, splice
-from atom_lens.sharing import Published, aip_converter, convert, load_atoms, publish
-from atom_lens.training import Recipe, fit, load_recipe, train
-from atom_lens.tsae import TSAE, TSAEConfig
-from atom_lens.tsae_training import TSAETraining, TSAETrainingConfig
+from atom_lens.interventions.splice import Splice, splice
+from atom_lens.recipe.reading import load_recipe
+from atom_lens.recipe.recipe import Recipe
+from atom_lens.sharing.convert import convert
+from atom_lens.sharing.publish import Published, publish
+from atom_lens.studies.train import train
+from atom_lens.training.fit import fit
 
 __all__ = [
     "TSAE",

@@ -15,8 +15,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from atom_lens._files import check_writable, visible, without_secrets
 from atom_lens._version import __version__
+from atom_lens.storage.files import check_writable, visible, without_secrets
 
 
 def parser() -> argparse.ArgumentParser:
@@ -201,8 +201,8 @@ def _quiet_bars(disable: bool | None) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from atom_lens.evidence import certificates_text, reading, table
-    from atom_lens.training import train
+    from atom_lens.studies.report_text import certificates_text, reading, table
+    from atom_lens.studies.train import train
 
     folder = train(arguments.recipe, arguments.overrides, arguments.out)
     if arguments.quiet:
@@ -214,9 +214,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from atom_lens._files import write_json
-    from atom_lens.evidence import certificates_text, reading, table
-    from atom_lens.experiments.evaluate import evaluate_folder, recipe_beside
+    from atom_lens.storage.files import write_json
+    from atom_lens.studies.evaluate import evaluate_folder, recipe_beside
+    from atom_lens.studies.report_text import certificates_text, reading, table
 
     recipe = arguments.recipe or recipe_beside(arguments.atoms)
     report = evaluate_folder(arguments.atoms, recipe, arguments.overrides, arguments.hook)
@@ -230,8 +230,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _shift(arguments: argparse.Namespace) -> None:
-    from atom_lens.experiments.shift import draw_shift, shift, shift_table
-    from atom_lens.training import load_recipe
+    from atom_lens.recipe.reading import load_recipe
+    from atom_lens.studies.shift import draw_shift, shift, shift_table
 
     found = shift(load_recipe(arguments.recipe, arguments.overrides))
     if arguments.plot:
@@ -240,7 +240,7 @@ def _shift(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace, found: dict[str, Any], as_table: Callable[[dict[str, Any]], str]) -> None:
-    from atom_lens._files import write_json
+    from atom_lens.storage.files import write_json
 
     if arguments.json:
         write_json(arguments.json, found)
@@ -249,11 +249,11 @@ def _show(arguments: argparse.Namespace, found: dict[str, Any], as_table: Callab
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from atom_lens.experiments.compare import compare
-    from atom_lens.experiments.frontier import comparison_table, verdict
-    from atom_lens.experiments.layers import layers_table
-    from atom_lens.experiments.matched import matched_table
-    from atom_lens.training import load_recipe
+    from atom_lens.recipe.reading import load_recipe
+    from atom_lens.studies.compare import compare
+    from atom_lens.studies.frontier import comparison_table, verdict
+    from atom_lens.studies.layers import layers_table
+    from atom_lens.studies.matched import matched_table
 
     folder = compare(load_recipe(arguments.recipe, arguments.overrides), arguments.out)
     if arguments.quiet:
@@ -270,8 +270,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _scale(arguments: argparse.Namespace) -> None:
-    from atom_lens.experiments.scale import scale, scale_table
-    from atom_lens.training import load_recipe
+    from atom_lens.recipe.reading import load_recipe
+    from atom_lens.studies.scale import scale, scale_table
 
     folder = scale(load_recipe(arguments.recipe, arguments.overrides), arguments.out)
     if not arguments.quiet:
@@ -279,14 +279,15 @@ def _scale(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from atom_lens.page import write_page
+    from atom_lens.studies.page.write import write_page
 
     _no_overrides(arguments, "run folders")
     _say(f"written to {write_page(arguments.runs, arguments.out)}")
 
 
 def _judge(arguments: argparse.Namespace) -> None:
-    from atom_lens.judging import judge, judge_table
+    from atom_lens.studies.judge.study import judge
+    from atom_lens.studies.judge.tables import judge_table
 
     names = ("hook", "model", "base_url", "second_model", "human", "units", "contexts")
     names += ("budget", "prices", "seed", "dry_run", "out")
@@ -296,9 +297,9 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 
 def _intervene(arguments: argparse.Namespace) -> None:
-    from atom_lens.experiments.intervene import intervene
-    from atom_lens.experiments.intervene_figures import intervene_table
-    from atom_lens.training import load_recipe
+    from atom_lens.recipe.reading import load_recipe
+    from atom_lens.studies.intervene import intervene
+    from atom_lens.studies.intervene_figures import intervene_table
 
     folder = intervene(load_recipe(arguments.recipe, arguments.overrides), arguments.out)
     if not arguments.quiet:
@@ -306,14 +307,14 @@ def _intervene(arguments: argparse.Namespace) -> None:
 
 
 def _planted(arguments: argparse.Namespace) -> None:
-    from atom_lens.experiments.planted import load_planted, planted, planted_table
+    from atom_lens.studies.planted import load_planted, planted, planted_table
 
     _show(arguments, planted(load_planted(arguments.recipe, arguments.overrides)), planted_table)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from atom_lens._files import read_json
-    from atom_lens.sharing import convert
+    from atom_lens.sharing.convert import convert
+    from atom_lens.storage.files import read_json
 
     _no_overrides(arguments, "a source and a new folder")
     out = convert(
@@ -330,7 +331,7 @@ def _no_overrides(arguments: argparse.Namespace, takes: str) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> None:
-    from atom_lens.sharing import publish
+    from atom_lens.sharing.publish import publish
 
     _no_overrides(arguments, "a run folder and user/name")
     found = publish(

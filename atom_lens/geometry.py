@@ -23,11 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atom_lens import parallel
-from atom_lens._files import parse_json, regular_file, replacing, shown
-from atom_lens.inputs import matrix
-from atom_lens.rows import Rows
-from atom_lens.tiles import over_tiles, pairs_of
+from atom_lens.storage.files import parse_json, regular_file, replacing, shown
+from atom_lens.tensors import parallel
+from atom_lens.tensors.checks import matrix
+from atom_lens.tensors.rows import Rows
+from atom_lens.tensors.tiles import over_tiles, pairs_of
 
 Ridge = float | Literal["oas"]
 # Held-out Gaussian likelihood of the demo model's activations is best near this (docs/training.md).

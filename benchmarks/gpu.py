@@ -24,7 +24,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenize
 
 from atom_lens import AtomicInnerProduct, evaluate, fit, harvest, open_model, stability
 from atom_lens.activations.backends import BackendName
-from atom_lens.training.recipe import Atoms, Training
+from atom_lens.recipe.sections import Atoms, Training
 
 WORDS = ["Paris", "Lyon", "New", "York", "San", "Francisco", "Rome", "Oslo", "is", "a", "city", "in", "the", "capital"]
 HOOKS = "blocks.*.hook_resid_post"

@@ -33,9 +33,12 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atom_lens.activations import Harvest, Prompt, harvest, open_model
+from atom_lens.activations.connect import open_model
+from atom_lens.activations.harvest import Harvest, harvest
 from atom_lens.activations.models import find_model
-from atom_lens.activations.prompts import cities, python_docs
+from atom_lens.activations.prompts.cities import Cities
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.activations.prompts.standard_library import PythonDocs
 
 MODEL, LAYER = "demo:gemma-3-270m", 9
 CONTEXT, ROWS = 128, 32  # sae-lens' defaults: 4096 tokens in a pass
@@ -206,7 +209,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     bridge, path = models["transformer_lens"], find_model(MODEL).path
     causal = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    texts, prompts = python_docs(arguments.texts), cities(arguments.template, arguments.entities)
+    texts, prompts = (
+        PythonDocs(limit=arguments.texts).read(),
+        Cities(template=arguments.template, limit=arguments.entities).read(),
+    )
     reading = {"batch_tokens": arguments.batch_tokens} if arguments.batch_tokens else {}
     n = bridge.cfg.n_layers
     layers = list(range(n)) if arguments.all_layers else [0, (n - 2) // 2, n - 2, n - 1]

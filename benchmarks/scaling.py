@@ -29,10 +29,10 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from atom_lens import AtomicInnerProduct, TSAETraining, stability
 from atom_lens.dictionaries.nulls import Pursuit, data_atoms
-from atom_lens.dictionaries.ours import finish, tsae_learner
-from atom_lens.evidence import observe
+from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
+from atom_lens.evidence.measure import observe
 from atom_lens.recipe.sections import Atoms, Training
-from atom_lens.rows import Rows, mean_row, scratch
+from atom_lens.tensors.rows import Rows, mean_row, scratch
 from atom_lens.training.faster import fuse
 from atom_lens.training.fit import fit_together
 

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, mse_loss, normalize
 
 from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig, harvest
-from atom_lens.activations.prompts import cities
+from atom_lens.activations.prompts.cities import Cities
 from atom_lens.dictionaries.stock import stock_sae
 from atom_lens.training.faster import fuse
 
@@ -91,7 +91,7 @@ def activations(kind: str, d: int, n: int = 16_000) -> tuple[Tensor, str]:
     """
     generator = torch.Generator().manual_seed(0)
     if kind == "cities" or (kind == "auto" and d == MODEL_WIDTH):
-        x, about = harvest(MODEL, cities(limit=n), HOOK, unique=True)[HOOK], f"cities, {MODEL}, {HOOK}"
+        x, about = harvest(MODEL, Cities(limit=n).read(), HOOK, unique=True)[HOOK], f"cities, {MODEL}, {HOOK}"
         if x.shape[1] != d:
             raise SystemExit(f"--data is 'cities' with d = {d}, allowed is d = {x.shape[1]}")
     elif kind == "gaussian":

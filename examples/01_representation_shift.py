@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from atom_lens import angle_histogram, harvest
-from atom_lens.activations.prompts import cities
+from atom_lens.activations.prompts.cities import Cities
 
 LAYERS = (3, 9, 15)
 
@@ -25,7 +25,7 @@ arguments.add_argument("--out", default="examples/01_representation_shift.png")
 options = arguments.parse_args()
 
 hooks = [f"blocks.{layer}.hook_resid_post" for layer in LAYERS]
-activations = harvest("demo:gemma-3-270m", cities(limit=options.cities), hooks)
+activations = harvest("demo:gemma-3-270m", Cities(limit=options.cities).read(), hooks)
 
 figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
 for layer, hook in zip(LAYERS, hooks, strict=True):

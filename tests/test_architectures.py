@@ -14,7 +14,7 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from test_splice import make_sae
 
 from atom_lens import harvest, splice
-from atom_lens.activations.backends import Backend
+from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import find_model, load_model
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_durable import FORKS
 
 from atom_lens import aip_converter, load_atoms
-from atom_lens._manifest import MANIFEST, seal
+from atom_lens.storage.sealed import MANIFEST, seal
 
 ATTACKS = Path(__file__).parent / "attacks"
 GOOD = Path(__file__).parent / "artifacts" / "format-1" / "run" / "blocks.1.hook_resid_post"

@@ -16,14 +16,14 @@ from sklearn.linear_model import orthogonal_mp
 from atom_lens import AtomicInnerProduct
 from atom_lens.dictionaries.bases import neurons, principal
 from atom_lens.dictionaries.nulls import Pursuit, random_atoms, shuffle_coordinates
-from atom_lens.evidence import certify, identity, match
 from atom_lens.evidence.certificates import (
     atom_coherence,
     certify_codes,
     rip_bound,
     unique_atoms,
 )
-from atom_lens.evidence.identity import extreme_level
+from atom_lens.evidence.certify import certify
+from atom_lens.evidence.identity import extreme_level, identity, match
 from atom_lens.evidence.measure import observe
 from atom_lens.evidence.recovery import basis_pursuit_agrees, pursuit_agrees
 from atom_lens.evidence.window import threshold_window

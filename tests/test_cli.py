@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from atom_lens import load_atoms, train
 from atom_lens.cli import main
-from atom_lens.experiments.planted import load_planted
-from atom_lens.training.recipe_file import check_recipe, dump_recipe, load_recipe
+from atom_lens.recipe.reading import check_recipe, dump_recipe, load_recipe
+from atom_lens.studies.planted import load_planted
 
 
 @pytest.fixture

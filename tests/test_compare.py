@@ -18,11 +18,11 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 from atom_lens import AtomicInnerProduct, load_atoms
 from atom_lens.cli import main
 from atom_lens.dictionaries import Setup, Trained, find_kind, kinds
-from atom_lens.experiments.frontier import comparison_table, margins, verdict
-from atom_lens.experiments.matched import matched, matched_table
-from atom_lens.page.folders import read_folders
-from atom_lens.page.study_tables import over_hooks
 from atom_lens.recipe.sections import Atoms, Training
+from atom_lens.studies.frontier import comparison_table, margins, verdict
+from atom_lens.studies.matched import matched, matched_table
+from atom_lens.studies.page.folders import read_folders
+from atom_lens.studies.page.study_tables import over_hooks
 from atom_lens.training.fit import fit_together
 
 HOOK = "blocks.1.hook_resid_post"

@@ -11,9 +11,10 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 from transformers import AutoTokenizer
 
 from atom_lens import load_atoms
-from atom_lens.experiments.contexts import active_rows, codes_of, corpus
-from atom_lens.training import load_recipe
-from atom_lens.training.run import harvest_for, split_activations
+from atom_lens.evidence.codes import active_rows, codes_of
+from atom_lens.recipe.contexts import corpus
+from atom_lens.recipe.reading import load_recipe
+from atom_lens.recipe.split import harvest_for, split_activations
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -17,11 +17,12 @@ from scipy.stats import beta
 from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms, splice
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import DEMO, find_model, load_model
-from atom_lens.activations.prompts import Prompt, cities
+from atom_lens.activations.prompts.cities import Cities
+from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.cli import main
 from atom_lens.dictionaries.bases import neurons, principal
 from atom_lens.dictionaries.nulls import Pursuit, random_atoms
-from atom_lens.evidence import observe
+from atom_lens.evidence.measure import observe
 from atom_lens.recipe.sections import Atoms, Training
 
 pytestmark = pytest.mark.demo
@@ -31,7 +32,7 @@ TEXTS = ["The Eiffel Tower is located in the city of", "Paris is", "Kyoto is a c
 
 def test_harvests_agree(demo: str, tmp_path: Path) -> None:
     """TransformerLens and nnsight, padded batches of different lengths, three kinds of hooks, the last layer too."""
-    prompts = [*cities(limit=40), Prompt.fill("The mayor of {} said that", "Rio de Janeiro")]
+    prompts = [*Cities(limit=40).read(), Prompt.fill("The mayor of {} said that", "Rio de Janeiro")]
     hooks = [HOOK, "blocks.5.hook_mlp_out", "blocks.9.mlp.hook_post", "blocks.17.hook_resid_post"]
     lens, nnsight = (
         harvest(demo, prompts, hooks, backend=backend, store=tmp_path / backend)
@@ -63,7 +64,7 @@ def atoms_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(demo: str, atoms_folder: Path) -> Path:
     """Atoms of layer 9 on 900 cities, briefly trained: what matters here is that they are exact, not good."""
     if not (atoms_folder / "cfg.json").exists():
-        x = harvest(demo, cities(limit=900), HOOK)[HOOK]
+        x = harvest(demo, Cities(limit=900).read(), HOOK)[HOOK]
         aip = AtomicInnerProduct.estimate(x, source="900 cities")
         atoms, _ = fit(
             x,
@@ -77,7 +78,7 @@ def exported(demo: str, atoms_folder: Path) -> Path:
 
 
 def test_plain_sae_lens_reconstructs_the_same(demo: str, exported: Path, tmp_path: Path) -> None:
-    x = harvest(demo, cities(limit=900), HOOK)[HOOK][:200]
+    x = harvest(demo, Cities(limit=900).read(), HOOK)[HOOK][:200]
     torch.save(x, tmp_path / "x.pt")
     script = (
         "import sys, torch; from sae_lens import SAE\n"
@@ -188,7 +189,7 @@ def test_quickstart_reaches_the_headline_and_says_what_it_is_worth(demo: str, tm
 def test_the_traps_on_real_activations(demo: str) -> None:
     """Neurons have R² 1 and a q* that arithmetic predicts; random directions are stable at small K; R² is not."""
     hook = "blocks.9.hook_resid_post"
-    x = harvest(DEMO, cities("{} is a city in", 1500), hook, "subject_last", unique=True)[hook].float()
+    x = harvest(DEMO, Cities(limit=1500).read(), hook, "subject_last", unique=True)[hook].float()
     aip = AtomicInnerProduct.estimate(x)
     d = x.shape[1]
     seen = observe(neurons(x), x, aip).figures

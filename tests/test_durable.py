@@ -17,15 +17,15 @@ import torch
 from crashing import made_atoms, save_and_die, train_run
 
 from atom_lens import AtomicInnerProduct, load_atoms, train
-from atom_lens._files import locked, sweep
-from atom_lens._manifest import manifest_of, verify
 from atom_lens.dictionaries import Learner, Setup, Trained, find_kind
-from atom_lens.dictionaries.ours import tsae_learner
+from atom_lens.dictionaries.tsae.kinds import tsae_learner
+from atom_lens.recipe.reading import check_recipe
 from atom_lens.recipe.sections import Atoms, Training
+from atom_lens.storage.files import locked, sweep
+from atom_lens.storage.sealed import manifest_of, verify
+from atom_lens.studies.train import save_atoms
 from atom_lens.training.checkpoint import Batches
 from atom_lens.training.fit import fit_together
-from atom_lens.training.recipe_file import check_recipe
-from atom_lens.training.run import save_atoms
 
 # Forked from a server that has imported everything: a process costs milliseconds instead of seconds.
 FORKS = multiprocessing.get_context("forkserver")

@@ -19,8 +19,9 @@ from sklearn.metrics import r2_score
 
 from atom_lens import AtomicInnerProduct, evaluate, faithfulness, stability
 from atom_lens.dictionaries.nulls import Pursuit, data_atoms, orthogonal_matching_pursuit, random_atoms
-from atom_lens.evidence import certificates_text, measure, observe, reading, table
 from atom_lens.evidence.bootstrap import intervals
+from atom_lens.evidence.measure import measure, observe
+from atom_lens.studies.report_text import certificates_text, reading, table
 
 
 def brute_force_q_star(atoms: list[list[int]], l0: list[int], alive: list[bool]) -> float:

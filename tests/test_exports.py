@@ -17,10 +17,10 @@ from transformer_lens import HookedTransformerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from atom_lens import AtomicInnerProduct, aip_converter, evaluate, load_atoms, open_model, splice, train
-from atom_lens._manifest import seal
-from atom_lens.sharing import convert
+from atom_lens.recipe.reading import check_recipe
 from atom_lens.sharing.card import run_card
-from atom_lens.training.recipe_file import check_recipe
+from atom_lens.sharing.convert import convert
+from atom_lens.storage.sealed import seal
 
 GOOD = Path(__file__).parent / "artifacts" / "format-1" / "run" / "blocks.1.hook_resid_post"
 FILES = ["cfg.json", "sae_weights.safetensors", "aip.safetensors"]

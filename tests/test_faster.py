@@ -12,7 +12,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 
 from atom_lens import AtomicInnerProduct, TSAETraining
-from atom_lens.dictionaries.ours import tsae_learner
+from atom_lens.dictionaries.tsae.kinds import tsae_learner
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.training.faster import fuse
 from atom_lens.training.fit import fit_together

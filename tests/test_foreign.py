@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 
 from atom_lens import TSAE, convert, evaluate, load_atoms
 from atom_lens.cli import main
-from atom_lens.sharing.foreign import foreign_converter
-from atom_lens.sharing.load import matching
+from atom_lens.dictionaries.foreign import foreign_converter
+from atom_lens.dictionaries.load import matching
 
 D, F = 6, 10
 

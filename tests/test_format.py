@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from atom_lens import load_atoms
-from atom_lens._manifest import FORMAT, MANIFEST, manifest_of, seal, verify
-from atom_lens.evidence import reading, table
-from atom_lens.training.recipe_file import load_recipe
+from atom_lens.recipe.reading import load_recipe
+from atom_lens.storage.sealed import FORMAT, MANIFEST, manifest_of, seal, verify
+from atom_lens.studies.report_text import reading, table
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 VERSIONS = sorted(path.name for path in ARTIFACTS.iterdir() if path.is_dir())

@@ -14,11 +14,11 @@ from sae_lens.saes.sae import SAEMetadata
 from atom_lens import AtomicInnerProduct, Prompt, evaluate, fit, harvest, load_atoms, open_model, splice, stability
 from atom_lens.activations.backends import BackendName
 from atom_lens.activations.connect import wrap_backend
-from atom_lens.dictionaries.ours import tsae_learner
-from atom_lens.experiments.planted import Learning, learn
-from atom_lens.interventions import attribution, read
+from atom_lens.dictionaries.tsae.kinds import tsae_learner
+from atom_lens.dictionaries.tsae.search import Search
+from atom_lens.interventions.attribution import attribution, read
 from atom_lens.recipe.sections import Atoms, Training
-from atom_lens.search import Search
+from atom_lens.studies.planted import Learning, learn
 from atom_lens.training.checkpoint import Checkpoints
 from atom_lens.training.fit import fit_together
 

@@ -20,16 +20,17 @@ from markdown_it import MarkdownIt
 from test_page import Browser, browser  # noqa: F401 -- browser is a fixture
 
 from atom_lens import train
-from atom_lens._files import visible
-from atom_lens.activations.prompts import Prompt
+from atom_lens.activations.prompts.cities import Cities
+from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.cli import _Formatter, main
-from atom_lens.evidence.reading import aligned
-from atom_lens.experiments.contexts import corpus
-from atom_lens.page import write_page
-from atom_lens.page.words import columns, open_lens
+from atom_lens.recipe.contexts import corpus
+from atom_lens.recipe.reading import check_recipe, load_recipe
+from atom_lens.recipe.sections import Model
 from atom_lens.sharing.card import merged_card, run_card
-from atom_lens.training.recipe import Cities, Model
-from atom_lens.training.recipe_file import check_recipe, load_recipe
+from atom_lens.storage.files import visible
+from atom_lens.studies.page.words import columns, open_lens
+from atom_lens.studies.page.write import write_page
+from atom_lens.studies.report_text import aligned
 
 HOOK = "blocks.1.hook_resid_post"
 TEXTS = {

@@ -14,10 +14,11 @@ import torch
 from atom_lens import AtomicInnerProduct, evaluate, faithfulness, stability
 from atom_lens.dictionaries.bases import neurons
 from atom_lens.dictionaries.nulls import random_atoms
-from atom_lens.evidence import identity, observe
+from atom_lens.evidence.identity import identity
+from atom_lens.evidence.measure import observe
 from atom_lens.evidence.purity import purity
 from atom_lens.interventions.edits import Place, ablate, add, scale
-from atom_lens.training.split import heldout_rows
+from atom_lens.recipe.split import heldout_rows
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from sae_lens.saes.sae import SAEMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atom_lens import Prompt, splice
-from atom_lens.activations.backends import Backend
+from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import find_model
 from atom_lens.cli import main

@@ -29,22 +29,23 @@ from scipy.stats import pearsonr, rankdata
 from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 from atom_lens import load_atoms, publish, train
-from atom_lens._manifest import verify
-from atom_lens.activations.prompts import Prompt
+from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.cli import main
 from atom_lens.dictionaries.bases import Basis, neurons
+from atom_lens.evidence.codes import active_rows
 from atom_lens.evidence.purity import purity
-from atom_lens.experiments.contexts import Corpus, active_rows, corpus
-from atom_lens.experiments.evaluate import check_split
-from atom_lens.judging import judge, judge_table
-from atom_lens.judging.asking import ask_all
-from atom_lens.judging.client import Budget, Judge, estimated_tokens
-from atom_lens.judging.kinds import CONTROL, NOT_ASKED, label_purity, read_kinds, strongest
-from atom_lens.judging.sampling import VERSION, draw_cases, marked, rubric_question
-from atom_lens.judging.scoring import agreement, balanced_accuracy, human_scores, read_detection, read_rubric
-from atom_lens.judging.study import _default_out
-from atom_lens.rows import Rows
-from atom_lens.training.recipe_file import check_recipe, load_recipe
+from atom_lens.recipe.contexts import Corpus, corpus
+from atom_lens.recipe.reading import check_recipe, load_recipe
+from atom_lens.storage.sealed import verify
+from atom_lens.studies.evaluate import check_split
+from atom_lens.studies.judge.asking import ask_all
+from atom_lens.studies.judge.client import Budget, Judge, estimated_tokens
+from atom_lens.studies.judge.kinds import CONTROL, NOT_ASKED, label_purity, read_kinds, strongest
+from atom_lens.studies.judge.sampling import VERSION, draw_cases, marked, rubric_question
+from atom_lens.studies.judge.scoring import agreement, balanced_accuracy, human_scores, read_detection, read_rubric
+from atom_lens.studies.judge.study import _default_out, judge
+from atom_lens.studies.judge.tables import judge_table
+from atom_lens.tensors.rows import Rows
 
 KEY = "sk-a-key-that-must-not-be-kept"
 COUNTRIES = ["Chad", "Fiji", "Mali", "Peru"]
@@ -215,7 +216,7 @@ def test_what_fails_is_asked_again(server: Server, tmp_path: Path, monkeypatch: 
     assert read_rubric(said) == ("words in a", 5) and len(server.requests) == 3
     server.plan(["500"])
     assert ask(server, tmp_path / "b", question) == said and len(server.requests) == 5
-    monkeypatch.setattr("atom_lens.judging.client._TIMEOUT", 0.4)
+    monkeypatch.setattr("atom_lens.studies.judge.client._TIMEOUT", 0.4)
     server.plan(["hang"])
     assert ask(server, tmp_path / "c", question) == said and len(server.requests) == 7
     # A file of the cache that is cut is asked for again.
@@ -237,7 +238,7 @@ def test_what_fails_is_asked_again(server: Server, tmp_path: Path, monkeypatch: 
 def test_a_server_that_never_answers_is_one_sentence(
     mode: str, says: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atom_lens.judging.client._RETRIES", 2)
+    monkeypatch.setattr("atom_lens.studies.judge.client._RETRIES", 2)
     server.plan([mode] * 10)
     with pytest.raises(ValueError, match=says) as error:
         ask(server, tmp_path / "cache", "q")
@@ -665,7 +666,7 @@ def test_transformers_serve(demo: str, tmp_path: Path, trained: Path, monkeypatc
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("atom_lens.judging.asking._RUBRIC_TOKENS", 12)
+    monkeypatch.setattr("atom_lens.studies.judge.asking._RUBRIC_TOKENS", 12)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -12,13 +12,13 @@ import pytest
 import torch
 from test_judge import KEY, Server, ask, server  # noqa: F401 -- server is a fixture
 
-from atom_lens.activations.prompts import Prompt
-from atom_lens.experiments.contexts import Corpus
-from atom_lens.judging.asking import _write_blind
-from atom_lens.judging.client import Budget, Judge
-from atom_lens.judging.sampling import Case, detection_question, marked, rubric_question
-from atom_lens.judging.scoring import read_detection, read_rubric
-from atom_lens.rows import Rows
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.recipe.contexts import Corpus
+from atom_lens.studies.judge.asking import _write_blind
+from atom_lens.studies.judge.client import Budget, Judge
+from atom_lens.studies.judge.sampling import Case, detection_question, marked, rubric_question
+from atom_lens.studies.judge.scoring import read_detection, read_rubric
+from atom_lens.tensors.rows import Rows
 
 QUESTION = '1. <<a>>\n2. <<a>>\n{"score"'
 TEXTS = [
@@ -118,7 +118,7 @@ def test_long_answers_are_read_in_no_time() -> None:
 
 @pytest.mark.parametrize("status", [301, 400, 403, 404, 418, 501])
 def test_no_status_shows_the_key(status: int, server: Server, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
-    monkeypatch.setattr("atom_lens.judging.client._RETRIES", 0)
+    monkeypatch.setattr("atom_lens.studies.judge.client._RETRIES", 0)
     server.plan([[status, f"<p>{KEY}\x1b[31m\u202e</p>" + "x" * 10_000]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="did not answer") as error:
         ask(server, tmp_path / "cache", QUESTION)

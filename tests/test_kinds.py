@@ -15,14 +15,14 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 from atom_lens import AtomicInnerProduct
 from atom_lens.dictionaries import Fixed, Learner, Setup, Trained, find_kind, kind, kinds, register, registry
 from atom_lens.dictionaries.bases import neurons
-from atom_lens.experiments import intervene, planted
-from atom_lens.experiments.frontier import comparison_table
-from atom_lens.page.folders import read_folders
-from atom_lens.page.unit_charts import units_of
+from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.sections import Training
-from atom_lens.rows import Rows
-from atom_lens.training.recipe_file import load_recipe
-from atom_lens.training.run import SplitActivations
+from atom_lens.recipe.split import SplitActivations
+from atom_lens.studies import intervene, planted
+from atom_lens.studies.frontier import comparison_table
+from atom_lens.studies.page.folders import read_folders
+from atom_lens.studies.page.unit_charts import units_of
+from atom_lens.tensors.rows import Rows
 
 
 @pytest.fixture

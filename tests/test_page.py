@@ -20,21 +20,23 @@ from test_intervene import study, talking  # noqa: F401 -- talking is a fixture
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from atom_lens import load_atoms, train
-from atom_lens.evidence import observe
-from atom_lens.experiments.compare import compare
-from atom_lens.experiments.contexts import codes_of, corpus
-from atom_lens.experiments.intervene import intervene
-from atom_lens.experiments.scale import scale
-from atom_lens.page import write_page
-from atom_lens.page.atoms import browse, neighbours, window_margin
-from atom_lens.page.folders import Folder, read_folders
-from atom_lens.page.geometry_charts import angles, coherences
-from atom_lens.page.opened import open_hooks
-from atom_lens.page.sections import sections_of
-from atom_lens.page.unit_charts import by_layer
-from atom_lens.page.words import columns, is_residual, open_lens
-from atom_lens.training.recipe import Model, Recipe
-from atom_lens.training.recipe_file import check_recipe, load_recipe
+from atom_lens.evidence.codes import codes_of
+from atom_lens.evidence.measure import observe
+from atom_lens.recipe.contexts import corpus
+from atom_lens.recipe.reading import check_recipe, load_recipe
+from atom_lens.recipe.recipe import Recipe
+from atom_lens.recipe.sections import Model
+from atom_lens.studies.compare import compare
+from atom_lens.studies.intervene import intervene
+from atom_lens.studies.page.atoms import browse, neighbours, window_margin
+from atom_lens.studies.page.folders import Folder, read_folders
+from atom_lens.studies.page.geometry_charts import angles, coherences
+from atom_lens.studies.page.opened import open_hooks
+from atom_lens.studies.page.sections import sections_of
+from atom_lens.studies.page.unit_charts import by_layer
+from atom_lens.studies.page.words import columns, is_residual, open_lens
+from atom_lens.studies.page.write import write_page
+from atom_lens.studies.scale import scale
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><img src=x onerror=pwned=1>"
@@ -532,7 +534,7 @@ def test_words_that_fail_leave_the_rest(
     def broken(_: Model) -> None:
         raise RuntimeError("no unembedding\nhere")
 
-    monkeypatch.setattr("atom_lens.page.opened.open_lens", broken)
+    monkeypatch.setattr("atom_lens.studies.page.opened.open_lens", broken)
     for opened in open_hooks(read_folders([run])[0]):
         assert not isinstance(opened, str)
         assert opened.atoms["words"] == "Logit-lens words are left out: no unembedding here."

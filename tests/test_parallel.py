@@ -15,8 +15,9 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
-from atom_lens import AtomicInnerProduct, parallel
-from atom_lens.evidence import stability
+from atom_lens import AtomicInnerProduct
+from atom_lens.evidence.stability import stability
+from atom_lens.tensors import parallel
 
 
 def launched(processes: int, script: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -74,8 +75,9 @@ def test_an_error_ends_all_processes(folder: Path) -> None:
 SHARED = """
 import sys, torch
 from safetensors.torch import save_file
-from atom_lens import AtomicInnerProduct, parallel
-from atom_lens.evidence import stability
+from atom_lens import AtomicInnerProduct
+from atom_lens.tensors import parallel
+from atom_lens.evidence.stability import stability
 from atom_lens.evidence.certificates import atom_coherence
 from atom_lens.geometry import angle_histogram
 generator = torch.Generator().manual_seed(0)
@@ -109,7 +111,8 @@ def test_moments_and_pairs_are_the_same(tmp_path: Path) -> None:
 
 LOADED = """
 import sys, torch
-from atom_lens import harvest, open_model, parallel
+from atom_lens import harvest, open_model
+from atom_lens.tensors import parallel
 prompts = [" ".join(["a city"] * (1 + i % 7)) for i in range(60)]
 model = open_model(sys.argv[1], device="cpu")
 hook = "blocks.0.hook_resid_post"

@@ -18,10 +18,10 @@ from sae_lens import SAE
 from safetensors.torch import save_file
 
 from atom_lens import load_atoms, publish, train
+from atom_lens.activations.prompts.files import HubDataset
 from atom_lens.cli import main
+from atom_lens.recipe.reading import check_recipe, load_recipe
 from atom_lens.sharing.card import run_card
-from atom_lens.training.recipe import HubDataset
-from atom_lens.training.recipe_file import check_recipe, load_recipe
 
 TOKEN = "hf_" + "secret" * 6
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]

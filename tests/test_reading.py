@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from atom_lens import harvest
-from atom_lens._text import read_text
-from atom_lens.activations.prompts import hub_dataset, jsonl_file, text_file
-from atom_lens.training.recipe_file import load_recipe
+from atom_lens.activations.prompts.files import HubDataset, JsonLines, TextFile
+from atom_lens.recipe.reading import load_recipe
+from atom_lens.storage.text import read_text
 
 Read = Callable[[Path], list[str]]
 
 
 def texts(path: Path) -> list[str]:
-    return [prompt.text for prompt in text_file(path)]
+    return [prompt.text for prompt in TextFile(path=str(path)).read()]
 
 
 def rows(path: Path) -> list[str]:
-    return [prompt.text for prompt in jsonl_file(path)]
+    return [prompt.text for prompt in JsonLines(path=str(path)).read()]
 
 
 def recipe_names(path: Path) -> list[str]:
@@ -77,20 +77,20 @@ def test_a_wrong_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "facts.jsonl"
     path.write_text('{"text": "Paris is"}\n\n' + line + "\n")
     with pytest.raises(ValueError, match=f"facts.jsonl line 3{message if message[0] == ':' else ' ' + message}"):
-        jsonl_file(path)
+        JsonLines(path=str(path)).read()
 
 
 def test_columns_that_no_row_has(tmp_path: Path) -> None:
     """A misspelt column of answers would leave all prompts without."""
     path = tmp_path / "facts.jsonl"
     path.write_text('{"text": "Paris is"}\n{"text": "Rome is", "target": {"str": "Italy"}}\n')
-    assert [p.answer for p in jsonl_file(path, columns={"answer": "target.str"})] == [None, "Italy"]
+    assert [p.answer for p in JsonLines(path=str(path), columns={"answer": "target.str"}).read()] == [None, "Italy"]
     with pytest.raises(ValueError, match="columns.answer is 'target.true', which none of the 2 rows has"):
-        jsonl_file(path, columns={"answer": "target.true"})
+        JsonLines(path=str(path), columns={"answer": "target.true"}).read()
     (tmp_path / "data").mkdir()
     path.rename(tmp_path / "data" / "train.jsonl")
     with pytest.raises(ValueError, match="columns.answer is 'goal', which none of the 2 rows has"):
-        hub_dataset(str(tmp_path / "data"), columns={"answer": "goal"})
+        HubDataset(path=str(tmp_path / "data"), columns={"answer": "goal"}).read()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,8 @@ def test_columns_that_no_row_has(tmp_path: Path) -> None:
 def test_what_is_no_text(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes(content)
-    for reader in (read_text, text_file, jsonl_file, load_recipe):
+    readers = (read_text, lambda p: TextFile(path=str(p)).read(), lambda p: JsonLines(path=str(p)).read(), load_recipe)
+    for reader in readers:
         with pytest.raises(ValueError) as error:
             reader(path)
         assert str(path) in str(error.value) and message in str(error.value)
@@ -114,5 +115,7 @@ def test_a_harvest_of_such_a_file(tiny: str, tmp_path: Path) -> None:
     """The first prompt reads as the others do."""
     path = tmp_path / "p.txt"
     path.write_bytes(b"\xef\xbb\xbfParis is\nParis is\n")
-    x = harvest(tiny, text_file(path), "blocks.1.hook_resid_post", "last", store=tmp_path, massive_ratio=None)
+    x = harvest(
+        tiny, TextFile(path=str(path)).read(), "blocks.1.hook_resid_post", "last", store=tmp_path, massive_ratio=None
+    )
     assert torch.equal(*x["blocks.1.hook_resid_post"])

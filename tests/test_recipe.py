@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atom_lens import load_recipe
-from atom_lens.experiments.compare import compare
-from atom_lens.experiments.intervene import intervene
-from atom_lens.experiments.planted import load_planted
 from atom_lens.recipe.yaml import read_yaml, write_yaml
-from atom_lens.training import train
+from atom_lens.studies.compare import compare
+from atom_lens.studies.intervene import intervene
+from atom_lens.studies.planted import load_planted
+from atom_lens.studies.train import train
 
 BASE = """
 name: x

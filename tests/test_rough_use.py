@@ -9,9 +9,9 @@ import pytest
 from huggingface_hub import HfApi
 
 from atom_lens import cli
-from atom_lens._files import check_writable, without_secrets
-from atom_lens.sharing.load import _asked
+from atom_lens.dictionaries.load import _asked
 from atom_lens.sharing.publish import _commit
+from atom_lens.storage.files import check_writable, without_secrets
 
 TOKEN = "hf_" + "secret" * 6
 

@@ -16,9 +16,9 @@ from PIL import Image
 from test_cli import recipe, run  # noqa: F401  (fixtures)
 from test_parallel import launched
 
-from atom_lens.evidence import observe
-from atom_lens.experiments import scale
-from atom_lens.experiments.scale_law import critical_capacity, laws
+from atom_lens.evidence.measure import observe
+from atom_lens.studies import scale
+from atom_lens.studies.scale_law import critical_capacity, laws
 from atom_lens.training.fit import fit_together
 
 HOOK = "blocks.1.hook_resid_post"

@@ -13,9 +13,9 @@ from sae_lens.saes.sae import TrainStepInput
 
 from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig
 from atom_lens.dictionaries import Learner
+from atom_lens.dictionaries.tsae.search import _SHARED, Search
+from atom_lens.dictionaries.tsae.sparse import Entries, sparse_decode, sparse_encode
 from atom_lens.recipe.sections import Training
-from atom_lens.search import _SHARED, Search
-from atom_lens.sparse import Entries, sparse_decode, sparse_encode
 from atom_lens.training.fit import fit_together
 
 
@@ -144,7 +144,7 @@ def test_searches_share_their_memory() -> None:
 @pytest.mark.parametrize("product", ["float32", "bfloat16"])
 def test_training_is_the_same(product: Any, encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole training in float64 through sae-lens' trainer, dead atoms and a switch between both steps included."""
-    monkeypatch.setattr("atom_lens.tsae_training.DENSITY_LIMIT", 0.12)
+    monkeypatch.setattr("atom_lens.dictionaries.tsae.training.DENSITY_LIMIT", 0.12)
     trained, sparsity, kinds = {}, {}, []
     real = TSAETraining._sparse_forward_pass
 

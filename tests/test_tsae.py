@@ -28,9 +28,9 @@ from atom_lens import (
     fit,
     load_atoms,
 )
-from atom_lens._manifest import seal
-from atom_lens.dictionaries.ours import finish, tsae_learner
+from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
 from atom_lens.recipe.sections import Atoms, Training
+from atom_lens.storage.sealed import seal
 from atom_lens.training.checkpoint import Batches
 from atom_lens.training.fit import fit_together
 
@@ -59,8 +59,8 @@ def test_is_registered() -> None:
 
 def test_reloading_registers_the_newest_classes() -> None:
     script = (
-        "import importlib, atom_lens.tsae; from sae_lens.registry import get_sae_class\n"
-        "module = importlib.reload(atom_lens.tsae)\n"
+        "import importlib, atom_lens.dictionaries.tsae.sae; from sae_lens.registry import get_sae_class\n"
+        "module = importlib.reload(atom_lens.dictionaries.tsae.sae)\n"
         "assert get_sae_class('aip_tsae') == (module.TSAE, module.TSAEConfig)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -7,8 +7,8 @@ from typing import Any, get_args
 import torch
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
-from atom_lens.activations import nnsight_backend, transformer_lens_backend
-from atom_lens.activations.backends import Backend, BackendName
+from atom_lens.activations.backends import BACKENDS, BackendName
+from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.models import DTYPES, ModelSource, find_model, load_model, pick_device
 
 
@@ -17,11 +17,11 @@ def open_backend(source: ModelSource, backend: BackendName, dtype: torch.dtype, 
     if backend not in get_args(BackendName):
         raise ValueError(f"backend is {backend!r}, allowed are {', '.join(get_args(BackendName))}")
     model, tokenizer = load_model(source, dtype, pick_device(device))
-    module = nnsight_backend if backend == "nnsight" else transformer_lens_backend
+    library = BACKENDS["transformer_lens" if backend == "auto" else backend]
     if type(model).__name__ not in SUPPORTED_ARCHITECTURES:
         # Either backend names hooks by TransformerLens' adapters.
         raise ValueError(f"TransformerLens has no adapter for {type(model).__name__} of model {source.name!r}")
-    return module.from_transformers(model, tokenizer, source.name)
+    return library.from_transformers(model, tokenizer, source.name)
 
 
 def open_model(
@@ -53,9 +53,8 @@ def wrap_backend(model: Any) -> Backend:
     """The backend of a model that is already loaded: a bridge, a HookedTransformer, an nnsight model; or itself."""
     if isinstance(model, Backend):
         return model
-    for module in (transformer_lens_backend, nnsight_backend):
-        wrapped = module.wrap(model)
-        if wrapped is not None:
+    for library in BACKENDS.values():
+        if (wrapped := library.wrap(model)) is not None:
             return wrapped
     raise ValueError(
         f"a {type(model).__name__} is not a model with hooks, allowed are a name, a TransformerBridge, "

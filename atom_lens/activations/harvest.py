@@ -14,16 +14,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from atom_lens import parallel
-from atom_lens.activations.backends import Backend, BackendName
+from atom_lens.activations.backends import BackendName
+from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.connect import open_backend, wrap_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import DTYPES, cache_folder, find_model
 from atom_lens.activations.positions import Positions, check_prompts, tokens_to_read
-from atom_lens.activations.prompts import Prompt, as_prompts
+from atom_lens.activations.prompts.prompt import Prompt, as_prompts
 from atom_lens.activations.store import Allocate, Stored, in_memory, store_key, stored
 from atom_lens.geometry import massive_rows
-from atom_lens.rows import Rows
+from atom_lens.tensors import parallel
+from atom_lens.tensors.rows import Rows
 
 
 class Harvest(Mapping[str, Tensor]):

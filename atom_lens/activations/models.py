@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from atom_lens._files import locked, new_folder, sweep
+from atom_lens.storage.files import locked, new_folder, sweep
 
 DEMO = "demo:gemma-3-270m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

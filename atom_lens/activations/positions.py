@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from atom_lens._files import shown
-from atom_lens.activations.prompts import Prompt
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.storage.files import shown
 
 Positions = Literal["subject_last", "last", "all", "span"]
 

@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atom_lens import parallel
-from atom_lens._files import locked, new_folder, read_json, sweep, write_json
 from atom_lens.activations.models import ModelSource
-from atom_lens.activations.prompts import Prompt
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.storage.files import locked, new_folder, read_json, sweep, write_json
+from atom_lens.tensors import parallel
 
 _FORMAT = 4
 _ROWS, _ABOUT, _ACTIVATIONS, _NAME = "rows.safetensors", "about.json", ".activations.safetensors", "activations"

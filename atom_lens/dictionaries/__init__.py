@@ -1,7 +1,8 @@
 """Kinds of dictionaries, each in a file that registers it: ours, sae-lens' stock SAEs, bases, nulls."""
 
 # Each registers its kinds: in this order they stand in tables.
-from atom_lens.dictionaries import bases, nulls, stock, ours  # isort: skip
+from atom_lens.dictionaries import bases, nulls, stock  # isort: skip
+from atom_lens.dictionaries.tsae import kinds as _tsae  # noqa: F401  # isort: skip
 from atom_lens.dictionaries.protocol import Dictionary
 from atom_lens.dictionaries.registry import (
     Drawn,
@@ -29,7 +30,6 @@ __all__ = [
     "kind",
     "kinds",
     "nulls",
-    "ours",
     "register",
     "stock",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from atom_lens.dictionaries.registry import Fixed, register
 from atom_lens.geometry import AtomicInnerProduct
-from atom_lens.rows import Rows, mean_row
+from atom_lens.tensors.rows import Rows, mean_row
 
 
 class Basis:

@@ -9,11 +9,11 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atom_lens import parallel
 from atom_lens.dictionaries.protocol import Dictionary
 from atom_lens.dictionaries.registry import Drawn, Kind, register
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
-from atom_lens.rows import Rows, mean_row, scratch
+from atom_lens.tensors import parallel
+from atom_lens.tensors.rows import Rows, mean_row, scratch
 
 _SHUFFLED = 1 << 14  # rows among which a value may move
 

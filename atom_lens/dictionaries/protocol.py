@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from atom_lens.tsae import WHITENED
+from atom_lens.dictionaries.tsae.sae import WHITENED
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ from torch import Tensor
 from atom_lens.dictionaries.protocol import Dictionary
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.sections import Atoms
-from atom_lens.rows import Rows
+from atom_lens.tensors.rows import Rows
 
 GREY = "#8a8f98"
 

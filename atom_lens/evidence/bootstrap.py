@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Observation
-from atom_lens.inputs import Labels, checked_seed, labels
+from atom_lens.tensors.checks import Labels, checked_seed, labels
 
 LEVEL = 0.95
 _RESAMPLES = 1000

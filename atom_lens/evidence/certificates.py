@@ -14,9 +14,9 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from atom_lens import parallel
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
-from atom_lens.tiles import over_tiles
+from atom_lens.tensors import parallel
+from atom_lens.tensors.tiles import over_tiles
 
 # Float32 cosines are off by less than this; a certificate must hold with the error added.
 _MARGIN = 2e-6

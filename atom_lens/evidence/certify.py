@@ -14,8 +14,8 @@ from atom_lens.evidence.measure import Observation, observe
 from atom_lens.evidence.recovery import basis_pursuit_agrees, pursuit_agrees
 from atom_lens.evidence.window import threshold_window
 from atom_lens.geometry import AtomicInnerProduct, check_rows
-from atom_lens.inputs import checked_seed
-from atom_lens.rows import Rows
+from atom_lens.tensors.checks import checked_seed
+from atom_lens.tensors.rows import Rows
 
 # Codes with more active atoms are not pursued: the solvers take K steps, each on a K x K system.
 _PURSUED = 64

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atom_lens.geometry import AtomicInnerProduct, check_rows
-from atom_lens.rows import Rows, mean_row
+from atom_lens.tensors.rows import Rows, mean_row
 
 
 class SquaredSums:

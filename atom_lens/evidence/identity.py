@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atom_lens.evidence.certificates import whitened_units
 from atom_lens.geometry import AtomicInnerProduct, check_rows
-from atom_lens.inputs import Mask, mask
+from atom_lens.tensors.checks import Mask, mask
 
 # Up to here the full matrix of coherences is matched (0.13 GB in float64); above it only the closest candidates.
 _DENSE_MOST = 4096

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from atom_lens import parallel
 from atom_lens.dictionaries import Dictionary
 from atom_lens.dictionaries.protocol import check_folded
 from atom_lens.evidence.faithfulness import SquaredSums, explained
 from atom_lens.evidence.stability import Stability, stability
 from atom_lens.geometry import AtomicInnerProduct, check_rows
-from atom_lens.rows import Rows
+from atom_lens.tensors import parallel
+from atom_lens.tensors.rows import Rows
 
 
 @dataclass(frozen=True)

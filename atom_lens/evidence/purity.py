@@ -10,8 +10,8 @@ from scipy.sparse import csc_array
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
-from atom_lens import inputs
-from atom_lens.inputs import Labels
+from atom_lens.tensors import checks as inputs
+from atom_lens.tensors.checks import Labels
 
 LEAST = 5  # rows at which a unit is active, below which they say nothing about it
 _TIE = 1e-9  # the same counts may sum to figures that differ in the last digits

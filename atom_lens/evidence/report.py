@@ -21,8 +21,8 @@ from atom_lens.evidence.certify import certify
 from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Observation, observe
 from atom_lens.geometry import AtomicInnerProduct, angle_histogram, check_rows
-from atom_lens.inputs import Labels, checked_seed, labels
-from atom_lens.rows import Rows, mean_row
+from atom_lens.tensors.checks import Labels, checked_seed, labels
+from atom_lens.tensors.rows import Rows, mean_row
 
 SCHEMA_VERSION = 2
 _PERCENTS = (0.1, 1, 5, 25, 75, 95, 99, 99.9)

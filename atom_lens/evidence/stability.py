@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atom_lens import parallel
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
-from atom_lens.inputs import Mask, counts, mask
-from atom_lens.tiles import over_tiles, pairs_of
+from atom_lens.tensors import parallel
+from atom_lens.tensors.checks import Mask, counts, mask
+from atom_lens.tensors.tiles import over_tiles, pairs_of
 
 # The smallest gap from a threshold 1/(2k-1) that a cosine must keep, per dtype: rounding may not turn a tie
 # (two copies of one atom, say) into a pair that passes.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions
-from atom_lens.activations.prompts import Prompt
+from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.interventions.facts import BATCH, answer_logprob, answered, padded
 
 

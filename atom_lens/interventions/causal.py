@@ -16,11 +16,11 @@ from torch import Tensor
 
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions
-from atom_lens.activations.prompts import Prompt
-from atom_lens.inputs import checked_seed
+from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.interventions.attribution import Read, attribution, read
 from atom_lens.interventions.facts import Batch, Prepare, Scores, ask, divergence
 from atom_lens.interventions.splice import Splice, splice
+from atom_lens.tensors.checks import checked_seed
 
 Doses = Mapping[float, Scores]
 KINDS = ("none", "patch", "swap", "replace", "exchange", "random", "other", "rest")

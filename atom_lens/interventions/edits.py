@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from atom_lens.inputs import Which, choice, indices
+from atom_lens.tensors.checks import Which, choice, indices
 
 # None: every position, also those that generation adds. Columns of the prompt, negative ones from its end. Or a mask
 # of shape (pos,) or (batch, pos).

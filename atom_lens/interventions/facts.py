@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
-from atom_lens._files import shown
-from atom_lens.activations.backends import Backend
+from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions, select_tokens
 from atom_lens.activations.positions import tokenised as texts_tokenised
-from atom_lens.activations.prompts import Prompt
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.storage.files import shown
 
 BATCH = 64
 

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from atom_lens.activations.backends import Backend
+from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.dictionaries.protocol import check_folded
-from atom_lens.inputs import Which, indices
 from atom_lens.interventions import edits
 from atom_lens.interventions.edits import Edit, Place, Value
+from atom_lens.tensors.checks import Which, indices
 
 
 @dataclass

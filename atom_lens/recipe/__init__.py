@@ -1,1 +1,1 @@
-"""What a study depends on, as sections of one YAML file."""
+"""What a study depends on, as one YAML file: its sections, its activations and their split."""

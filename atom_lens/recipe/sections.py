@@ -1,29 +1,44 @@
-"""Sections of a recipe that dictionaries are made and trained from, and what every section is."""
+"""Sections of a recipe: the model, the split, the metric, and what dictionaries are made and trained from."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-# What torch, numpy and scikit-learn all take, with room for those derived from it: seed + 1, seed + 2, ...
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+from atom_lens.activations.backends import BackendName
+from atom_lens.geometry import DEFAULT_RIDGE
+from atom_lens.storage.schema import Section, Seed
 
 
-class Section(BaseModel):
-    """A part of a recipe: unknown keys, wrong types and infinities are refused."""
+class Model(Section):
+    """The language model. `name`: Hub id, local folder, .gguf file, or demo:gemma-3-270m."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    name: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    backend: BackendName = "auto"
 
-    @model_validator(mode="after")
-    def _nothing_twice(self) -> Section:
-        for name, value in self:
-            for one in value if isinstance(value, list) else ():
-                if isinstance(one, str | float | int) and value.count(one) > 1:
-                    raise PydanticCustomError("twice", "{name} has {one} twice", {"name": name, "one": repr(one)})
-        return self
+
+class Split(Section):
+    """Held-out data. No subject lies on both sides."""
+
+    heldout: float = Field(0.2, gt=0, lt=1)
+    seed: Seed = 0
+
+
+class Metric(Section):
+    """The atomic inner product. `ridge` is relative to the mean eigenvalue, or "oas"."""
+
+    ridge: Annotated[float, Field(ge=0)] | Literal["oas"] = DEFAULT_RIDGE
+
+
+class Wandb(Section):
+    """Weights & Biases."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "atom-lens"
 
 
 class Atoms(Section):

@@ -9,10 +9,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from atom_lens._files import visible
 from atom_lens._version import __version__
-from atom_lens.evidence.reading import certificates_text, reading, table
-from atom_lens.training.recipe import HubDataset, Recipe
+from atom_lens.activations.prompts.files import HubDataset
+from atom_lens.recipe.recipe import Recipe
+from atom_lens.storage.files import visible
+from atom_lens.studies.report_text import certificates_text, reading, table
 
 FIGURE = "evidence.png"
 _BEGIN, _END = "<!-- written by atom-lens -->", "<!-- end of what atom-lens wrote -->"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from atom_lens._files import new_folder
-from atom_lens.sharing.load import atoms_folder, open_dictionary
-from atom_lens.sharing.weights import Thresholds
-from atom_lens.tsae import TSAE
+from atom_lens.dictionaries.load import atoms_folder, open_dictionary
+from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.dictionaries.weights import Thresholds
+from atom_lens.storage.files import new_folder
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

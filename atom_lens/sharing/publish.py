@@ -11,13 +11,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
-from atom_lens._files import read_json, without_secrets
-from atom_lens._format import AIP_FILENAME
-from atom_lens._manifest import MANIFEST, verify
-from atom_lens.evidence.figure import draw_report
+from atom_lens.dictionaries.folder import AIP_FILENAME
+from atom_lens.dictionaries.load import matching
+from atom_lens.recipe.reading import load_recipe
 from atom_lens.sharing.card import FIGURE, merged_card, run_card
-from atom_lens.sharing.load import matching
-from atom_lens.training.recipe_file import load_recipe
+from atom_lens.storage.files import read_json, without_secrets
+from atom_lens.storage.sealed import MANIFEST, verify
+from atom_lens.studies.report_figure import draw_report
 
 # What is published of a folder of atoms; anything else that lies there stays at home.
 _ATOMS = (

@@ -23,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atom_lens._files import regular_file, replacing
-from atom_lens.rows import Rows
-from atom_lens.tsae_training import TSAETraining
+from atom_lens.dictionaries.tsae.training import TSAETraining
+from atom_lens.storage.files import regular_file, replacing
+from atom_lens.tensors.rows import Rows
 
 logger = logging.getLogger(__name__)
 _FORMAT = "atom_lens.checkpoint.1"

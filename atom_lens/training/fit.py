@@ -17,17 +17,16 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 
-from atom_lens import parallel
 from atom_lens.activations.models import pick_device
 from atom_lens.dictionaries import Learner
-from atom_lens.dictionaries.ours import finish, tsae_learner
+from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
+from atom_lens.dictionaries.tsae.sae import TSAE
 from atom_lens.geometry import AtomicInnerProduct
-from atom_lens.recipe.sections import Atoms, Training
-from atom_lens.rows import Rows
+from atom_lens.recipe.sections import Atoms, Training, Wandb
+from atom_lens.tensors import parallel
+from atom_lens.tensors.rows import Rows
 from atom_lens.training.checkpoint import Batches, Checkpoints
 from atom_lens.training.faster import fuse, whiten_once
-from atom_lens.training.recipe import Wandb
-from atom_lens.tsae import TSAE
 
 
 def fit_together(

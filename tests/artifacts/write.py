@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import save_tiny_model
 
 from atom_lens import load_atoms, train
-from atom_lens._manifest import FORMAT
-from atom_lens.training.recipe_file import check_recipe
+from atom_lens.recipe.reading import check_recipe
+from atom_lens.storage.sealed import FORMAT
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -1,0 +1,18 @@
+"""A prompt source: a section of a recipe that says where prompts come from, and reads them."""
+
+from __future__ import annotations
+
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.storage.schema import Section
+
+
+class Source(Section):
+    """Each subclass has a field `source`: the Literal of the names that it has in recipes."""
+
+    def read(self) -> list[Prompt]:
+        """The prompts.
+
+        Raises:
+            ValueError: they cannot be read; one sentence that says where and why.
+        """
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""The TSAE: a threshold SAE in the atomic inner product."""

@@ -1,0 +1,13 @@
+"""Discovery: what registers itself is imported by the folder that it lies in, so that a new one is one file."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+
+
+def import_all(package: str) -> None:
+    """Import every module of `package`, in alphabetical order."""
+    for module in iter_modules(sys.modules[package].__path__, f"{package}."):
+        import_module(module.name)

@@ -1,1 +1,0 @@
-"""The paper's studies and ours, each a recipe away."""

@@ -1,0 +1,65 @@
+"""Contexts: the texts, and in them the tokens, at which a run's activations were read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from atom_lens.activations.models import find_model, load_tokenizer
+from atom_lens.activations.positions import tokenised
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.recipe.recipe import Recipe
+from atom_lens.recipe.split import harvest_for, heldout_rows
+from atom_lens.tensors.rows import Rows
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The activations of a recipe at one hook, in the order of its prompts, and where each was read.
+
+    Attributes:
+        x: shape (n, d).
+        prompts: of the recipe.
+        places: of each row the prompt, and the first and one past the last character of the token read, shape (n, 3).
+        heldout: rows that no training saw, shape (n,).
+    """
+
+    x: Float[Rows, "n d"]
+    prompts: list[Prompt]
+    places: Int[Tensor, "n 3"]
+    heldout: Bool[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def prompt(self, row: int) -> Prompt:
+        """What row `row` was read from."""
+        return self.prompts[int(self.places[row, 0])]
+
+    def span(self, row: int) -> tuple[int, int]:
+        """The characters, in the text of its prompt, of the token that row `row` was read at."""
+        _, start, end = self.places[row].tolist()
+        return start, end
+
+
+def corpus(recipe: Recipe, hook: str) -> Corpus:
+    """What the units of `hook` of a run are read on: from the store, where the recipe has been run here.
+
+    Raises:
+        ValueError: the hook is not one of the recipe's.
+    """
+    prompts = recipe.prompts.read()
+    found = harvest_for(recipe, prompts)
+    if hook not in found:
+        raise ValueError(f"hook is {hook!r}, allowed are the recipe's: {', '.join(found)}")
+    rows = found.rows[hook]
+    tokenizer = load_tokenizer(find_model(recipe.model.name, recipe.model.revision))
+    texts = [prompt.text for prompt in prompts]
+    offsets = [characters for _, characters in tokenised(tokenizer, texts, recipe.prepend_bos)]
+    places = torch.tensor([[prompt, *offsets[prompt][token]] for prompt, token in rows.tolist()])
+    groups = [prompts[prompt].group for prompt in rows[:, 0].tolist()]
+    out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed)
+    return Corpus(found.views[hook], prompts, places, out)

@@ -1,0 +1,91 @@
+"""A recipe: everything that a study depends on, in one YAML file, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
+
+from pydantic import Field, create_model
+
+from atom_lens.activations.models import pick_device
+from atom_lens.activations.positions import Positions
+from atom_lens.activations.prompts import SOURCES
+from atom_lens.activations.prompts.source import Source
+from atom_lens.activations.prompts.standard_library import PythonDocs
+from atom_lens.recipe.sections import Atoms, Metric, Model, Split, Training, Wandb
+from atom_lens.storage.schema import Section
+
+if TYPE_CHECKING:
+    Prompts = Source
+else:
+    Prompts = Annotated[Union[tuple(dict.fromkeys(SOURCES.values()))], Field(discriminator="source")]  # noqa: UP007
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # it becomes a part of paths
+T = TypeVar("T")
+
+
+class Recipe(Section):
+    """One study: model, prompts, hooks and positions, split, metric; atoms and training where some are trained.
+
+    What only one study needs is a section that the study registers (`register_section`). `other_text` is what edits
+    should leave alone (`atom-lens intervene`), and, unless `domains` names others, the other distribution of
+    `atom-lens shift`.
+    """
+
+    name: Name
+    model: Model
+    prompts: Prompts
+    hooks: list[str] = Field(min_length=1)
+    positions: Positions = "subject_last"
+    massive_ratio: float | None = Field(10.0, gt=1)
+    prepend_bos: bool = True
+    max_tokens: int = Field(1024, ge=1)
+    split: Split = Split.model_validate({})
+    metric: Metric = Metric()
+    atoms: Atoms | None = None
+    training: Training | None = None
+    wandb: Wandb = Wandb()
+    other_text: Prompts = PythonDocs(limit=300)
+
+    def section(self, kind: type[T]) -> T:
+        """The section that a study has registered as `kind`.
+
+        Raises:
+            ValueError: the recipe has none, and there is no default.
+        """
+        name, default = next((name, default) for name, (one, default) in _SECTIONS.items() if one == kind)
+        found: Any = getattr(self, name, default)
+        if found is None:
+            raise ValueError(f"key {name} is missing in recipe {self.name!r}")
+        return found
+
+    def to_train(self, command: str) -> tuple[Atoms, Training]:
+        """What dictionaries are trained from, checked before any work.
+
+        Only commands ask: a recipe may be read where its device is not, and may have no such sections.
+
+        Raises:
+            ValueError: a section is missing, or a device is not there.
+        """
+        for name in ("atoms", "training"):
+            if getattr(self, name) is None:
+                raise ValueError(f"key {name} is missing in recipe {self.name!r}, {command} needs it")
+        assert self.atoms is not None and self.training is not None
+        for device in (self.model.device, self.training.device):
+            pick_device(device)
+        return self.atoms, self.training
+
+
+_SECTIONS: dict[str, tuple[Any, Section | dict[str, Any] | None]] = {}
+
+
+def register_section(name: str, kind: Any, default: Section | dict[str, Any] | None = None) -> None:
+    """Let recipes have a section `name`; without a `default` it is only there where it is given."""
+    _SECTIONS[name] = kind, default
+
+
+def recipe_type() -> type[Recipe]:
+    """`Recipe` with the sections of all studies that are registered."""
+    fields: dict[str, Any] = {
+        name: (kind if default is not None else kind | None, default) for name, (kind, default) in _SECTIONS.items()
+    }
+    return create_model("Recipe", __base__=Recipe, **fields)

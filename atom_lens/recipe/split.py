@@ -1,0 +1,91 @@
+"""A recipe's activations, split into train and held-out rows, with no subject on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from atom_lens.activations.harvest import Harvest, harvest
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.recipe.recipe import Recipe
+from atom_lens.tensors.checks import Labels, checked_seed, labels
+from atom_lens.tensors.rows import Rows
+
+
+def heldout_rows(groups: Labels, share: float, seed: int) -> Bool[Tensor, " n"]:
+    """True for held-out rows: `share` of the distinct groups, drawn with `seed`, and at least one.
+
+    Args:
+        groups: the subject (or text) of every row.
+        share: of the groups, above 0 and below 1.
+        seed: of the draw.
+
+    Raises:
+        ValueError: fewer than two groups, a share or seed that is not allowed, or no labels.
+    """
+    names = labels(groups, None, "groups")
+    if isinstance(share, bool) or not 0 < share < 1:
+        raise ValueError(f"share is {share}, allowed is above 0 and below 1")
+    distinct = list(dict.fromkeys(names))
+    if len(distinct) < 2:
+        raise ValueError(f"a split by subject needs at least 2 subjects, got {len(distinct)}")
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(checked_seed(seed))).tolist()
+    n_heldout = min(len(distinct) - 1, max(1, round(share * len(distinct))))
+    chosen = {distinct[i] for i in order[:n_heldout]}
+    return torch.tensor([group in chosen for group in names])
+
+
+def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
+    """The activations that a recipe asks for."""
+    return harvest(
+        recipe.model.name,
+        prompts,
+        recipe.hooks,
+        recipe.positions,
+        recipe.model.backend,
+        revision=recipe.model.revision,
+        dtype=recipe.model.dtype,
+        device=recipe.model.device,
+        massive_ratio=recipe.massive_ratio,
+        prepend_bos=recipe.prepend_bos,
+        unique=True,
+        max_tokens=recipe.max_tokens,
+    )
+
+
+class SplitActivations(NamedTuple):
+    """Activations of one hook, float32. No subject is in both parts.
+
+    `subjects` are those of the held-out rows; `prompts` and `heldout_prompts` say which prompt each row comes from.
+    """
+
+    x: Float[Rows, "n d"]
+    heldout: Float[Rows, "m d"]
+    subjects: list[str]
+    prompts: list[int]
+    heldout_prompts: list[int]
+
+
+def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str) -> SplitActivations:
+    """Train and held-out activations at one hook, split by subject."""
+    which = found.rows[hook][:, 0]
+    groups = [prompts[i].group for i in which.tolist()]
+    out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed)
+    x = found.views[hook]
+    d = x.shape[1]
+    if int(out.sum()) < 2:
+        raise ValueError(
+            f"split.heldout is {recipe.split.heldout}, of {len(x)} activations it leaves {int(out.sum())} held-out: "
+            "at least 2 are needed"
+        )
+    if int((~out).sum()) < d and recipe.metric.ridge != "oas":
+        raise ValueError(
+            f"hook {hook!r} has {int((~out).sum())} training activations of width {d}, the metric needs at least {d}: "
+            "give more prompts, or metric.ridge=oas"
+        )
+    subjects = [groups[i] for i in out.nonzero()[:, 0].tolist()]
+    return SplitActivations(x.select(~out), x.select(out), subjects, which[~out].tolist(), which[out].tolist())

@@ -1,0 +1,260 @@
+"""Files that are whole or absent: written under a temporary name, synced, then renamed; and read with suspicion."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import tempfile
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+
+from atom_lens.storage.text import read_text
+
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, format characters, halves of surrogate pairs, separators
+_JOINERS = "\u200c\u200d"  # which scripts and emoji cannot be written without
+_SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
+_TEMPORARY = ".atom-lens-"  # what begins with this is ours, and nobody's if no process is writing it
+
+
+@contextmanager
+def _disk_full_is_an_oserror(path: Path) -> Iterator[None]:
+    """safetensors and Arrow each have an error of their own for a full disk; make them the same."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, "no disk space is left to write", str(path)) from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and keeps their names by itself
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside `path`; it becomes `path` on success and vanishes on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f"{_TEMPORARY}{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with _disk_full_is_an_oserror(path):
+            yield temporary
+        # mkstemp makes files for the owner alone; give the file the mode any other new file would have.
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path` that is gone afterwards, unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}.", dir=path.parent))
+    try:
+        with _disk_full_is_an_oserror(path):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it becomes `path` on success and vanishes on failure.
+
+    What stands at `path` by then is never removed: anything but an empty folder is a FileExistsError.
+    """
+    path = path.resolve()
+    with temporary_folder(path) as temporary:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        settle(temporary, path)
+
+
+def settle(work: Path, path: Path) -> None:
+    """Sync a folder and rename it to `path`, for good; an empty folder there gives way, anything else stays."""
+    sync_folder(work)
+    try:
+        if path.is_dir():
+            work.chmod(path.stat().st_mode & 0o7777)
+            path.rmdir()
+        work.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise FileExistsError(f"folder {str(path)!r} came into being meanwhile, it is left as it is") from error
+    _sync(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make all that is in a folder survive a power cut; files get the mode that any new file would have."""
+    mask = _umask()
+    for place, _, names in os.walk(folder):
+        for name in names:
+            file = Path(place) / name
+            file.chmod(0o666 & ~mask)
+            _sync(file)
+        _sync(Path(place))
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock on what is written at `path`, ``.<name>.lock`` beside it; the kernel drops it with its process.
+
+    The lock's empty file stays: removing it would let two processes hold locks of the same name.
+
+    Raises:
+        ValueError: another process holds it, and this one is not to `wait`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.parent / f".{path.name}.lock")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise ValueError(f"another process works on {str(path)!r}: wait for it, or choose another name=") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left half-written in `folder`: all of it, or what was to become `name`.
+
+    To be called by whoever holds the lock on what is written there.
+    """
+    for path in folder.glob(f"{_TEMPORARY}{name}.*" if name else f"{_TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Refuse a file that could not be written, before the work for it (a ValueError)."""
+    if path.is_dir():
+        raise ValueError(f"{option} is {str(path)!r}, a folder: the name of a file is needed")
+    parent = path.absolute().parent
+    there = next(p for p in (parent, *parent.parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise ValueError(f"{option} is {str(path)!r}, below {str(there)!r}, which is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} is {str(path)!r}, and nothing may be written in {str(there)!r}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON (no NaN), whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def regular_file(path: Path, limit: int | None = None) -> int:
+    """The size of a file; anything that is not a file (a pipe would wait for ever) or above `limit` is refused.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is no regular file, or longer than `limit` bytes.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{str(path)!r} does not exist") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{str(path)!r} is not a regular file")
+    if limit is not None and found.st_size > limit:
+        raise ValueError(f"{str(path)!r} has {found.st_size} bytes, allowed are up to {limit}")
+    return found.st_size
+
+
+def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
+    """Read a strict JSON mapping: no NaN, no key twice, no depth or length beyond reason.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is anything else.
+    """
+    regular_file(path, limit)
+    try:
+        return parse_json(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not strict JSON: {shown(str(error))}") from error
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """A strict JSON mapping: no NaN or infinity, no key twice, not too deep; anything else is a ValueError."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, a mapping is needed")
+    return value
+
+
+def shown(value: Any) -> str:
+    """What a message may hold of something that was read: on one line, without control characters, not too long."""
+    text = "".join(c if c.isprintable() else "?" for c in (value if isinstance(value, str) else repr(value)))
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def without_secrets(text: str, *secrets: str | None) -> str:
+    """`text` without `secrets`, the environment's keys, what is said after Bearer, and who is named in addresses."""
+    kept = (os.environ.get(name, "").strip() for name in _SECRET)
+    for secret in filter(None, (*secrets, *(key for key in kept if len(key) >= 8))):
+        text = text.replace(secret, "[secret]")
+    text = re.sub(r"(?i)\b(bearer|basic)\s+[^\s'\",}]{8,}", r"\1 [secret]", text)
+    return re.sub(r"(://)[^/\s@]+@", r"\1[secret]@", text)
+
+
+def visible(text: str, keep: str = "") -> str:
+    """`text` with escapes, as Python writes them, for what has no look of its own or changes that of its neighbours.
+
+    Those are control characters, terminals' and bidi ones among them, and blanks without a width; not those in `keep`.
+    """
+    if text.isprintable():
+        return text
+    hidden = {c for c in set(text) - {*keep, *_JOINERS} if unicodedata.category(c) in _UNSEEN}
+    return "".join(ascii(c)[1:-1] if c in hidden else c for c in text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"a key of {shown(', '.join(made))} stands twice")
+    return made
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refused(text)
+
+
+def _refused(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

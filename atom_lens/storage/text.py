@@ -1,0 +1,48 @@
+"""Text files as people have them: with a byte-order mark or without, with any line endings, and no others."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from pathlib import Path
+
+# Longest first: the mark of UTF-32 begins with that of UTF-16.
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, or in what its byte-order mark says; the mark is not a part of it.
+
+    Raises:
+        OSError: no such file.
+        ValueError: it is not such text; the message says at which line and byte.
+    """
+    raw = Path(path).read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8-sig")
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        name, line = encoding.removesuffix("-sig").upper(), raw.count(b"\n", 0, error.start) + 1
+        where = f"byte {error.start}, in line {line}: {error.reason}"
+        raise ValueError(f"{str(path)!r} is not text in {name} at {where}") from None
+    if (at := text.find("\0")) >= 0:
+        raise ValueError(f"{str(path)!r} is not text: a NUL stands in line {len(lines_of(text[:at]))}")
+    return text
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines as files have them: ended by LF, CR LF or CR, and by nothing else that Unicode knows."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
+def existing(path: str | Path) -> Path:
+    """The path of a file that is there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise ValueError(f"file {str(path)!r} does not exist")
+    return found

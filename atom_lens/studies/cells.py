@@ -1,0 +1,72 @@
+"""Long studies go on where they were stopped: every cell is kept as soon as it is measured, for its recipe only."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from atom_lens.recipe.reading import dump_recipe
+from atom_lens.recipe.recipe import Recipe
+from atom_lens.recipe.split import SplitActivations, harvest_for, split_activations
+from atom_lens.storage.files import locked, read_json, replacing, sweep, write_json
+from atom_lens.storage.text import read_text
+from atom_lens.studies.folder import same_activations
+from atom_lens.tensors import parallel
+
+logger = logging.getLogger(__name__)
+Cell = dict[str, Any]
+
+
+@contextmanager
+def claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
+    """A folder is continued by the recipe that began it only, and by one process, or torchrun's together, at a time."""
+    if parallel.rank() > 0:  # process 0 looks after the folder
+        parallel.together()
+        yield
+        return
+    with locked(folder):
+        _claim(folder, recipe)
+        parallel.together()
+        yield
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    kept, text = folder / "recipe.yaml", dump_recipe(recipe)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_file())):
+        raise FileExistsError(f"output folder {str(folder)!r} is not empty: choose another name= or remove it")
+    if kept.is_file() and read_text(kept) != text:
+        raise ValueError(f"{str(folder)!r} holds a study of another recipe: choose another name= or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    for cells in (folder / "cells", *(folder / "cells").glob("*/")):
+        sweep(cells)
+    with replacing(kept) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def kept(path: Path, make: Callable[[], Cell], says: Callable[[Cell], str]) -> Cell:
+    """The cell at `path`, made and logged with what it `says` if it is not there yet."""
+    if parallel.agreed(path.is_file):
+        return read_json(path)
+    start = time.monotonic()
+    cell = make()
+    cell["seconds"] = time.monotonic() - start
+    if parallel.rank() > 0:
+        return cell
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, cell)
+    logger.info("%-24s %s, %.0f s", path.stem, says(cell), cell["seconds"])
+    return cell
+
+
+def splits(recipe: Recipe, folder: Path) -> Iterator[tuple[str, SplitActivations]]:
+    """Each hook with its activations of both splits; a study ends with the activations that it began with, or not."""
+    prompts = recipe.prompts.read()
+    found = harvest_for(recipe, prompts)
+    same_activations(folder, found.views)
+    for hook in found:
+        yield hook, split_activations(recipe, prompts, found, hook)

@@ -1,0 +1,119 @@
+"""Evaluate atoms on disk, or any sae-lens SAE, on the activations of a recipe."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.dictionaries.load import atoms_folder, open_dictionary
+from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.evidence.report import evaluate
+from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.recipe.reading import load_recipe
+from atom_lens.recipe.recipe import Recipe
+from atom_lens.recipe.split import harvest_for, heldout_rows, split_activations
+from atom_lens.storage.files import shown
+
+logger = logging.getLogger(__name__)
+# What decides which subjects a recipe reads, and which of them it holds out.
+_READ = {"model", "prompts", "hooks", "positions", "massive_ratio", "prepend_bos", "max_tokens", "split"}
+
+
+def recipe_beside(path: str | Path) -> Path:
+    """The recipe.yaml of the run that atoms at `path` belong to."""
+    atoms = Path(path)
+    if atoms.name.startswith("seed-"):  # those of another seed lie within those of the first
+        atoms = atoms.parent
+    for folder in (atoms, atoms.parent):
+        if (folder / "recipe.yaml").is_file():
+            return folder / "recipe.yaml"
+    raise ValueError(f"no recipe.yaml in {str(path)!r} or above it: a run folder has one, and evaluate takes --recipe")
+
+
+def evaluate_folder(
+    path: str | Path, recipe: Recipe | str | Path, overrides: Sequence[str] = (), hook: str | None = None
+) -> dict[str, Any]:
+    """The report of the atoms, or of any sae-lens SAE, at `path`, on the activations of `recipe`.
+
+    An SAE without a metric of its own is measured under the metric of the recipe's training split.
+
+    Args:
+        path: whatever `load_atoms` reads from, but for releases, of any architecture that sae-lens has.
+        recipe: whose activations and split.
+        overrides: ``section.key=value``, applied to a recipe that is read from a file.
+        hook: which atoms of a run over several hooks.
+
+    Raises:
+        ValueError: the hook of the atoms is not among the recipe's, widths differ, or the recipe's split is not the one
+            these atoms were trained with.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    folder = atoms_folder(path, hook)
+    check_split(folder, recipe)
+    atoms = open_dictionary(folder)
+    has_metric = isinstance(atoms, TSAE) and atoms.aip.n > 0
+    hook = str(atoms.cfg.metadata.hook_name)
+    prompts = recipe.prompts.read()
+    found = harvest_for(recipe, prompts)
+    if hook not in found:
+        raise ValueError(f"the atoms' hook {hook!r} is not among the recipe's, allowed are {', '.join(found)}")
+    x, heldout, subjects, *_ = split_activations(recipe, prompts, found, hook)
+    metric = None if has_metric else AtomicInnerProduct.estimate(x, recipe.metric.ridge, "the recipe's training split")
+    about = {
+        "name": recipe.name,
+        "model": recipe.model.name,
+        "hook": hook,
+        "positions": recipe.positions,
+        "massive_rows_dropped": found.dropped[hook],
+        "seconds": {"harvest": found.seconds},
+    }
+    seed = recipe.training.seed if recipe.training else 0
+    return evaluate(atoms, x, heldout, metric, groups=subjects, seed=seed, about=about)
+
+
+def check_split(folder: Path, recipe: Recipe) -> None:
+    """Atoms that know their recipe are not measured on held-out subjects that they were trained on.
+
+    Args:
+        folder: of the atoms, or their run.
+        recipe: whose held-out rows they are to be measured on.
+
+    Raises:
+        ValueError: some of those subjects were training subjects at a hook that both recipes read.
+    """
+    try:
+        own = load_recipe(recipe_beside(folder))
+    except ValueError:
+        return
+    if own.model_dump(include=_READ) == recipe.model_dump(include=_READ):
+        return
+    prompts = recipe.prompts.read()
+    try:
+        before = own.prompts.read()
+        if {prompt.group for prompt in prompts}.isdisjoint(prompt.group for prompt in before):
+            return
+        theirs = _sides(own, before)
+    except (ValueError, OSError) as error:
+        logger.warning("subjects held out now may have trained these atoms, whose own cannot be read: %s", error)
+        return
+    for hook, (heldout, _) in _sides(recipe, prompts).items():
+        if seen := sorted(heldout & theirs.get(hook, (set(), set()))[1]):
+            raise ValueError(
+                f"{len(seen)} of {len(heldout)} subjects held out now, {shown(seen[0])!r} among them, are subjects "
+                "that these atoms were trained with: keep the prompts, positions and split of their recipe.yaml"
+            )
+
+
+def _sides(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, tuple[set[str], set[str]]]:
+    """Hook -> the subjects held out, and those trained on, of the rows that are read: they decide how a split falls."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for hook, rows in harvest_for(recipe, prompts).rows.items():
+        groups = [prompts[prompt].group for prompt in rows[:, 0].tolist()]
+        out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed).tolist()
+        heldout = set(compress(groups, out))
+        found[hook] = heldout, set(groups) - heldout
+    return found

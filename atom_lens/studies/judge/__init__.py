@@ -1,0 +1,1 @@
+"""Judging: do the contexts of a latent have one thing in common?"""

@@ -1,0 +1,179 @@
+"""Kinds of units side by side on the same rows: a run's atoms, and what they have to be better than."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.sparse import csc_array
+from torch import Tensor
+
+from atom_lens.dictionaries import Dictionary
+from atom_lens.dictionaries.bases import Basis, neurons
+from atom_lens.dictionaries.nulls import Pursuit, data_atoms, random_atoms
+from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.evidence.codes import codes_of
+from atom_lens.evidence.purity import purity
+from atom_lens.recipe.contexts import Corpus
+from atom_lens.recipe.recipe import Recipe
+from atom_lens.storage.files import shown
+from atom_lens.studies.cells import Cell
+from atom_lens.studies.compare import Compare
+from atom_lens.studies.units import pretrained
+from atom_lens.tensors.rows import Rows, mean_row
+
+DATA_POINTS, DENSE_ATOMS, CONTROL = "data points", "atoms, as dense", "random rows"
+NOT_ASKED = (DATA_POINTS, DENSE_ATOMS)  # of a judge, whose answers cost
+
+
+def read_kinds(
+    atoms: TSAE, recipe: Recipe, read: Corpus, least: tuple[int, int], seed: int, without: Collection[str] = ()
+) -> dict[str, csc_array]:
+    """Codes of atoms, the recipe's features, neurons, random directions, data points and random rows, on the same rows.
+
+    Only what lies on the positive side of a unit counts as active, as it does for atoms and SAEs, whose codes are
+    never negative: a direction's two ends are two things. Dense kinds (neurons, random directions) are active at
+    their largest codes, at as many rows of either split as the median of the atoms that are active at `least` rows of
+    it; so are the atoms' encoder rows, without their thresholds, to compare at the same number of rows. Data points are
+    the atoms of a pursuit with the atoms' mean L0. Random rows are no units at all: the floor.
+
+    Args:
+        atoms: of a run.
+        recipe: of the run.
+        read: the rows.
+        least: training rows, and held-out ones, at which a unit that counts is active.
+        seed: of the draws.
+        without: of data points and the dense atoms, those that are not needed.
+
+    Returns:
+        Kind -> codes of its units, shape (n, F), with an entry where a unit is active.
+
+    Raises:
+        ValueError: features of another width, or of another hook.
+    """
+    train = read.x.select(~read.heldout)
+    generator = torch.Generator().manual_seed(seed)
+    mean, n_atoms = mean_row(train).to(train.dtype), len(atoms.W_dec)
+    codes = {"atoms": _positive(codes_of(atoms, read.x))}
+    held = read.heldout.numpy()
+    often = (np.diff(codes["atoms"][rows].indptr) for rows in (~held, held))
+    m_train, m_heldout = (_median(part, enough) for part, enough in zip(often, least, strict=True))
+    hook = str(atoms.cfg.metadata.hook_name)
+    for features in recipe.section(Compare).features:
+        one = pretrained(features, "cpu")
+        if one.W_dec.shape[1] != train.shape[1]:
+            raise ValueError(
+                f"features {features.name!r} are {one.W_dec.shape[1]} wide, the activations of {hook} {train.shape[1]}"
+            )
+        theirs = one.cfg.metadata.hook_name
+        if theirs not in (None, hook):
+            raise ValueError(f"features {features.name!r} are of hook {shown(str(theirs))!r}, the atoms of {hook!r}")
+        codes[f"features {features.name}"] = _positive(codes_of(one, read.x))
+    directions = random_atoms(n_atoms, atoms.aip, generator)
+    dense = {
+        DENSE_ATOMS: Basis(atoms.W_enc.detach().T, mean),
+        "neurons": neurons(train),
+        # S d as the row that is read: the inner product under the metric
+        "random directions": Basis(atoms.aip.whiten(atoms.aip.whiten(directions)).to(train.dtype), mean),
+    }
+    for name, basis in dense.items():
+        if name not in without:
+            codes[name] = strongest(basis, read.x, read.heldout, (m_train, m_heldout))
+    if DATA_POINTS not in without:
+        k = max(1, round(codes["atoms"].nnz / len(read)))
+        points = data_atoms(train, n_atoms, mean, generator)
+        codes[DATA_POINTS] = _positive(codes_of(Pursuit(points, mean, atoms.aip, min(k, *points.shape)), read.x))
+    codes[CONTROL] = _random_rows(read.heldout, n_atoms, (m_train, m_heldout), seed)
+    return codes
+
+
+def _median(often: np.ndarray, least: int) -> int:
+    """Rows of the median unit; those below `least` are not measured, and would pull the others below it too."""
+    counted = often[often >= least]
+    return int(np.median(counted)) if len(counted) else least
+
+
+@torch.no_grad()
+def strongest(
+    dictionary: Dictionary,
+    x: Float[Rows, "n d"],
+    heldout: Bool[Tensor, " n"],
+    per_unit: tuple[int, int],
+    batch: int = 1024,
+) -> csc_array:
+    """Of every unit its largest codes: `per_unit` of the training rows, and of the held-out rows. Shape (n, F).
+
+    What is kept of them is how far they lie above the least of the unit, plus 1: an entry is positive then, and larger
+    where the code is, whatever the sign of the codes.
+    """
+    values, rows = [], []
+    for m, which in zip(per_unit, (~heldout, heldout), strict=True):
+        at = which.nonzero().squeeze(1)
+        best = torch.empty(0, len(dictionary.W_dec))
+        index = torch.empty(0, len(dictionary.W_dec), dtype=torch.long)
+        for part in at.split(batch):
+            best = torch.cat([best, dictionary.encode(x[part]).float().cpu()])
+            index = torch.cat([index, part[:, None].expand(-1, best.shape[1])])
+            best, order = best.topk(min(m, len(best)), dim=0)
+            index = index.gather(0, order)
+        values.append(best)
+        rows.append(index)
+    value, row = torch.cat(values).double(), torch.cat(rows)
+    value = value - value.amin(dim=0) + 1
+    unit = torch.arange(value.shape[1]).expand_as(value)
+    entries = (row.flatten().numpy(), unit.flatten().numpy())
+    return csc_array((value.flatten().numpy(), entries), shape=(len(heldout), value.shape[1]))
+
+
+def _random_rows(heldout: Bool[Tensor, " n"], n_units: int, per_unit: tuple[int, int], seed: int) -> csc_array:
+    """Units that are active anywhere: as many rows of either split as the others, drawn without replacement."""
+    draw = np.random.default_rng(seed)
+    splits = [np.flatnonzero(~heldout.numpy()), np.flatnonzero(heldout.numpy())]
+    chosen = [
+        draw.choice(rows, min(m, len(rows)), replace=False)
+        for _ in range(n_units)
+        for m, rows in zip(per_unit, splits, strict=True)
+    ]
+    rows = np.concatenate(chosen)
+    units = np.repeat(np.arange(n_units), len(rows) // n_units)
+    # Strengths are drawn too: the strongest of these rows are random as well.
+    return csc_array((draw.random(len(rows)) + 1, (rows, units)), shape=(len(heldout), n_units))
+
+
+def _positive(codes: csc_array) -> csc_array:
+    codes.data[codes.data < 0] = 0
+    codes.eliminate_zeros()
+    return codes
+
+
+def label_purity(read: Corpus, codes_at: Callable[[Corpus], dict[str, csc_array]], seed: int) -> Cell | None:
+    """Purity of every kind for the prompts' answers, on the held-out rows and on all; None where there are none.
+
+    Of every subject only the last row that has an answer is looked at, however many tokens and prompts it has.
+
+    Args:
+        read: the rows.
+        codes_at: the codes of every kind at those of them that are looked at.
+        seed: of the permutations.
+    """
+    prompts = [read.prompt(row) for row in range(len(read))]
+    last = {prompt.group: row for row, prompt in enumerate(prompts) if prompt.answer is not None}
+    which = torch.zeros(len(read), dtype=torch.bool)
+    which[list(last.values())] = True
+    labelled = Corpus(read.x.select(which), read.prompts, read.places[which], read.heldout[which])
+    answers = np.array([str(labelled.prompt(row).answer) for row in range(len(labelled))])
+    splits = {"heldout": labelled.heldout.numpy(), "all": np.ones(len(labelled), dtype=bool)}
+    if any(len(np.unique(answers[rows])) < 2 for rows in splits.values()):
+        return None
+    codes = codes_at(labelled)
+    found: Cell = {}
+    for split, rows in splits.items():
+        names, labels = np.unique(answers[rows], return_inverse=True)
+        scores = {
+            kind: purity(csc_array(of[np.flatnonzero(rows)]), labels, seed=seed).figures for kind, of in codes.items()
+        }
+        commonest = float(np.bincount(labels).max() / len(labels))
+        found[split] = {"n": len(labels), "labels": len(names), "commonest_label": commonest, "kinds": scores}
+    return found

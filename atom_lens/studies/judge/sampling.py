@@ -1,0 +1,120 @@
+"""What is asked: units drawn of each kind, their contexts, and questions that do not say whose contexts they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+from scipy.sparse import csc_array
+
+from atom_lens.evidence.codes import active_rows
+from atom_lens.recipe.contexts import Corpus
+from atom_lens.storage.files import visible
+
+VERSION = "v1"
+_BEFORE, _AFTER = 200, 60  # characters shown around the token read
+_LONGEST = 120  # characters shown of it
+
+
+@dataclass(frozen=True)
+class Case:
+    """One unit, and the rows it is judged by. What is shown is of training rows, what is tested of held-out ones.
+
+    Attributes:
+        kind: which the judge is never told.
+        unit: its index, likewise.
+        shown: its strongest training rows, in random order.
+        tested: held-out rows, as many at which it is active as at which it is not, in random order.
+        strong: of those, at which it is active.
+    """
+
+    kind: str
+    unit: int
+    shown: list[int]
+    tested: list[int]
+    strong: list[bool]
+
+
+def draw_cases(
+    codes: Mapping[str, csc_array], heldout: np.ndarray, units: int, contexts: int, seed: int
+) -> tuple[list[Case], dict[str, int]]:
+    """Up to `units` units of each kind, all kinds shuffled together, and how many of each kind could be drawn.
+
+    A unit can be drawn if it is active at `contexts` training rows and at half as many held-out ones.
+
+    Args:
+        codes: kind -> shape (n, F).
+        heldout: shape (n,).
+        units: of each kind.
+        contexts: rows shown, and rows tested (an even number of them).
+        seed: of the draws and the order.
+    """
+    draw = np.random.default_rng(seed)
+    half = contexts // 2
+    cases, living = [], {}
+    for kind, of in codes.items():
+        rows_of = [active_rows(of, unit)[0] for unit in range(len(of.indptr) - 1)]
+        able = [
+            u for u, rows in enumerate(rows_of) if (~heldout[rows]).sum() >= contexts and heldout[rows].sum() >= half
+        ]
+        living[kind] = len(able)
+        for unit in draw.permutation(able)[:units].tolist():
+            rows = rows_of[unit]
+            quiet = np.setdiff1d(np.flatnonzero(heldout), rows)
+            if len(quiet) < half:
+                continue
+            shown = draw.permutation(rows[~heldout[rows]][:contexts])
+            active = draw.choice(rows[heldout[rows]], half, replace=False)
+            tested = np.concatenate([active, draw.choice(quiet, half, replace=False)])
+            order = draw.permutation(len(tested))
+            strong = (order < half).tolist()
+            cases.append(Case(kind, unit, shown.tolist(), tested[order].tolist(), strong))
+    return [cases[i] for i in draw.permutation(len(cases))], living
+
+
+def rubric_question(case: Case, corpus: Corpus) -> str:
+    """What a judge is asked about the rows shown."""
+    return prompt_file("rubric").format(count=len(case.shown), excerpts=_excerpts(corpus, case.shown))
+
+
+def detection_question(case: Case, corpus: Corpus, explanation: str) -> str:
+    """What a judge is asked about the rows tested, given what it said about those shown."""
+    said = " ".join(explanation.split())
+    return prompt_file("detect").format(
+        explanation=said, count=len(case.tested), excerpts=_excerpts(corpus, case.tested)
+    )
+
+
+def question_name(question: str) -> str:
+    """A name for a question that says nothing about it."""
+    return hashlib.sha256(question.encode()).hexdigest()[:12]
+
+
+def prompt_file(name: str) -> str:
+    """The text of a versioned prompt."""
+    file = files("atom_lens.studies.judge") / "prompts" / VERSION / f"{name}.txt"
+    return file.read_text(encoding="utf-8")
+
+
+def marked(corpus: Corpus, row: int) -> str:
+    """The text around a row on one line, the token that was read between << and >>."""
+    text, (start, end) = corpus.prompt(row).text, corpus.span(row)
+    lead = len(text[start:end]) - len(text[start:end].lstrip())  # a token often begins with its blank
+    start += lead if start + lead < end else 0
+    before = ("…" if start > _BEFORE else "") + text[max(0, start - _BEFORE) : start]
+    token = text[start:end] if end - start <= _LONGEST else text[start : start + _LONGEST - 1] + "…"
+    after = text[end : end + _AFTER] + ("…" if end + _AFTER < len(text) else "")
+    before, token, after = map(_inside, (before, token, after))
+    return f"{before}<<{token}>>{after}"
+
+
+def _inside(text: str) -> str:
+    """`text` without what a judge could take for the end of its line, or for the mark: code has << of its own."""
+    return visible(text.replace("\r\n", "\n"), keep="\t").replace("<<", "‹‹").replace(">>", "››")
+
+
+def _excerpts(corpus: Corpus, rows: Sequence[int]) -> str:
+    return "\n".join(f"{number}. {marked(corpus, row)}" for number, row in enumerate(rows, 1))
