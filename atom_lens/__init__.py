@@ -1,27 +1,56 @@
 """atom-lens: are these the real units of this model, and how would I know?
 
 The way of an activation: prompts -> activations -> metric -> atoms -> evidence -> interventions -> sharing. Importing
-this package registers the architecture ``aip_tsae`` with sae-lens.
+this package registers its architectures with sae-lens; everything else is imported when it is asked for.
 """
 
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from atom_lens._version import __version__
-from atom_lens.activations.connect import open_model
-from atom_lens.activations.harvest import Harvest, harvest
-from atom_lens.activations.prompts.prompt import Prompt
-from atom_lens.dictionaries.load import aip_converter, load_atoms
-from atom_lens.dictionaries.tsae.sae import TSAE, TSAEConfig
-from atom_lens.dictionaries.tsae.training import TSAETraining, TSAETrainingConfig
-from atom_lens.evidence.faithfulness import faithfulness
-from atom_lens.evidence.report import evaluate
-from atom_lens.evidence.stability import Stability, stability
-from atom_lens.geometry import AtomicInnerProduct, SecondMoment, angle_histogram
-from atom_lens.interventions.splice import Splice, splice
-from atom_lens.recipe.reading import load_recipe
-from atom_lens.recipe.recipe import Recipe
-from atom_lens.sharing.convert import convert
-from atom_lens.sharing.publish import Published, publish
-from atom_lens.studies.train import train
-from atom_lens.training.fit import fit
+
+if TYPE_CHECKING:
+    from atom_lens.activations.connect import open_model
+    from atom_lens.activations.harvest import Harvest, harvest
+    from atom_lens.activations.prompts.prompt import Prompt
+    from atom_lens.dictionaries.load import aip_converter, load_atoms
+    from atom_lens.dictionaries.tsae.sae import TSAE, TSAEConfig
+    from atom_lens.dictionaries.tsae.training import TSAETraining, TSAETrainingConfig
+    from atom_lens.evidence.faithfulness import faithfulness
+    from atom_lens.evidence.report import evaluate
+    from atom_lens.evidence.stability import Stability, stability
+    from atom_lens.geometry import AtomicInnerProduct, SecondMoment, angle_histogram
+    from atom_lens.interventions.splice import Splice, splice
+    from atom_lens.recipe.reading import load_recipe
+    from atom_lens.recipe.recipe import Recipe
+    from atom_lens.sharing.convert import convert
+    from atom_lens.sharing.publish import Published, publish
+    from atom_lens.studies.train.run import train
+    from atom_lens.training.fit import fit
+
+# Where each name is defined.
+_HOME = {
+    "activations.connect": ("open_model",),
+    "activations.harvest": ("Harvest", "harvest"),
+    "activations.prompts.prompt": ("Prompt",),
+    "dictionaries.load": ("aip_converter", "load_atoms"),
+    "dictionaries.tsae.sae": ("TSAE", "TSAEConfig"),
+    "dictionaries.tsae.training": ("TSAETraining", "TSAETrainingConfig"),
+    "evidence.faithfulness": ("faithfulness",),
+    "evidence.report": ("evaluate",),
+    "evidence.stability": ("Stability", "stability"),
+    "geometry": ("AtomicInnerProduct", "SecondMoment", "angle_histogram"),
+    "interventions.splice": ("Splice", "splice"),
+    "recipe.reading": ("load_recipe",),
+    "recipe.recipe": ("Recipe",),
+    "sharing.convert": ("convert",),
+    "sharing.publish": ("Published", "publish"),
+    "studies.train.run": ("train",),
+    "training.fit": ("fit",),
+}
+_MODULE = {name: f"{__name__}.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "TSAE",
@@ -52,3 +81,21 @@ __all__ = [
     "stability",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("Recipe", "load_recipe"):
+        import_module(f"{__name__}.studies")  # which say what sections a recipe may have
+    value = globals()[name] = getattr(import_module(_MODULE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+# The command line imports what its commands need: without this, its --help would take as long as sae-lens.
+if sys.argv[:1] != ["-m"] and Path(sys.argv[0] if sys.argv else "").name != "atom-lens":
+    import_module(f"{__name__}.dictionaries.tsae.training")

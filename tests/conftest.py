@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import atom_lens.studies  # noqa: F401 -- they register the sections that recipes may have
 from atom_lens.activations.models import DEMO, find_model
 
 NAMES = "Paris Lyon New York San Francisco Rome Oslo is a city in the of capital France Italy"

@@ -51,8 +51,8 @@ register(
     Fixed(
         name="neurons",
         label="neurons",
-        symbol="star-square",
-        dash="dot",
+        marker="P",
+        line=":",
         make=lambda setup, k: neurons(setup.x),
     )
 )
@@ -60,8 +60,8 @@ register(
     Fixed(
         name="principal",
         label="principal directions",
-        symbol="hexagon",
-        dash="dot",
+        marker="h",
+        line=":",
         sparsity="l0",
         make=lambda setup, k: principal(setup.x, setup.aip, k),
     )

@@ -131,8 +131,8 @@ register(
     Drawn(
         name="null_random",
         label="null: random directions",
-        symbol="x",
-        dash="dot",
+        marker="x",
+        line=":",
         draw=lambda setup, generator: random_atoms(setup.atoms.capacity, setup.aip, generator),
     )
 )
@@ -140,13 +140,13 @@ register(
     Drawn(
         name="null_data",
         label="null: data points",
-        symbol="diamond",
-        dash="dash",
+        marker="D",
+        line="--",
         draw=lambda setup, generator: data_atoms(
             setup.x, setup.atoms.capacity, mean_row(setup.x).to(setup.x.dtype), generator
         ),
     )
 )
 # Trained beside a run's atoms, where there was nothing to learn (`TrainedNull`).
-register(Kind(name="null_frozen", label="null: frozen decoder", role="null", symbol="square", dash="dashdot"))
-register(Kind(name="null_shuffled", label="null: shuffled data", role="null", symbol="triangle-up", dash="longdash"))
+register(Kind(name="null_frozen", label="null: frozen decoder", role="null", marker="s", line="-."))
+register(Kind(name="null_shuffled", label="null: shuffled data", role="null", marker="^", line="--"))

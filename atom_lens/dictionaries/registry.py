@@ -64,8 +64,8 @@ class Kind:
         label: for people.
         role: what it is in a comparison.
         color: of a family, as #rrggbb.
-        symbol: of a marker, as plotly names them.
-        dash: of a line, as plotly names them.
+        marker: as matplotlib names them.
+        line: its style, as matplotlib names them.
         sparsity: which of a recipe's sweeps it takes; None for a kind whose sparsity nothing sets.
         least: the smallest level that it takes.
         by_default: whether comparisons have it unless they are told otherwise.
@@ -75,8 +75,8 @@ class Kind:
     label: str
     role: Role = "baseline"
     color: str = GREY
-    symbol: str = "pentagon"
-    dash: str = "solid"
+    marker: str = "p"
+    line: str = "-"
     sparsity: Sparsity | None = None
     least: float = 0.0
     by_default: bool = True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -12,6 +10,7 @@ from atom_lens.dictionaries import Dictionary
 from atom_lens.evidence.certificates import atom_coherence, certify_codes, rip_bound, unique_atoms, whitened_units
 from atom_lens.evidence.measure import Observation, observe
 from atom_lens.evidence.recovery import basis_pursuit_agrees, pursuit_agrees
+from atom_lens.evidence.results import Agreement, Certificates, Codes, Eps, Recovery, Rip, Window
 from atom_lens.evidence.window import threshold_window
 from atom_lens.geometry import AtomicInnerProduct, check_rows
 from atom_lens.tensors.checks import checked_seed
@@ -30,7 +29,7 @@ def certify(
     *,
     sample: int = 256,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Certificates:
     """Every certificate of a dictionary on one split, as report.json holds it.
 
     Args:
@@ -42,15 +41,14 @@ def certify(
         seed: of the draw of the sample.
 
     Returns:
-        The fields of `certificates` (docs/report.md). `window` only for a dictionary with thresholds, and None
-        everywhere when no atom is alive.
+        The certificates; `window` only for a dictionary with thresholds, and all None when no atom is alive.
     """
     x = check_rows(x, "x", metric.width)
     seen = observe(dictionary, x, metric) if seen is None else seen
     device = dictionary.W_dec.device
     metric, alive = metric.to(device), seen.alive.to(device)
     if not alive.any():
-        return {"rip": None, "unique_atoms": None, "codes": None, "recovery": None, "window": None}
+        return Certificates()
     atoms = dictionary.W_dec.detach().float()[alive]
     coherence = atom_coherence(atoms, metric)
     most = int(seen.l0.max())
@@ -60,40 +58,39 @@ def certify(
     codes = dictionary.encode(sampled.to(dictionary.W_dec.dtype))
     certified = certify_codes(atoms, codes[:, alive], metric)
     spoken = certified.k > 0
-    found: dict[str, Any] = {
-        "rip": {"k": most, "bound": rip_bound(seen.found.max_coherence, most)},
-        "unique_atoms": float(unique_atoms(coherence, seen.k_atom.to(device)[alive]).double().mean()),
-        "codes": {
-            "n": int(spoken.sum()),
-            "babel": _share(certified.babel[spoken]),
-            "exact_recovery": _share(certified.exact_recovery[spoken]),
-        },
-        "recovery": _recovery(dictionary, sampled, codes, alive, metric),
-        "window": None,
-    }
-    tau = getattr(dictionary, "threshold", None)
+    tau, window = getattr(dictionary, "threshold", None), None
     if isinstance(tau, Tensor):
         norms = metric.whiten(atoms).norm(dim=1)
-        found["window"] = _window(seen, coherence.double().cpu(), (tau.detach()[alive].double() * norms).cpu())
-    return found
+        window = _window(seen, coherence.double().cpu(), (tau.detach()[alive].double() * norms).cpu())
+    return Certificates(
+        rip=Rip(k=most, bound=rip_bound(seen.found.max_coherence, most)),
+        unique_atoms=float(unique_atoms(coherence, seen.k_atom.to(device)[alive]).double().mean()),
+        codes=Codes(
+            n=int(spoken.sum()),
+            babel=_share(certified.babel[spoken]),
+            exact_recovery=_share(certified.exact_recovery[spoken]),
+        ),
+        recovery=_recovery(dictionary, sampled, codes, alive, metric),
+        window=window,
+    )
 
 
-def _window(seen: Observation, coherence: Float[Tensor, " F"], tau: Float[Tensor, " F"]) -> dict[str, Any]:
+def _window(seen: Observation, coherence: Float[Tensor, " F"], tau: Float[Tensor, " F"]) -> Window:
     """The window with each atom's own extremes, and how far the thresholds are from it."""
     alive = seen.alive
     smallest, k_active = seen.smallest[alive], seen.k_atom[alive]
     k, delta_max = int(seen.l0.max()), float(seen.largest.max())
     window = threshold_window(tau, coherence, torch.full_like(k_active, k), k_active, smallest, delta_max)
-    return {
-        "eps": {"median": float(coherence.median()), "max": float(coherence.max())},
-        "k": k,
-        "delta_min": float(smallest.min()),
-        "delta_max": delta_max,
-        "feasible": _share(window.feasible),
-        "inside": _share(window.inside),
-        "outside_by_median": float(window.outside_by.median()),
-        "outside_by_median_tau": float((window.outside_by / tau.abs().clamp(min=1e-12)).median()),
-    }
+    return Window(
+        eps=Eps(median=float(coherence.median()), max=float(coherence.max())),
+        k=k,
+        delta_min=float(smallest.min()),
+        delta_max=delta_max,
+        feasible=_share(window.feasible),
+        inside=_share(window.inside),
+        outside_by_median=float(window.outside_by.median()),
+        outside_by_median_tau=float((window.outside_by / tau.abs().clamp(min=1e-12)).median()),
+    )
 
 
 def _recovery(
@@ -102,7 +99,7 @@ def _recovery(
     codes: Float[Tensor, "n F"],
     alive: Bool[Tensor, " F"],
     metric: AtomicInnerProduct,
-) -> dict[str, Any] | None:
+) -> Recovery | None:
     atoms = dictionary.W_dec.detach().float()[alive]
     active = codes[:, alive] != 0
     k = active.sum(dim=1)
@@ -114,15 +111,16 @@ def _recovery(
     bias = dictionary.decode(torch.zeros_like(codes[:1]))
     units = whitened_units(atoms, metric)
     exact, given = (metric.whiten(part - bias).to(units.dtype) for part in (reconstruction, x[rows]))
-    found: dict[str, Any] = {"n": len(rows)}
-    agreements = {
-        "omp_reconstruction": pursuit_agrees(exact, units, active[rows]),
-        "bp_reconstruction": basis_pursuit_agrees(exact, units, active[rows]),
-        "omp_activation": pursuit_agrees(given, units, active[rows]),
-    }
-    for name, agreement in agreements.items():
-        found[name] = {"same_support": _share(agreement == 1), "shared_atoms": float(agreement.mean())}
-    return found
+    return Recovery(
+        n=len(rows),
+        omp_reconstruction=_agreement(pursuit_agrees(exact, units, active[rows])),
+        bp_reconstruction=_agreement(basis_pursuit_agrees(exact, units, active[rows])),
+        omp_activation=_agreement(pursuit_agrees(given, units, active[rows])),
+    )
+
+
+def _agreement(shares: Float[Tensor, " n"]) -> Agreement:
+    return Agreement(same_support=_share(shares == 1), shared_atoms=float(shares.mean()))
 
 
 def _share(flags: Bool[Tensor, " n"]) -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from scipy.stats import beta
 from torch import Tensor
 
 from atom_lens.evidence.certificates import whitened_units
+from atom_lens.evidence.results import IdentityFigures
 from atom_lens.geometry import AtomicInnerProduct, check_rows
 from atom_lens.tensors.checks import Mask, mask
 
@@ -118,10 +118,10 @@ class Identity:
     scores: list[Float[Tensor, " F"]]
 
     @property
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> IdentityFigures:
         """As report.json holds them."""
         names = ("pw_mcc", "above_09", "level", "above_level", "pairs")
-        return {"runs": len(self.scores), **{name: getattr(self, name) for name in names}}
+        return IdentityFigures(runs=len(self.scores), **{name: getattr(self, name) for name in names})
 
 
 def identity(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from atom_lens.dictionaries import Dictionary
 from atom_lens.dictionaries.protocol import check_folded
 from atom_lens.evidence.faithfulness import SquaredSums, explained
+from atom_lens.evidence.results import L0, Coherence, Figures
 from atom_lens.evidence.stability import Stability, stability
 from atom_lens.geometry import AtomicInnerProduct, check_rows
 from atom_lens.tensors import parallel
@@ -52,27 +52,26 @@ class Observation:
         return self.k_atom > 0
 
     @cached_property
-    def figures(self) -> dict[str, Any]:
-        """The fields of a split in report.json: r2, r2_aip, q_star, l0, empty_codes, dead_atoms, coherence."""
-        return {
-            "n": len(self),
-            "r2": explained(self.residual, self.total),
-            "r2_aip": explained(self.residual_aip, self.total_aip),
-            "q_star": self.found.q_star,
-            "l0": {
-                "mean": float(self.l0.double().mean()),
-                "p50": self.found.l0_quantile(0.5),
-                "p998": self.found.l0_quantile(0.998),
-                "max": int(self.l0.max()),
-            },
-            "empty_codes": self.found.empty_codes,
-            "dead_atoms": self.found.dead_atoms,
-            "coherence": {
-                "p50": self.found.coherence_quantile(0.5),
-                "p998": self.found.coherence_quantile(0.998),
-                "max": self.found.max_coherence,
-            },
-        }
+    def figures(self) -> Figures:
+        """R², q*, L0, empty codes, dead atoms and coherence."""
+        found = self.found
+        return Figures(
+            n=len(self),
+            r2=explained(self.residual, self.total),
+            r2_aip=explained(self.residual_aip, self.total_aip),
+            q_star=found.q_star,
+            l0=L0(
+                mean=float(self.l0.double().mean()),
+                p50=found.l0_quantile(0.5),
+                p998=found.l0_quantile(0.998),
+                max=int(self.l0.max()),
+            ),
+            empty_codes=found.empty_codes,
+            dead_atoms=found.dead_atoms,
+            coherence=Coherence(
+                p50=found.coherence_quantile(0.5), p998=found.coherence_quantile(0.998), max=found.max_coherence
+            ),
+        )
 
 
 @torch.no_grad()
@@ -132,6 +131,6 @@ def observe(
 
 def measure(
     dictionary: Dictionary, x: Float[Tensor | Rows | np.ndarray, "n d"], metric: AtomicInnerProduct, batch: int = 1024
-) -> dict[str, Any]:
+) -> Figures:
     """R² (Euclidean and AIP), q*, L0, empty codes, dead atoms and coherence of `dictionary` on `x`, see `observe`."""
     return observe(dictionary, x, metric, batch).figures

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -18,13 +16,13 @@ from atom_lens.dictionaries import Dictionary
 from atom_lens.dictionaries.nulls import Pursuit, TrainedNull, data_atoms, random_atoms
 from atom_lens.evidence.bootstrap import FIGURES, intervals
 from atom_lens.evidence.certify import certify
-from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Observation, observe
+from atom_lens.evidence.results import Angles, Excess, MetricAbout, Null, NullFigures, Report
 from atom_lens.geometry import AtomicInnerProduct, angle_histogram, check_rows
+from atom_lens.storage.versions import versions
 from atom_lens.tensors.checks import Labels, checked_seed, labels
 from atom_lens.tensors.rows import Rows, mean_row
 
-SCHEMA_VERSION = 2
 _PERCENTS = (0.1, 1, 5, 25, 75, 95, 99, 99.9)
 _ANGLE_ROWS = 5000
 # A pursuit solves a k x k system per activation and step: beyond this a null takes longer than what it stands beside.
@@ -42,7 +40,7 @@ def evaluate(
     trained_nulls: Mapping[str, TrainedNull] | None = None,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Measure `atoms` on the activations they were trained on, on held-out ones, and against nulls on both.
 
     Args:
@@ -56,7 +54,7 @@ def evaluate(
         about: further fields of the report (model, hook, ...).
 
     Returns:
-        report.json as a dict (docs/report.md).
+        What report.json holds (docs/report.md).
 
     Raises:
         ValueError: no metric, wrong widths, empty or non-finite activations, groups that do not fit, or a seed that is
@@ -78,96 +76,80 @@ def evaluate(
     device = atoms.W_dec.device  # where all is measured, the nulls too
     metric = metric.to(device)
     seen = {name: observe(atoms, rows, metric) for name, rows in splits.items()}
-    figures = {name: dict(one.figures) for name, one in seen.items()}
-    n_atoms = len(atoms.W_dec)
+    figures = {name: one.figures for name, one in seen.items()}
     last = "train" if heldout is None else "heldout"
     if heldout is not None:
-        figures[last]["interval"] = intervals(seen[last], groups=groups, seed=seed)
+        found = intervals(seen[last], groups=groups, seed=seed)
+        figures[last] = figures[last].model_copy(update={"interval": found})
 
+    nulls: dict[str, Null] = {}
     mean = mean_row(x).to(device, torch.promote_types(x.dtype, torch.float32))
     generator = torch.Generator().manual_seed(seed)
-    drawn = {
-        "random": random_atoms(n_atoms, metric, generator),
-        "data": data_atoms(x, n_atoms, mean, generator),
-    }
-    nulls: dict[str, Any] = {}
-    for name, null in drawn.items():
-        nulls[name] = {"d_sae": len(null)}
+    for name, null in {
+        "random": random_atoms(len(atoms.W_dec), metric, generator),
+        "data": data_atoms(x, len(atoms.W_dec), mean, generator),
+    }.items():
+        measured = {}
         for split, rows in splits.items():
             # Matched K: a null spends as many atoms on an activation as the atoms do on average on this split.
-            k = max(1, min(_K_MOST, round(figures[split]["l0"]["mean"]), *null.shape))
+            k = max(1, min(_K_MOST, round(figures[split].l0.mean), *null.shape))
             pursued = observe(Pursuit(null, mean, metric, k), rows, metric)
-            # A null gets its best in either norm, so the Euclidean R² of a Euclidean pursuit stands beside.
-            residual = Pursuit(null, mean, None, k).residual(rows)
-            nulls[name][split] = {**pursued.figures, "r2_euclidean_pursuit": explained(residual, pursued.total)}
-            if split == "heldout":
-                best = dataclasses.replace(pursued, residual=residual)
-                nulls[name][split]["excess"] = _excess(seen[split], best, groups, seed)
+            # A null gets its best in either norm, so the R² of a Euclidean pursuit is given too.
+            best = dataclasses.replace(pursued, residual=Pursuit(null, mean, None, k).residual(rows))
+            measured[split] = NullFigures(
+                **dict(pursued.figures),
+                r2_euclidean_pursuit=best.figures.r2,
+                excess=_excess(seen[split], best, groups, seed) if split == "heldout" else None,
+            )
+        nulls[name] = Null(d_sae=len(null), **measured)
     for name, null in (trained_nulls or {}).items():
-        nulls[name] = {"d_sae": len(null.atoms.W_dec)}
+        measured = {}
         for split, rows in {"train": null.x, "heldout": null.heldout}.items():
             if split in splits:
                 one = observe(null.atoms, rows, null.metric)
-                nulls[name][split] = dict(one.figures)
-                if split == "heldout":
-                    nulls[name][split]["excess"] = _excess(seen[split], one, groups, seed)
-    report = {
-        "schema_version": SCHEMA_VERSION,
-        **(about or {}),
-        "n": len(x),
-        "d_in": metric.width,
-        "d_sae": n_atoms,
-        "n_over_f": len(x) / n_atoms,
-        "metric": {
-            "n": metric.n,
-            "ridge": metric.ridge,
-            "condition": metric.condition,
-            "source": metric.source,
-        },
-        "angles": angles(x, metric),
-        "train": figures["train"],
-        "heldout": figures.get("heldout"),
-        "certificates": {"split": last, **certify(atoms, splits[last], metric, seen[last], seed=seed)},
-        "nulls": nulls,
-        "versions": versions(),
-    }
-    report["seconds"] = {**report.get("seconds", {}), "evaluate": time.monotonic() - start}
-    return report
+                excess = _excess(seen[split], one, groups, seed) if split == "heldout" else None
+                measured[split] = NullFigures(**dict(one.figures), excess=excess)
+        nulls[name] = Null(d_sae=len(null.atoms.W_dec), **measured)
+    certificates = certify(atoms, splits[last], metric, seen[last], seed=seed)
+    known = dict(about or {})
+    seconds = known.pop("seconds", {})
+    return Report(
+        **known,
+        n=len(x),
+        d_in=metric.width,
+        d_sae=len(atoms.W_dec),
+        n_over_f=len(x) / len(atoms.W_dec),
+        metric=MetricAbout(n=metric.n, ridge=metric.ridge, condition=metric.condition, source=metric.source),
+        angles=angles(x, metric),
+        train=figures["train"],
+        heldout=figures.get("heldout"),
+        certificates=certificates.model_copy(update={"split": last}),
+        nulls=nulls,
+        seconds={**seconds, "evaluate": time.monotonic() - start},
+        versions=versions(),
+    )
 
 
-def _excess(
-    seen: Observation, null: Observation, groups: Labels | None, seed: int
-) -> dict[str, dict[str, float | list[float]]]:
+def _excess(seen: Observation, null: Observation, groups: Labels | None, seed: int) -> dict[str, Excess]:
     """How far the atoms are above a null on the same subjects, with 95% intervals."""
     every = torch.arange(len(seen))
     found = intervals(seen, null, groups, seed)
     return {
-        name: {"value": figure(seen, every) - figure(null, every), "interval": found[name]}
+        name: Excess(value=figure(seen, every) - figure(null, every), interval=found[name])
         for name, figure in FIGURES.items()
     }
 
 
-def angles(x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct) -> dict[str, dict[str, Any]]:
+def angles(x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct) -> dict[str, Angles]:
     """Angles between activations in degrees, Euclidean and under `metric`: mean, percentiles, over up to 5,000 rows."""
     rows = x[torch.linspace(0, len(x) - 1, min(len(x), _ANGLE_ROWS)).long()].to(metric.eigenvalues.device)
     rows = rows[rows.norm(dim=1) > 0]  # zero has no direction
     found = {"euclidean": angle_histogram(rows), "aip": angle_histogram(rows, metric)}
     return {
-        name: {
-            "mean": one.mean,
-            "median": one.median,
-            "percentiles": {f"{percent:g}": one.quantile(percent / 100) for percent in _PERCENTS},
-        }
+        name: Angles(
+            mean=one.mean,
+            median=one.median,
+            percentiles={f"{percent:g}": one.quantile(percent / 100) for percent in _PERCENTS},
+        )
         for name, one in found.items()
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that a figure may depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("atom-lens", "torch", "sae-lens", "transformer-lens", "nnsight", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -92,7 +92,8 @@ class Evaluation:
     ) -> None:
         self.backend, self.hook, self.sae, self.swaps = wrap_backend(model), hook, sae, swaps
         self.reading: dict[str, Any] = {"positions": positions, "prepend_bos": prepend_bos}
-        self.generator = torch.Generator().manual_seed(checked_seed(seed))
+        self.seed = checked_seed(seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
         if (scaling := sae.cfg.normalize_activations) in ("layer_norm", "constant_norm_rescale"):
             raise ValueError(f"the SAE at {hook!r} has normalize_activations {scaling!r}, allowed are SAEs without")
         with torch.no_grad():
@@ -165,10 +166,11 @@ class Evaluation:
         chosen = torch.zeros_like(score).scatter(1, fires.topk(min(k, score.shape[1]), dim=1).indices, 1.0)
         return chosen * (self.codes != 0)
 
-    def ablate(self, ks: Sequence[int]) -> dict[str, Scores]:
-        """A's answer without its k strongest atoms: "attribution k", "activation k", and "random k" as a null.
+    def ablate(self, ks: Sequence[int]) -> tuple[Scores, dict[tuple[str, int], Scores]]:
+        """A's answer, and A's answer without its k strongest atoms: (rank, k) -> scores.
 
-        The null changes as many random atoms, by the norm of what "attribution k" takes away.
+        Ranks are "attribution", "activation" and, as a null, "random": as many random atoms changed, by the norm of
+        what attribution takes away.
         """
         names: dict[str, Prepare | None] = {"none": None}
         for k in ks:
@@ -180,7 +182,9 @@ class Evaluation:
             random = self.random_like(self.strongest(self.attribution, k) * self.codes)
             names[f"random {k}"] = self.at(lambda s, b, random=random: s.add(None, random[b.rows], positions=b.subject))
         answers = [(answer,) for answer, _ in self.swaps.answers]
-        return ask(self.backend, self.swaps.prompts, answers, names, **self.reading)
+        found = ask(self.backend, self.swaps.prompts, answers, names, **self.reading)
+        ranks = ("attribution", "activation", "random")
+        return found["none"], {(rank, k): found[f"{rank} {k}"] for rank in ranks for k in ks}
 
     def installed(self, k: int) -> dict[str, Prepare]:
         """Edits that act at every token of any prompt, BOS included: exchange A for B by code, ablate A's k strongest.

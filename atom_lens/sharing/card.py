@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from atom_lens._version import __version__
 from atom_lens.activations.prompts.files import HubDataset
+from atom_lens.evidence.results import Report
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.storage.files import visible
-from atom_lens.studies.report_text import certificates_text, reading, table
+from atom_lens.studies.train.show import report_table
 
 FIGURE = "evidence.png"
 _BEGIN, _END = "<!-- written by atom-lens -->", "<!-- end of what atom-lens wrote -->"
@@ -29,7 +29,7 @@ _CITATION = """```bibtex
 
 
 def run_card(
-    reports: Mapping[str, Mapping[str, Any]], repo_id: str, recipe: Recipe | None = None, license: str | None = None
+    reports: Mapping[str, Report], repo_id: str, recipe: Recipe | None = None, license: str | None = None
 ) -> str:
     """The README.md of a run: metadata, how to load, and every hook's table and figure with held-out data and nulls.
 
@@ -40,7 +40,7 @@ def run_card(
         license: of the atoms, as the Hub abbreviates it; None says nothing about it.
     """
     first = next(iter(reports.values()), None)
-    base = str(first["model"]) if first else None
+    base = first.model if first else None
     prompts = recipe.prompts if recipe else None
     data = ModelCardData(
         library_name="saelens",
@@ -67,10 +67,9 @@ def run_card(
     for hook, report in reports.items():
         parts += [
             f"## {hook}",
-            f"{report['d_sae']} atoms of width {report['d_in']}, read at {_code(str(report['positions']))}.",
-            f"```\n{table(report)}\n\n{certificates_text(report)}\n```",
+            f"{report.d_sae} atoms of width {report.d_in}, read at {_code(str(report.positions))}.",
+            f"```\n{report_table(report).text()}\n```",
             f"![angles between activations, and R² against q* of atoms and nulls]({hook}/{FIGURE})",
-            reading(report),
         ]
     if prompts is not None:
         asked = ", ".join(f"{key}={value!r}" for key, value in prompts.model_dump().items() if value)

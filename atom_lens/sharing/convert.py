@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
+from sae_lens.constants import SAE_CFG_FILENAME
+
 from atom_lens.dictionaries.load import atoms_folder, open_dictionary
 from atom_lens.dictionaries.tsae.sae import TSAE
 from atom_lens.dictionaries.weights import Thresholds
-from atom_lens.storage.files import new_folder
+from atom_lens.storage.files import new_folder, read_json
+from atom_lens.storage.terminal import say
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -52,3 +55,28 @@ def convert(
         with new_folder(out) as temporary:
             sae.save_model(temporary)
     return out
+
+
+def command(
+    source: str,
+    out: Path,
+    /,
+    *,
+    hook: str | None = None,
+    dtype: str | None = None,
+    threshold: Thresholds = "auto",
+) -> None:
+    """Write atoms, or a dictionary of another library, as an sae-lens folder.
+
+    Example: atom-lens convert runs/cities-16k atoms-9 --hook 9 --dtype bfloat16
+
+    Args:
+        source: folder, file or user/name of ours or another library
+        out: the new folder
+        hook: which dictionary, where there are several: a name, a glob or a layer
+        dtype: of the weights: float32, bfloat16 or float16 (default: theirs)
+        threshold: whether bare weights hold thresholds or their logarithms
+    """
+    folder = convert(source, out, hook=hook, dtype=dtype, threshold=threshold)
+    cfg = read_json(folder / SAE_CFG_FILENAME)
+    say(f"{cfg['architecture']}, {cfg['d_sae']} x {cfg['d_in']}, {cfg['dtype']}: written to {folder}")

@@ -6,18 +6,23 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from cyclopts import Parameter
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
 from atom_lens.dictionaries.folder import AIP_FILENAME
 from atom_lens.dictionaries.load import matching
+from atom_lens.evidence.results import Report
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.sharing.card import FIGURE, merged_card, run_card
-from atom_lens.storage.files import read_json, without_secrets
+from atom_lens.storage.files import without_secrets
 from atom_lens.storage.sealed import MANIFEST, verify
-from atom_lens.studies.report_figure import draw_report
+from atom_lens.storage.terminal import say
+from atom_lens.studies.train.show import evidence
+from atom_lens.views.plot import save_png
 
 # What is published of a folder of atoms; anything else that lies there stays at home.
 _ATOMS = (
@@ -86,13 +91,15 @@ def publish(
     if repo_id.count("/") != 1:
         raise ValueError(f"repo_id is {repo_id!r}, allowed is 'user/name'")
     files = _files(folder, hooks)
-    reports = {name[: -len("/report.json")]: read_json(p) for name, p in files.items() if name.endswith("/report.json")}
+    reports = {
+        name[: -len("/report.json")]: Report.read(p) for name, p in files.items() if name.endswith("/report.json")
+    }
     recipe = load_recipe(folder / "recipe.yaml") if "recipe.yaml" in files else None
     card = run_card(reports, repo_id, recipe, license)
     with tempfile.TemporaryDirectory() as figures:
         for number, (hook, report) in enumerate(reports.items()):
             files[f"{hook}/{FIGURE}"] = Path(figures) / f"{number}.png"
-            draw_report(report, files[f"{hook}/{FIGURE}"])
+            save_png(list(evidence(report).items()), files[f"{hook}/{FIGURE}"], hook)
         sizes = {name: path.stat().st_size for name, path in files.items()}
         if dry_run:
             return Published(None, sizes, card)
@@ -151,3 +158,33 @@ def _files(folder: Path, hooks: Sequence[str]) -> dict[str, Path]:
         listed = {*verify(place), MANIFEST}
         files |= {(place / n).relative_to(folder).as_posix(): place / n for n in names if n in listed}
     return files
+
+
+def command(
+    run: str,
+    repo: str,
+    /,
+    *,
+    hook: Annotated[list[str], Parameter(alias="--layer")] = [],  # noqa: B006 -- read only
+    license: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Publish a run on the Hugging Face Hub: atoms, evidence and a card, in one commit.
+
+    Example: atom-lens publish runs/cities-16k me/gemma-atoms --layer 9 --dry-run
+
+    Args:
+        run: run folder
+        repo: user/name, created where it does not exist
+        hook: layer number, name or glob of a hook; repeat (default: all)
+        license: of the atoms, as the Hub abbreviates it, e.g. mit
+        private: for a repository that is created now
+        dry_run: say what would be published, change nothing
+    """
+    found = publish(run, repo, hooks=hook, private=private, license=license, dry_run=dry_run)
+    total = sum(found.files.values())
+    lines = [f"{size:>12,}  {name}" for name, size in found.files.items()]
+    lines.append(f"{total:>12,}  bytes in {len(found.files)} files, and README.md{'' if found.url else ':'}")
+    lines.append(f"published: {found.url}" if found.url else f"\n{found.card}\nnothing was published (dry run)")
+    say("\n".join(lines))

@@ -1,4 +1,4 @@
-"""What is read from files: typed, and refused where it is anything else."""
+"""What is written and read as JSON or YAML: typed, and refused where it is anything else."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import Self
 
-from atom_lens.storage.files import shown
+from atom_lens.storage.files import read_json, shown, write_json
 
 Positive = Annotated[float, Field(gt=0)]
 # What torch, numpy and scikit-learn all take, with room for those derived from it: seed + 1, seed + 2, ...
@@ -31,6 +32,59 @@ class Section(Strict):
                 if isinstance(one, str | float | int) and value.count(one) > 1:
                     raise PydanticCustomError("twice", "{name} has {one} twice", {"name": name, "one": repr(one)})
         return self
+
+
+class Result(BaseModel):
+    """What was measured: the type that is written as JSON is the one that checks it when it is read.
+
+    Reads like the JSON, too: ``report["heldout"]["r2"]`` is ``report.heldout.r2``.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in type(self).model_fields and key not in (self.model_extra or ()):
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and (key in type(self).model_fields or key in (self.model_extra or ()))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The field `key`, or `default` where there is none."""
+        return getattr(self, key) if key in self else default
+
+    def write(self, path: Path) -> None:
+        """Write strict JSON, whole or not at all."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what `write` wrote.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            ValueError: it is damaged, or of another version.
+        """
+        return cls.checked(read_json(path), path)
+
+    @classmethod
+    def checked(cls, found: Any, path: Path) -> Self:
+        """`found`, read from `path`, as this type; a ValueError names what is wrong with it."""
+        if not isinstance(found, dict):
+            raise ValueError(f"{str(path)!r} is damaged: it has {shown(found)} where a mapping is needed")
+        version = cls.model_fields.get("schema_version")
+        if version is not None and found.get("schema_version") != version.default:
+            raise ValueError(
+                f"{str(path)!r} has schema_version {shown(found.get('schema_version'))}, this version of atom-lens "
+                f"reads {version.default}: measure again"
+            )
+        try:
+            return cls.model_validate(found)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in problem["loc"])
+            raise ValueError(f"{str(path)!r} is damaged: key {key}, {problem['msg'].lower()}") from None
 
 
 AnyStrict = TypeVar("AnyStrict", bound=Strict)

@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from atom_lens.recipe.reading import dump_recipe
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.split import SplitActivations, harvest_for, split_activations
-from atom_lens.storage.files import locked, read_json, replacing, sweep, write_json
+from atom_lens.storage.files import locked, new_folder, replacing, sweep
+from atom_lens.storage.schema import Result
 from atom_lens.storage.text import read_text
-from atom_lens.studies.folder import same_activations
+from atom_lens.studies.train.folder import same_activations
 from atom_lens.tensors import parallel
 
 logger = logging.getLogger(__name__)
-Cell = dict[str, Any]
 
 
 @contextmanager
@@ -48,18 +48,45 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def kept(path: Path, make: Callable[[], Cell], says: Callable[[Cell], str]) -> Cell:
+@contextmanager
+def result_folder(path: Path) -> Iterator[Path]:
+    """The folder of a study that leaves nothing to go on from: it is new, and appears whole; only one is written.
+
+    Raises:
+        FileExistsError: something else is there.
+    """
+    check_new(path)
+    with locked(path.resolve()), new_folder(path) as work:
+        yield work
+
+
+def check_new(path: Path) -> None:
+    """Refuse, before any work, a folder that holds something already."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"output folder {str(path)!r} is not empty: choose another name= or remove it")
+
+
+class Kept(Result):
+    """A measurement that is kept as soon as it is made."""
+
+    seconds: float = 0.0
+
+
+AnyKept = TypeVar("AnyKept", bound=Kept)
+
+
+def kept(path: Path, kind: type[AnyKept], make: Callable[[], AnyKept], says: Callable[[AnyKept], str]) -> AnyKept:
     """The cell at `path`, made and logged with what it `says` if it is not there yet."""
     if parallel.agreed(path.is_file):
-        return read_json(path)
+        return kind.read(path)
     start = time.monotonic()
     cell = make()
-    cell["seconds"] = time.monotonic() - start
+    cell = cell.model_copy(update={"seconds": time.monotonic() - start})
     if parallel.rank() > 0:
         return cell
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, cell)
-    logger.info("%-24s %s, %.0f s", path.stem, says(cell), cell["seconds"])
+    cell.write(path)
+    logger.info("%-24s %s, %.0f s", path.stem, says(cell), cell.seconds)
     return cell
 
 

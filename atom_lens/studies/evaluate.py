@@ -6,17 +6,19 @@ import logging
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any
 
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.dictionaries.load import atoms_folder, open_dictionary
 from atom_lens.dictionaries.tsae.sae import TSAE
 from atom_lens.evidence.report import evaluate
+from atom_lens.evidence.results import Report
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.split import harvest_for, heldout_rows, split_activations
-from atom_lens.storage.files import shown
+from atom_lens.storage.files import check_writable, shown
+from atom_lens.storage.terminal import say
+from atom_lens.studies.train.show import report_table
 
 logger = logging.getLogger(__name__)
 # What decides which subjects a recipe reads, and which of them it holds out.
@@ -36,7 +38,7 @@ def recipe_beside(path: str | Path) -> Path:
 
 def evaluate_folder(
     path: str | Path, recipe: Recipe | str | Path, overrides: Sequence[str] = (), hook: str | None = None
-) -> dict[str, Any]:
+) -> Report:
     """The report of the atoms, or of any sae-lens SAE, at `path`, on the activations of `recipe`.
 
     An SAE without a metric of its own is measured under the metric of the recipe's training split.
@@ -117,3 +119,25 @@ def _sides(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, tuple[set[str
         heldout = set(compress(groups, out))
         found[hook] = heldout, set(groups) - heldout
     return found
+
+
+def command(
+    atoms: str, /, *overrides: str, recipe: str | None = None, hook: str | None = None, json: Path | None = None
+) -> None:
+    """Measure atoms, or any sae-lens SAE, on the activations of a recipe.
+
+    Example: atom-lens evaluate runs/quickstart
+
+    Args:
+        atoms: run folder, atoms folder, or any sae-lens SAE folder
+        overrides: change a key of the recipe, e.g. model.device=cuda
+        recipe: whose activations (default: the run's own recipe.yaml)
+        hook: which atoms, where the run has several hooks
+        json: also write the report to this file
+    """
+    if json is not None:
+        check_writable("--json", json)
+    report = evaluate_folder(atoms, recipe or recipe_beside(atoms), overrides, hook)
+    if json is not None:
+        report.write(json)
+    say(report_table(report, f"{report.hook} of {report.model}").text())

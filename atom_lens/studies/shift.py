@@ -6,18 +6,29 @@ metric from each domain, on held-out activations of every domain.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from pydantic import Field
 
 from atom_lens.activations.positions import Positions, check_prompts
 from atom_lens.activations.prompts.prompt import as_prompts
 from atom_lens.evidence.report import angles
+from atom_lens.evidence.results import Angles
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.recipe import Prompts, Recipe, register_section
 from atom_lens.recipe.split import SplitActivations, harvest_for, split_activations
-from atom_lens.storage.files import replacing
-from atom_lens.storage.schema import Section
-from atom_lens.studies.report_text import aligned
+from atom_lens.storage.schema import Result, Section
+from atom_lens.storage.versions import versions
+from atom_lens.studies.cells import check_new, result_folder
+from atom_lens.studies.study import Part, Study, recipe_command, register
+from atom_lens.views.plot import Draw, Panel, plain
+from atom_lens.views.table import Row, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Domain(Section):
@@ -29,18 +40,32 @@ class Domain(Section):
 
 register_section("domains", dict[str, Domain], {})
 
-_NAMES = {"euclidean": "Euclidean", "seen": "AIP, seen"}
+
+class DomainAngles(Result):
+    """Angles of one domain in degrees (theory.md section 1)."""
+
+    n: int
+    n_heldout: int
+    condition: float
+    euclidean: Angles
+    seen: Angles = Field(description="of training rows, under the metric that saw them")
+    heldout: Angles = Field(description="of other subjects or texts of the domain, Euclidean")
+    under: dict[str, Angles] = Field(description="of those, under the metric of each domain")
 
 
-def shift(recipe: Recipe) -> dict[str, Any]:
-    """Angles at every hook of `recipe`, Euclidean and under the metric of each domain.
+class Shifts(Result):
+    """What shift.json holds: hook -> domain -> angles."""
 
-    The domains are `recipe.domains`; without any, the prompts as they are read, and all tokens of `recipe.other_text`.
+    schema_version: int = 1
+    model: str
+    hooks: dict[str, dict[str, DomainAngles]] = Field(min_length=1)
+    versions: dict[str, str]
 
-    Returns:
-        hook -> domain -> {"n", "n_heldout", "condition", "euclidean", "seen" (rows that the domain's metric saw),
-        "heldout" (other subjects or texts of the domain, Euclidean), "under": {domain: those under its metric}}.
-        Angles are {"mean", "median", "percentiles"} in degrees (theory.md section 1).
+
+def shift(recipe: Recipe, out: str | Path = "runs") -> Path:
+    """Angles at every hook of `recipe`, Euclidean and under the metric of each domain; returns ``out/<name>``.
+
+    The domains are those of `domains`; without any, the prompts as they are read, and all tokens of `other_text`.
 
     Raises:
         ValueError: a domain has fewer activations than the metric needs.
@@ -49,6 +74,8 @@ def shift(recipe: Recipe) -> dict[str, Any]:
         "prompts": Domain(prompts=recipe.prompts, positions=recipe.positions),
         "other text": Domain(prompts=recipe.other_text),
     }
+    folder = Path(out) / recipe.name
+    check_new(folder)
     texts = {name: domain.prompts.read() for name, domain in domains.items()}
     for name, domain in domains.items():  # of every domain, before the first is harvested
         try:
@@ -65,68 +92,71 @@ def shift(recipe: Recipe) -> dict[str, Any]:
                 splits.setdefault(hook, {})[name] = split_activations(own, prompts, found, hook)
             except ValueError as error:
                 raise ValueError(f"domain {name!r}: {error}") from error
-    return {hook: _matrix(recipe, by_domain) for hook, by_domain in splits.items()}
+    hooks = {hook: _matrix(recipe, by_domain) for hook, by_domain in splits.items()}
+    with result_folder(folder) as work:
+        study.keep(Shifts(model=recipe.model.name, hooks=hooks, versions=versions()), work)
+    return folder
 
 
-def _matrix(recipe: Recipe, splits: dict[str, SplitActivations]) -> dict[str, Any]:
+def _matrix(recipe: Recipe, splits: dict[str, SplitActivations]) -> dict[str, DomainAngles]:
     metrics = {name: AtomicInnerProduct.estimate(split.x, recipe.metric.ridge, name) for name, split in splits.items()}
     found = {}
     for name, split in splits.items():
         seen = angles(split.x, metrics[name])
         under = {other: angles(split.heldout, metric) for other, metric in metrics.items()}
-        found[name] = {
-            "n": len(split.x),
-            "n_heldout": len(split.heldout),
-            "condition": metrics[name].condition,
-            "euclidean": seen["euclidean"],
-            "seen": seen["aip"],
-            "heldout": under[name]["euclidean"],
-            "under": {other: one["aip"] for other, one in under.items()},
-        }
+        found[name] = DomainAngles(
+            n=len(split.x),
+            n_heldout=len(split.heldout),
+            condition=metrics[name].condition,
+            euclidean=seen["euclidean"],
+            seen=seen["aip"],
+            heldout=under[name]["euclidean"],
+            under={other: one["aip"] for other, one in under.items()},
+        )
     return found
 
 
-def shift_table(found: dict[str, Any]) -> str:
-    """Mean angles in degrees, a line per hook and domain; "under": held-out rows under the metric of a domain."""
-    domains = list(next(iter(found.values())))
-    rows = [["mean angle, degrees", "n", *_NAMES.values(), *(f"under {domain}" for domain in domains)]]
-    for hook, matrix in found.items():
+def show(result: Shifts, name: str) -> list[Part]:
+    """Mean angles, a line per hook and domain, and as a matrix per hook."""
+    domains = list(next(iter(result.hooks.values())))
+    heads = ["mean angle, degrees", "n", "Euclidean", "AIP, seen", *(f"under {domain}" for domain in domains)]
+    rows = []
+    for hook, matrix in result.hooks.items():
         for domain, one in matrix.items():
-            means = [one[key]["mean"] for key in _NAMES] + [one["under"][other]["mean"] for other in domains]
-            rows.append([f"{hook} {domain}", str(one["n"]), *(f"{mean:.2f}" for mean in means)])
-    return aligned(rows)
+            means = [one.euclidean, one.seen, *(one.under[other] for other in domains)]
+            rows.append(Row(f"{hook} {domain}", [str(one.n), *(f"{found.mean:.2f}" for found in means)]))
+    note = 'Columns "under" are held-out rows, under the metric of a domain.'
+    panel = Panel(
+        "Mean angles",
+        "Held-out activations of each domain (rows), Euclidean and under the metric of each (columns), degrees.",
+        {f"{name}, {hook}": _heat(matrix) for hook, matrix in result.hooks.items()},
+    )
+    return [Part("Representation shift", [Table(f"{name} · {result.model}", heads, rows, notes=[note])], [panel])]
 
 
-def draw_shift(found: dict[str, Any], path: Path) -> None:
-    """A matrix per hook: mean angle of held-out rows of a domain, Euclidean and under the metric of each."""
-    from matplotlib.figure import Figure
-
-    domains = list(next(iter(found.values())))
-    size = 2.2 + 0.42 * len(domains)
-    figure = Figure(figsize=(1.2 + size * len(found), size + 0.5), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
-    image = None
-    for panel, (hook, matrix) in zip(panels, found.items(), strict=True):
-        means = [
-            [one["heldout"]["mean"], *(one["under"][other]["mean"] for other in domains)] for one in matrix.values()
-        ]
-        image = panel.imshow(means, vmin=0, vmax=90, cmap="cividis")
+def _heat(matrix: dict[str, DomainAngles]) -> Draw:
+    def draw(axes: Axes) -> None:
+        domains = list(matrix)
+        means = [[one.heldout.mean, *(one.under[other].mean for other in domains)] for one in matrix.values()]
+        axes.grid(visible=False)
+        axes.pcolormesh(means, vmin=0, vmax=90, cmap="cividis", edgecolors="white", linewidth=0.5)
         for i, row in enumerate(means):
             for j, mean in enumerate(row):
-                panel.text(
-                    *(j, i, f"{mean:.0f}"),
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if mean < 55 else "black",
-                )
-        panel.axvline(0.5, color="white", linewidth=3)
-        panel.set_xticks(range(len(domains) + 1), ["Euclidean", *domains], rotation=60, ha="right", fontsize=8)
-        panel.set_yticks(range(len(domains)), domains, fontsize=8)
-        panel.set_title(hook, fontsize=9)
-        panel.set_xlabel("metric of", fontsize=8)
-    panels[0].set_ylabel("held-out activations of", fontsize=8)
-    if image is not None:
-        figure.colorbar(image, ax=panels, label="mean angle, degrees", shrink=0.8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+                color = "white" if mean < 55 else "black"
+                axes.text(j + 0.5, i + 0.5, f"{mean:.0f}", ha="center", va="center", fontsize=9, color=color)
+        names = [plain(domain) for domain in domains]
+        axes.set_xticks([i + 0.5 for i in range(len(names) + 1)], ["Euclidean", *names], rotation=50, ha="right")
+        axes.set_yticks([i + 0.5 for i in range(len(names))], names)
+        axes.invert_yaxis()
+
+    return draw
+
+
+study = register(Study(name="shift", result=Shifts, show=show))
+
+
+def _from_file(recipe: str, overrides: Sequence[str], out: Path) -> Path:
+    return shift(load_recipe(recipe, overrides), out)
+
+
+command = recipe_command(study, _from_file, "atom-lens shift recipes/shift.yaml")

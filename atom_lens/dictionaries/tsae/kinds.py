@@ -83,14 +83,14 @@ def _start(encoder: str, setup: Setup, level: float, seed: int) -> Learner:
     return tsae_learner(setup.x, setup.aip, atoms, setup.device, seed=seed)
 
 
-for _encoder, _symbol in (("tied", "star-diamond"), ("free", "star")):
+for _encoder, _marker in (("tied", "X"), ("free", "*")):
     register(
         Trained(
             name=f"tsae_{_encoder}",
             label=f"TSAE, {_encoder} (ours)",
             role="ours",
             color=COLOR,
-            symbol=_symbol,
+            marker=_marker,
             start=partial(_start, _encoder),
             finish=finish,
         )

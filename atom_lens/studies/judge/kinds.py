@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ from atom_lens.evidence.purity import purity
 from atom_lens.recipe.contexts import Corpus
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.storage.files import shown
-from atom_lens.studies.cells import Cell
-from atom_lens.studies.compare import Compare
+from atom_lens.studies.compare.run import Compare
 from atom_lens.studies.units import pretrained
 from atom_lens.tensors.rows import Rows, mean_row
 
@@ -148,7 +148,7 @@ def _positive(codes: csc_array) -> csc_array:
     return codes
 
 
-def label_purity(read: Corpus, codes_at: Callable[[Corpus], dict[str, csc_array]], seed: int) -> Cell | None:
+def label_purity(read: Corpus, codes_at: Callable[[Corpus], dict[str, csc_array]], seed: int) -> dict[str, Any] | None:
     """Purity of every kind for the prompts' answers, on the held-out rows and on all; None where there are none.
 
     Of every subject only the last row that has an answer is looked at, however many tokens and prompts it has.
@@ -168,7 +168,7 @@ def label_purity(read: Corpus, codes_at: Callable[[Corpus], dict[str, csc_array]
     if any(len(np.unique(answers[rows])) < 2 for rows in splits.values()):
         return None
     codes = codes_at(labelled)
-    found: Cell = {}
+    found: dict[str, Any] = {}
     for split, rows in splits.items():
         names, labels = np.unique(answers[rows], return_inverse=True)
         scores = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atom_lens.studies.report_text import aligned
+from atom_lens.views.table import aligned
 
 _SPLITS = {"heldout": "held-out rows", "all": "all rows, those that trained the atoms included"}
 

@@ -1,0 +1,19 @@
+"""What is printed: without what a terminal would obey, and nothing where the user asked for quiet."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from atom_lens.storage.files import visible
+
+QUIET = "ATOM_LENS_QUIET"
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print names and texts that come from recipes, models, prompts and the Hub; on stdout only unless quiet."""
+    if file is None and os.environ.get(QUIET):
+        return
+    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"  # a terminal may have no R², or no Chinese
+    print(visible(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding), file=file)

@@ -1,0 +1,41 @@
+"""Matched sparsity: what kinds reach at the same held-out L0, between two points of their sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from atom_lens.studies.compare.result import Cell, Matched
+
+
+def matched(cells: Sequence[Cell], l0: float) -> list[Matched]:
+    """Held-out values of every kind at `l0` active atoms, linear in log L0 between two points of its sweep.
+
+    Means over seeds. A kind whose sweep does not reach from below to above `l0` has none: nothing is extrapolated.
+    """
+    found = []
+    for unit in dict.fromkeys(cell.unit for cell in cells):
+        sweep = sorted(((_means(cell), _l0(cell)) for cell in cells if cell.unit == unit), key=lambda point: point[1])
+        row = Matched(l0=l0, unit=unit)
+        for (lower, low), (upper, high) in pairwise(sweep):
+            if 0 < low <= l0 <= high:
+                share = 0.0 if low == high else float(np.log(l0 / low) / np.log(high / low))
+                both = {key: lower[key] + share * (upper[key] - lower[key]) for key in lower if key in upper}
+                row = Matched(l0=l0, unit=unit, between=[low, high], **both)
+                break
+        found.append(row)
+    return found
+
+
+def _l0(cell: Cell) -> float:
+    return float(np.mean([run.heldout.l0.mean for run in cell.runs]))
+
+
+def _means(cell: Cell) -> dict[str, float]:
+    found = {
+        key: float(np.mean([getattr(run.heldout, key) for run in cell.runs])) for key in ("r2", "r2_aip", "q_star")
+    }
+    found["train_r2"] = float(np.mean([run.train.r2 for run in cell.runs]))
+    return found if cell.identity is None else {**found, "pw_mcc": cell.identity.pw_mcc}

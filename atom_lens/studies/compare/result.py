@@ -1,0 +1,60 @@
+"""compare.json: every cell of a comparison, and what kinds reach at the same L0."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from atom_lens.evidence.results import Figures, IdentityFigures, MetricAbout
+from atom_lens.storage.schema import Result
+from atom_lens.studies.cells import Kept
+
+
+class Run(Result):
+    """One dictionary on both splits; of a null, R² is that of a Euclidean pursuit."""
+
+    train: Figures
+    heldout: Figures
+
+
+class Cell(Kept):
+    """A kind at one sparsity, all seeds."""
+
+    unit: str = Field(description="name of the kind, or of pretrained features")
+    level: float | None = Field(description="what was asked of it: K, a target L0 or an L1 weight; None for nothing")
+    runs: list[Run] = Field(min_length=1)
+    identity: IdentityFigures | None = None
+
+
+class Matched(Result):
+    """What a kind reaches at a held-out L0, between two points of its sweep; no numbers where the sweep ends before."""
+
+    l0: float
+    unit: str
+    between: list[float] | None = None
+    r2: float | None = None
+    r2_aip: float | None = None
+    q_star: float | None = None
+    train_r2: float | None = None
+    pw_mcc: float | None = None
+
+
+class Hook(Result):
+    """A comparison at one hook."""
+
+    n: int
+    n_heldout: int
+    d_in: int
+    d_sae: int
+    n_over_f: float
+    metric: MetricAbout
+    cells: list[Cell] = Field(min_length=1)
+    matched: list[Matched] = []
+
+
+class Comparison(Result):
+    """What compare.json holds."""
+
+    schema_version: int = 1
+    model: str
+    hooks: dict[str, Hook] = Field(min_length=1)
+    versions: dict[str, str]

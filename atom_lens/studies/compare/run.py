@@ -1,0 +1,233 @@
+"""Units side by side: neurons, stock SAEs, pretrained features and our atoms on the same activations and budget.
+
+Every cell (a unit at one sparsity, all seeds) is kept as soon as it is measured, so a comparison that was stopped goes
+on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from atom_lens.dictionaries import Dictionary, Drawn, Fixed, Learner, Setup, Trained, find_kind, kinds
+from atom_lens.dictionaries.nulls import Pursuit
+from atom_lens.evidence.bootstrap import intervals
+from atom_lens.evidence.faithfulness import explained
+from atom_lens.evidence.identity import identity
+from atom_lens.evidence.measure import Observation, observe
+from atom_lens.evidence.results import Figures, MetricAbout
+from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.recipe.reading import load_recipe
+from atom_lens.recipe.recipe import Recipe, register_section
+from atom_lens.recipe.sections import Training
+from atom_lens.recipe.split import SplitActivations
+from atom_lens.storage.schema import Positive, Section
+from atom_lens.storage.versions import versions
+from atom_lens.studies.cells import claimed, kept, splits
+from atom_lens.studies.compare.matched import matched
+from atom_lens.studies.compare.result import Cell, Comparison, Hook, Run
+from atom_lens.studies.compare.show import runs_table, show
+from atom_lens.studies.study import Study, recipe_command, register
+from atom_lens.studies.units import Features, Unit, measured_kinds, pretrained
+from atom_lens.tensors.rows import mean_row
+from atom_lens.training.fit import fit_together
+
+logger = logging.getLogger(__name__)
+
+
+class Compare(Section):
+    """Units side by side. Each unit is swept over `l0` or `l1`, as the registry of kinds says.
+
+    `matched` are L0 on held-out activations at which the units are set side by side, between two points of a sweep.
+    `features` are measured at the hook that they were made for.
+    """
+
+    units: list[Unit] = Field(
+        default_factory=lambda: [one.name for one in measured_kinds() if one.by_default], min_length=1
+    )
+    l0: list[Positive] = Field([4.0, 8.0, 16.0], min_length=1)
+    l1: list[Positive] = Field([2.0, 5.0, 12.0], min_length=1)
+    matched: list[Positive] = []
+    features: list[Features] = []
+
+    @model_validator(mode="after")
+    def _levels_are_allowed(self) -> Compare:
+        for one in map(find_kind, self.units):
+            if one.sparsity and (lowest := min(getattr(self, one.sparsity))) < one.least:
+                raise ValueError(
+                    f"compare.{one.sparsity} has {lowest:g}, allowed is at least {one.least:g} for {one.name}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _features_differ(self) -> Compare:
+        names = [features.name for features in self.features]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"compare.features has {name!r} {names.count(name)} times, allowed is once")
+        return self
+
+
+register_section("compare", Compare, Compare.model_validate({}))
+study = register(
+    Study(name="compare", result=Comparison, show=show, tables=lambda result: {"compare.csv": runs_table(result)})
+)
+
+
+def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
+    """Measure every unit of the section `compare` at every hook; returns ``out/<name>`` with JSON, CSV and figures.
+
+    Raises:
+        ValueError: the recipe lacks atoms or training, asks for more active units than there are, or for features that
+            cannot be opened or are of another hook; or the folder holds a study of another recipe.
+    """
+    atoms, _ = recipe.to_train("compare")
+    if (most := max(recipe.section(Compare).l0)) > atoms.capacity:
+        raise ValueError(f"compare.l0 has {most:g}, allowed is up to atoms.capacity={atoms.capacity}")
+    homes = {features.name: _home(features, recipe) for features in recipe.section(Compare).features}
+    folder = Path(out) / recipe.name
+    with claimed(folder, recipe):
+        _compare(recipe, folder, homes)
+    return folder
+
+
+def _home(features: Features, recipe: Recipe) -> str | None:
+    """The hook that pretrained features are of, if they say so; opened before hours of training, not after them."""
+    hook = pretrained(features, "cpu").cfg.metadata.hook_name
+    if hook is not None and not any(fnmatchcase(hook, pattern) for pattern in recipe.hooks):
+        raise ValueError(
+            f"features {features.name!r} are of hook {hook!r}, allowed are hooks {', '.join(recipe.hooks)}"
+        )
+    return hook
+
+
+def _compare(recipe: Recipe, folder: Path, homes: Mapping[str, str | None]) -> None:
+    hooks = {}
+    atoms, _ = recipe.to_train("compare")
+    asked = recipe.section(Compare)
+    for hook, split in splits(recipe, folder):
+        aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge, f"{len(split.x)} training activations")
+        here = [features for features in asked.features if homes[features.name] in (None, hook)]
+        cells = [
+            kept(folder / "cells" / hook / f"{key}.json", Cell, make, _says)
+            for key, make in _cells(recipe, split, aip, here)
+        ]
+        hooks[hook] = Hook(
+            n=len(split.x),
+            n_heldout=len(split.heldout),
+            d_in=aip.width,
+            d_sae=atoms.capacity,
+            n_over_f=len(split.x) / atoms.capacity,
+            metric=MetricAbout(n=aip.n, ridge=aip.ridge, condition=aip.condition, source=aip.source),
+            cells=cells,
+            matched=[row for l0 in asked.matched for row in matched(cells, l0)],
+        )
+    study.keep(Comparison(model=recipe.model.name, hooks=hooks, versions=versions()), folder)
+
+
+def _says(cell: Cell) -> str:
+    run = cell.runs[0].heldout
+    return f"held-out R² {run.r2:.3f}, q* {run.q_star:.3f}, L0 {run.l0.mean:.1f}"
+
+
+def _cells(
+    recipe: Recipe, split: SplitActivations, aip: AtomicInnerProduct, here: Sequence[Features]
+) -> Iterator[tuple[str, Callable[[], Cell]]]:
+    """(name, what measures it), nulls first; `here` are the features of this hook."""
+    assert recipe.atoms is not None and recipe.training is not None
+    training, asked = recipe.training, recipe.section(Compare)
+    setup = Setup(split.x, aip, recipe.atoms, training.device)
+    # No pursuit takes more atoms than there are, or than directions.
+    ks = sorted({min(max(1, round(level)), recipe.atoms.capacity, *split.x.shape) for level in asked.l0})
+    for k in ks:
+        for null in kinds(Drawn):
+            yield f"{null.name}-{k}", partial(_null_cell, null, k, setup, split, training.seed)
+    for one in map(find_kind, asked.units):
+        if isinstance(one, Trained):
+            for level in getattr(asked, one.sparsity):
+                yield f"{one.name}-{level:g}", partial(_trained, one, level, setup, split, training)
+        elif isinstance(one, Fixed) and one.sparsity is None:
+            yield one.name, partial(_fixed, one, None, setup, split)
+        elif isinstance(one, Fixed):
+            for k in sorted({*ks, aip.width}):
+                yield f"{one.name}-{k}", partial(_fixed, one, k, setup, split)
+    for features in here:
+        yield (
+            f"features_{features.name}",
+            lambda features=features: _cell(features.name, None, [pretrained(features, training.device)], split, aip),
+        )
+
+
+def _fixed(kind: Fixed, k: int | None, setup: Setup, split: SplitActivations) -> Cell:
+    dictionary = kind.make(setup, setup.aip.width if k is None else k)
+    return _cell(kind.name, None if k is None else float(k), [dictionary], split, setup.aip)
+
+
+def _trained(kind: Trained, level: float, setup: Setup, split: SplitActivations, training: Training) -> Cell:
+    """All seeds of one kind at one sparsity, from one pass over the activations."""
+    learners = {str(i): kind.start(setup, level, training.seed + i) for i in range(training.seeds)}
+    # TSAEs start from data, stock SAEs from noise: what agrees before training says nothing.
+    starts = [_start(learner, setup.aip) for learner in learners.values()]
+    fit_together({"x": split.x}, learners, training)
+    dictionaries = [kind.finish(learner, setup.aip) for learner in learners.values()]
+    cell = _cell(kind.name, level, dictionaries, split, setup.aip)
+    if cell.identity is None:
+        return cell
+    same = cell.identity.model_copy(update={"pw_mcc_start": identity(starts, setup.aip).pw_mcc})
+    return cell.model_copy(update={"identity": same})
+
+
+def _start(learner: Learner, aip: AtomicInnerProduct) -> Float[Tensor, "F d"]:
+    """Initial atoms as directions of raw activations."""
+    weights = learner.sae.W_dec.detach().double().cpu()
+    whitening = learner.whitening
+    if whitening is None and learner.sae.cfg.normalize_activations == "covariance_whitening":
+        return aip.unwhiten(weights)  # random directions stay random under any whitening of the same data
+    return weights if whitening is None else weights @ whitening.inverse_matrix
+
+
+def _cell(
+    unit: str, level: float | None, dictionaries: Sequence[Dictionary], split: SplitActivations, aip: AtomicInnerProduct
+) -> Cell:
+    runs, alive = [], []
+    for dictionary in dictionaries:
+        seen = {"train": observe(dictionary, split.x, aip), "heldout": observe(dictionary, split.heldout, aip)}
+        interval = {"interval": intervals(seen["heldout"], groups=split.subjects)}
+        heldout = seen["heldout"].figures.model_copy(update=interval)
+        runs.append(Run(train=seen["train"].figures, heldout=heldout))
+        alive.append(seen["train"].alive)
+    same = None
+    if len(dictionaries) > 1 and all(mask.any() for mask in alive):
+        same = identity([d.W_dec.detach().float() for d in dictionaries], aip, alive).figures
+    return Cell(unit=unit, level=level, runs=runs, identity=same)
+
+
+def _null_cell(null: Drawn, k: int, setup: Setup, split: SplitActivations, seed: int) -> Cell:
+    """A null at its best in either norm: R² of a Euclidean pursuit, all else of a pursuit under the metric."""
+    mean = mean_row(split.x).to(split.x.dtype)
+    atoms = null.draw(setup, torch.Generator().manual_seed(seed))
+    k = min(k, *atoms.shape)  # a data point at the mean is no atom
+    pursued, euclidean = Pursuit(atoms, mean, setup.aip, k), Pursuit(atoms, mean, None, k)
+    train, heldout = (
+        _best(observe(pursued, rows, setup.aip), euclidean.residual(rows)) for rows in (split.x, split.heldout)
+    )
+    return Cell(unit=null.name, level=float(k), runs=[Run(train=train, heldout=heldout)])
+
+
+def _best(seen: Observation, residual: Float[Tensor, " n"]) -> Figures:
+    return seen.figures.model_copy(update={"r2": explained(residual, seen.total)})
+
+
+def _from_file(recipe: str, overrides: Sequence[str], out: Path) -> Path:
+    return compare(load_recipe(recipe, overrides), out)
+
+
+command = recipe_command(study, _from_file, "atom-lens compare recipes/compare.yaml compare.l0=[4,8]")

@@ -1,0 +1,201 @@
+"""A comparison as a reader sees it: tables of every kind, the verdict, R² against q*, and curves over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from atom_lens.dictionaries import kind
+from atom_lens.studies.compare.result import Cell, Comparison, Hook
+from atom_lens.studies.points import LABELS, SPLITS, Measured, over_layers, plane
+from atom_lens.studies.study import Part
+from atom_lens.studies.train.show import layers_part
+from atom_lens.views import table
+from atom_lens.views.plot import Panel
+from atom_lens.views.table import Row, Table, shown_interval
+
+_LEAST_Q = 0.5
+# Controls and nulls do not compete: their encoder is a pursuit, or they are not sparse.
+COMPETING = ("ours", "baseline")
+
+
+def show(result: Comparison, name: str) -> list[Part]:
+    """Tables of every hook and over all, and the pictures."""
+    tables = [_over_hooks(result, name)] if len(result.hooks) > 1 else []
+    for hook, found in result.hooks.items():
+        tables += [_cells(found, f"{name} · {hook} of {result.model}"), *_matched(found, f"{name} · {hook}")]
+    measured = {hook: [_measured(cell) for cell in found.cells] for hook, found in result.hooks.items()}
+    planes = [
+        Panel(
+            f"{LABELS[key]} against stability q*",
+            "Filled marks are held-out, hollow ones train; up and to the right is better, and q* alone can be had "
+            "with few active atoms.",
+            {f"{name}, {hook} of {result.model}": plane(here, key) for hook, here in measured.items()},
+        )
+        for key in ("r2", "r2_aip")
+    ]
+    parts = [Part("Results and nulls", tables), Part("Dictionaries and nulls", panels=planes)]
+    if curves := over_layers(measured):
+        parts.append(layers_part({f"{name}, {at}": here for at, here in curves.items()}))
+    return parts
+
+
+def _measured(cell: Cell) -> Measured:
+    one = kind(cell.unit)
+    return Measured(one, one.asked(cell.level), [{"train": run.train, "heldout": run.heldout} for run in cell.runs])
+
+
+def _cells(found: Hook, title: str) -> Table:
+    facts = [
+        ("n train", f"{found.n:,}"),
+        ("n held-out", f"{found.n_heldout:,}"),
+        ("F", f"{found.d_sae:,}"),
+        ("n / F", f"{found.n_over_f:.1f}"),
+    ]
+    note = "Means over seeds, ± half their range; of a single run, the 95% interval of a held-out value over subjects."
+    return _table(title, [[cell] for cell in found.cells], facts, [verdict(found), note])
+
+
+def _over_hooks(result: Comparison, name: str) -> Table:
+    hooks = result.hooks
+    note = "Means over hooks and seeds; below a held-out value, the lowest and highest hook where there are several."
+    title = f"{name} · mean over {len(hooks)} hooks of {result.model}"
+    return _table(title, list(by_kind(hooks).values()), [], [note], len(hooks))
+
+
+def by_kind(hooks: Mapping[str, Hook]) -> dict[tuple[str, float | None], list[Cell]]:
+    """Of each kind and level its cells, of the hooks where it is: features are of one, levels end at the width."""
+    found: dict[tuple[str, float | None], list[Cell]] = {}
+    for one in hooks.values():
+        for cell in one.cells:
+            found.setdefault((cell.unit, cell.level), []).append(cell)
+    return found
+
+
+def _table(
+    title: str,
+    rows: Sequence[Sequence[Cell]],
+    facts: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    hooks: int = 1,
+) -> Table:
+    groups = [("", 2), *((label, 2) for label in LABELS.values()), ("L0", 2), ("dead atoms", 2), ("PW-MCC", 3)]
+    heads: list[table.Cell | str] = ["dictionary", "asked"]
+    heads += [table.Cell(label, held=split == "heldout") for _ in range(5) for split, label in SPLITS.items()]
+    return Table(title, [*heads, "", "at start", "> 0.9"], [_row(cells, hooks) for cells in rows], groups, facts, notes)
+
+
+def _row(cells: Sequence[Cell], hooks: int) -> Row:
+    """One kind at one sparsity: a cell of a comparison, or its cells at those of `hooks` where it is."""
+    one, level = kind(cells[0].unit), cells[0].level
+    shown: list[table.Cell | str] = ["" if level is None else f"{level:g}"]
+    for key in LABELS:
+        for split in SPLITS:
+            seeds = [[getattr(getattr(run, split), key) for run in cell.runs] for cell in cells]
+            mean = np.mean([np.mean(each) for each in seeds])
+            small = _spread(cells, seeds, key) if split == "heldout" else ""
+            shown.append(table.Cell(f"{mean:.3f}", small, split == "heldout"))
+    for pick, digits in ((lambda f: f.l0.mean, 1), (lambda f: f.dead_atoms, 0)):
+        for split in SPLITS:
+            mean = np.mean([pick(getattr(run, split)) for cell in cells for run in cell.runs])
+            shown.append(table.Cell(f"{mean:,.{digits}f}", held=split == "heldout"))
+    for key, form in (("pw_mcc", ".3f"), ("pw_mcc_start", ".3f"), ("above_09", ".1%")):
+        same = [found for cell in cells if (found := getattr(cell.identity, key, None)) is not None]
+        shown.append(f"{np.mean(same):{form}}" if same else "")
+    where = "" if len(cells) == hooks else f" ({len(cells)} of {hooks} hooks)"
+    return Row(one.label + where, shown, one.role == "null")
+
+
+def _spread(cells: Sequence[Cell], seeds: Sequence[Sequence[float]], key: str) -> str:
+    """Of a held-out value: the range over hooks, else over seeds, else its interval over subjects."""
+    if len(cells) > 1:
+        means = [float(np.mean(each)) for each in seeds]
+        return f"{min(means):.3f} to {max(means):.3f}"
+    if len(seeds[0]) > 1:
+        return f"± {(max(seeds[0]) - min(seeds[0])) / 2:.3f}"
+    interval = cells[0].runs[0].heldout.interval
+    return shown_interval(interval[key]) if interval else ""
+
+
+def _matched(found: Hook, title: str) -> list[Table]:
+    """A table per L0, best held-out R² first, nulls and controls among them."""
+    tables = []
+    for l0 in dict.fromkeys(row.l0 for row in found.matched):
+        here = [row for row in found.matched if row.l0 == l0]
+        rows = []
+        for row in sorted((row for row in here if row.between), key=lambda row: -(row.r2 or 0)):
+            low, high = row.between or (0, 0)
+            values = [row.r2, row.r2_aip, row.q_star, row.train_r2, row.pw_mcc]
+            cells = ["" if one is None else f"{one:.3f}" for one in values]
+            one = kind(row.unit)
+            rows.append(Row(one.label, [*cells, f"{low:.1f} and {high:.1f}"], one.role == "null"))
+        heads = ["held-out", *LABELS.values(), "R² train", "PW-MCC", "between L0"]
+        missing = [kind(r.unit).label for r in here if not r.between and kind(r.unit).role in COMPETING]
+        notes = [f"No sweep crosses this L0: {', '.join(missing)}."] if missing else []
+        tables.append(Table(f"{title}, at L0 {l0:g}", heads, rows, notes=notes))
+    return tables
+
+
+class Margin(NamedTuple):
+    """How far a TSAE that is at least as stable is above a baseline's point; None where no TSAE is as stable."""
+
+    unit: str
+    level: float | None
+    q_star: float
+    r2: float
+    margin: float | None
+
+
+def margins(found: Hook) -> list[Margin]:
+    """For each point of a trained baseline at q* >= 0.5, the best held-out R² of TSAEs of no smaller q*, less its own.
+
+    Nothing is interpolated. Below q* = 0.5 codes are dense and R² is no merit: neurons have 1.
+    """
+    at = {"q_star": 0.0, "r2": 0.0}
+    points = []
+    for cell in found.cells:
+        at = {key: float(np.mean([getattr(run.heldout, key) for run in cell.runs])) for key in at}
+        points.append((cell, at["q_star"], at["r2"]))
+    ours = [(q, r2) for cell, q, r2 in points if kind(cell.unit).role == "ours"]
+    result = []
+    for cell, q, r2 in points:
+        if kind(cell.unit).role == "baseline" and q >= _LEAST_Q:
+            as_stable = [value for other, value in ours if other >= q]
+            result.append(Margin(cell.unit, cell.level, q, r2, max(as_stable) - r2 if as_stable else None))
+    return result
+
+
+def verdict(found: Hook) -> str:
+    """In a few words: how many baseline points a TSAE beats in both, and where one does not."""
+    points = margins(found)
+    if not points:
+        return f"No baseline reached q* {_LEAST_Q}: there is nothing to beat."
+    beaten = [point for point in points if point.margin is not None and point.margin >= 0]
+    text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below a TSAE at least as stable"
+    for point in points:
+        asked = "" if point.level is None else f" at {point.level:g}"
+        name = f"{kind(point.unit).label}{asked} (q* {point.q_star:.3f}, R² {point.r2:.3f})"
+        if point.margin is None:
+            text += f"; {name} is more stable than any TSAE"
+        elif point.margin < 0:
+            text += f"; {name} is above by {-point.margin:.3f}"
+    return text + "."
+
+
+def runs_table(result: Comparison) -> Table:
+    """One row per hook, kind, sparsity, seed and split, for a spreadsheet."""
+    heads = ["hook", "unit", "asked", "run", "split", "n", "r2", "r2_low", "r2_high", "r2_aip", "q_star", "l0"]
+    heads += ["l0_p998", "empty_codes", "dead_atoms", "pw_mcc", "above_09"]
+    rows = []
+    for hook, found in result.hooks.items():
+        for cell in found.cells:
+            same = ("", "") if cell.identity is None else (cell.identity.pw_mcc, cell.identity.above_09)
+            for number, run in enumerate(cell.runs):
+                for split, f in (("train", run.train), ("heldout", run.heldout)):
+                    low, high = f.interval["r2"] if f.interval else ("", "")
+                    values = [cell.unit, "" if cell.level is None else cell.level, number, split, f.n, f.r2, low, high]
+                    values += [f.r2_aip, f.q_star, f.l0.mean, f.l0.p998, f.empty_codes, f.dead_atoms, *same]
+                    rows.append(Row(hook, [str(one) for one in values]))
+    return Table("", heads, rows)

@@ -1,0 +1,1 @@
+"""Intervene: do edits of codes change the answers they should, and leave the rest alone?"""

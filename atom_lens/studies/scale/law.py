@@ -1,0 +1,64 @@
+"""The capacity law F_c(n): read off the grid, and fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import linregress, t
+
+from atom_lens.studies.scale.result import Cell, Law, Point
+
+_LEAST_POINTS = 3  # of a line with an interval
+
+
+def laws(cells: Sequence[Cell], levels: Sequence[float]) -> list[Law]:
+    """For each kind of data, split and level of R²: the critical capacity at every n, and the power law through them.
+
+    The interval is the regression's, of log F_c on log n.
+    """
+    found = []
+    for data in dict.fromkeys(cell.data for cell in cells):
+        here = [cell for cell in cells if cell.data == data]
+        sizes = sorted({cell.n for cell in here})
+        for split in ("train", "heldout"):
+            for level in levels:
+                points = []
+                for n in sizes:
+                    critical = critical_capacity([cell for cell in here if cell.n == n], split, level)
+                    if critical is not None:
+                        points.append(Point(n=n, capacity=critical))
+                line = _line(points)
+                found.append(Law(data=data, split=split, level=level, of=len(sizes), points=points, **line))
+    return found
+
+
+def critical_capacity(cells: Sequence[Cell], split: str, level: float) -> float | None:
+    """The F at which the mean R² over seeds crosses `level` for good, between two capacities on a log scale.
+
+    None where it never does, or lies above it from the smallest capacity on: the grid does not hold the crossing then.
+    """
+    ordered = sorted(cells, key=lambda cell: cell.capacity)
+    r2 = [cell.mean(split, "r2") for cell in ordered]
+    below = [i for i, value in enumerate(r2) if value < level]
+    if not below or below[-1] == len(r2) - 1:
+        return None
+    last = below[-1]
+    share = (level - r2[last]) / (r2[last + 1] - r2[last])
+    low, high = (np.log(ordered[i].capacity) for i in (last, last + 1))
+    return float(np.exp(low + share * (high - low)))
+
+
+def _line(points: Sequence[Point]) -> dict[str, Any]:
+    if len(points) < _LEAST_POINTS:
+        return {}
+    n, capacity = (np.log([getattr(point, key) for point in points]) for key in ("n", "capacity"))
+    fitted: Any = linregress(n, capacity)
+    half = float(t.ppf(0.975, len(points) - 2) * fitted.stderr)
+    slope = float(fitted.slope)
+    return {
+        "exponent": slope,
+        "exponent_interval": [slope - half, slope + half],
+        "factor": float(np.exp(fitted.intercept)),
+    }

@@ -1,0 +1,1 @@
+"""Train: harvest, train atoms, and measure them against nulls."""

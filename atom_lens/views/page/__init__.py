@@ -1,0 +1,80 @@
+"""The page: sections of plots, tables and atoms browsers in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+
+from atom_lens._version import __version__
+from atom_lens.storage.files import visible
+from atom_lens.views.plot import Draw, svg
+from atom_lens.views.table import Cell, Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading.
+
+    Attributes:
+        title: of it.
+        intro: a sentence or two.
+        panels: title -> (caption, choice -> plot).
+        tables: of it.
+        browsers: label -> data of an atoms browser.
+    """
+
+    title: str
+    intro: str = ""
+    panels: Mapping[str, tuple[str, Mapping[str, Draw]]] = field(default_factory=dict)
+    tables: Sequence[Table] = ()
+    browsers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Of the element, and in links."""
+        return self.title.lower().replace(" ", "-")
+
+    @property
+    def choices(self) -> list[str]:
+        """What the reader chooses from."""
+        return list(dict.fromkeys(choice for _, draws in self.panels.values() for choice in draws))
+
+
+class About(NamedTuple):
+    """What a page says of one of its folders: its name, recipe and versions."""
+
+    name: str
+    recipe: str
+    versions: Mapping[str, str]
+
+
+def render(title: str, sections: Sequence[Section], folders: Sequence[About], command: str) -> str:
+    """The HTML of a page."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
+    assets = {
+        asset.name: asset.read_text(encoding="utf-8")
+        for asset in files(__name__).iterdir()
+        if asset.name.endswith((".html", ".css", ".js"))
+    }
+    return environment.from_string(assets["page.html"]).render(
+        title=title,
+        sections=[one for one in sections if one.panels or one.tables or one.browsers or one.intro],
+        folders=folders,
+        command=command,
+        version=__version__,
+        assets=assets,
+        svg=svg,
+        cell=lambda one: Cell(one) if isinstance(one, str) else one,
+    )
+
+
+def _visible(value: Any) -> Any:
+    """Texts are shown as they are, lines and all; what is markup or JSON by now, and numbers, are as they are."""
+    return visible(value, keep="\n\t") if type(value) is str else value
