@@ -12,7 +12,7 @@ import torch
 
 from atom_lens import TSAE, AtomicInnerProduct, TSAEConfig, train
 from atom_lens.recipe.reading import check_recipe
-from atom_lens.studies.train import save_atoms
+from atom_lens.studies.train.run import save_atoms
 
 
 def train_run(recipe: dict[str, Any], out: str, cache: str) -> None:

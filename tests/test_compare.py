@@ -18,11 +18,11 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 from atom_lens import AtomicInnerProduct, load_atoms
 from atom_lens.cli import main
 from atom_lens.dictionaries import Setup, Trained, find_kind, kinds
+from atom_lens.evidence.results import L0, Coherence, Figures, MetricAbout
 from atom_lens.recipe.sections import Atoms, Training
-from atom_lens.studies.frontier import comparison_table, margins, verdict
-from atom_lens.studies.matched import matched, matched_table
-from atom_lens.studies.page.folders import read_folders
-from atom_lens.studies.page.study_tables import over_hooks
+from atom_lens.studies.compare.matched import matched
+from atom_lens.studies.compare.result import Cell, Comparison, Hook, Run
+from atom_lens.studies.compare.show import margins, show, verdict
 from atom_lens.training.fit import fit_together
 
 HOOK = "blocks.1.hook_resid_post"
@@ -80,7 +80,7 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
         assert low <= by_unit[unit, 2]["runs"][0]["heldout"]["r2"] <= high
     rows = list(csv.DictReader((folder / "compare.csv").open()))
     assert len(rows) == 2 * sum(len(cell["runs"]) for cell in found["cells"])
-    with Image.open(folder / f"{HOOK}.png") as image:
+    with Image.open(next(folder.glob("*.png"))) as image:
         assert image.width > 800
     # Resumed: what was measured is not measured again, what is missing is.
     kept = folder / "cells" / HOOK
@@ -140,18 +140,31 @@ def test_bad_input_is_one_sentence(
     assert not (tmp_path / "runs").exists()  # before anything is read or trained
 
 
-def cell(unit: str, level: float, q: float, r2: float) -> dict[str, Any]:
-    l0 = {"mean": 1.0}
-    split = {"q_star": q, "r2": r2, "r2_aip": 0.0, "l0": l0, "empty_codes": 0.0, "dead_atoms": 0}
-    return {"unit": unit, "level": level, "runs": [{"train": split, "heldout": split}], "identity": None}
+def cell(unit: str, level: float | None, q: float, r2: float, l0: float = 1.0) -> Cell:
+    sparsity, coherence = L0(mean=l0, p50=1, p998=1, max=1), Coherence(p50=0, p998=0, max=0)
+    split = Figures(n=9, q_star=q, r2=r2, r2_aip=0.0, l0=sparsity, empty_codes=0.0, dead_atoms=0, coherence=coherence)
+    return Cell(unit=unit, level=level, runs=[Run(train=split, heldout=split)])
+
+
+def at_hook(cells: list[Cell], **more: Any) -> Hook:
+    metric = MetricAbout(n=9, ridge=0.0, condition=1.0)
+    return Hook(n=9, n_heldout=9, d_in=2, d_sae=3, n_over_f=3.0, metric=metric, cells=cells, **more)
+
+
+def shown(**hooks: Hook) -> str:
+    return show_text(Comparison(model="m", hooks=hooks, versions={}))
+
+
+def show_text(result: Comparison) -> str:
+    return "\n".join(table.text() for part in show(result, "runs") for table in part.tables)
 
 
 def test_margins_ask_for_both_figures() -> None:
     ours = [cell("tsae_free", 2, 0.9, 0.5), cell("tsae_free", 4, 0.7, 0.7), cell("tsae_tied", 2, 0.8, 0.55)]
-    pretrained = {**cell("mine", 1, 0.65, 0.8), "level": None}
+    pretrained = cell("mine", None, 0.65, 0.8)
     baselines = [cell("topk", 2, 0.8, 0.65), cell("topk", 4, 0.7, 0.4), cell("topk", 1, 0.95, 0.1)]
-    found = {"cells": [*ours, *baselines, pretrained, cell("relu", 1, 0.3, 0.9), cell("neurons", 0, 0.6, 1.0)]}
-    margin = {(point["unit"], point["level"]): point["margin"] for point in margins(found)}
+    found = at_hook([*ours, *baselines, pretrained, cell("relu", 1, 0.3, 0.9), cell("neurons", 0, 0.6, 1.0)])
+    margin = {(point.unit, point.level): point.margin for point in margins(found)}
     # Only a TSAE that is at least as stable counts; dense codes and controls are not in the race.
     assert set(margin) == {("topk", 1), ("topk", 2), ("topk", 4), ("mine", None)}
     assert margin["topk", 2] == pytest.approx(-0.1) and margin["topk", 4] == pytest.approx(0.3)
@@ -161,8 +174,8 @@ def test_margins_ask_for_both_figures() -> None:
     assert "TopK at 2 (q* 0.800, R² 0.650) is above by 0.100" in text
     assert "TopK at 1 (q* 0.950, R² 0.100) is more stable than any TSAE" in text
     assert "mine (q* 0.650, R² 0.800) is above by 0.100" in text
-    assert "TSAE, free (ours)" in comparison_table(found)
-    assert "nothing to beat" in verdict({"cells": [cell("relu", 1, 0.3, 0.9)]})
+    assert "TSAE, free (ours)" in shown(a=found)
+    assert "nothing to beat" in verdict(at_hook([cell("relu", 1, 0.3, 0.9)]))
 
 
 def test_train_with_seeds_saves_identity(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
@@ -180,22 +193,19 @@ def test_train_with_seeds_saves_identity(run: Callable[..., tuple[int, str, str]
     assert main(["evaluate", "runs/tiny", "--quiet"]) == 0
 
 
-def swept(unit: str, points: list[tuple[float, float]]) -> list[dict[str, Any]]:
+def swept(unit: str, points: list[tuple[float, float]]) -> list[Cell]:
     """Cells of a sweep, as (L0, R²) on held-out activations."""
-    made = [cell(unit, l0, 0.5, r2) for l0, r2 in points]
-    for one, (l0, _) in zip(made, points, strict=True):
-        one["runs"][0]["heldout"]["l0"] = {"mean": l0}
-    return made
+    return [cell(unit, l0, 0.5, r2, l0) for l0, r2 in points]
 
 
 def test_matched_sparsity_interpolates_and_never_extrapolates() -> None:
     cells = [*swept("topk", [(4, 0.4), (16, 0.8)]), *swept("relu", [(10, 0.5), (90, 0.9)]), *swept("gated", [(8, 0.3)])]
-    rows = {row["unit"]: row for row in matched(cells, 8.0)}
-    assert rows["topk"]["r2"] == pytest.approx(0.6) and rows["topk"]["between"] == [4, 16]
-    assert rows["relu"]["between"] is None and rows["gated"]["between"] is None
-    table = matched_table(list(rows.values()))
-    assert "TopK" in table and "no sweep across this L0: ReLU, gated" in table
-    assert {row["unit"]: row for row in matched(cells, 16.0)}["topk"]["r2"] == pytest.approx(0.8)
+    rows = {row.unit: row for row in matched(cells, 8.0)}
+    assert rows["topk"].r2 == pytest.approx(0.6) and rows["topk"].between == [4, 16]
+    assert rows["relu"].between is None and rows["gated"].between is None
+    text = shown(a=at_hook(cells, matched=list(rows.values())))
+    assert "at L0 8" in text and "No sweep crosses this L0: ReLU, gated." in text
+    assert {row.unit: row for row in matched(cells, 16.0)}["topk"].r2 == pytest.approx(0.8)
 
 
 def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
@@ -224,8 +234,8 @@ def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str
     assert all([one["unit"] for one in found["cells"]].count("tsae_free") == 2 for found in hooks.values())
     code, _, err = run("--quiet", "hooks=[blocks.0.*.hook_z]", "name=other", command="compare", compare=compare)
     assert code == 2 and f"features 'mine' are of hook '{HOOK}', allowed are hooks blocks.0.*.hook_z" in err
-    with Image.open(folder / "layers.png") as image:
-        assert image.width > 800
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert any("hook_resid_post,-asked-2" in name for name in pictures), pictures
 
 
 def test_hooks_of_different_widths(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
@@ -244,9 +254,7 @@ def test_hooks_of_different_widths(run: Callable[..., tuple[int, str, str]], tmp
     }
     assert levels[hooks[0]] == {"principal": [3, 16], "null_data": [3, 16]}
     assert levels[hooks[1]] == {"principal": [3, 20, 24], "null_data": [3, 20]}
-    assert (
-        out.count("principal directions (1 of 2 hooks)") == 3 and (tmp_path / "runs" / "tiny" / "layers.png").is_file()
-    )
-    table = over_hooks(read_folders([tmp_path / "runs" / "tiny"])[0])
-    assert [name for name, *_ in table.rows].count("principal directions (1 of 2 hooks)") == 3
-    assert [name for name, *_ in table.rows].count("principal directions") == 1
+    assert out.count("principal directions (1 of 2 hooks)") == 3
+    table = show(Comparison.read(tmp_path / "runs" / "tiny" / "compare.json"), "tiny")[0].tables[0]
+    assert [row.head for row in table.rows].count("principal directions (1 of 2 hooks)") == 3
+    assert [row.head for row in table.rows].count("principal directions") == 1

@@ -23,7 +23,7 @@ from atom_lens.recipe.reading import check_recipe
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.storage.files import locked, sweep
 from atom_lens.storage.sealed import manifest_of, verify
-from atom_lens.studies.train import save_atoms
+from atom_lens.studies.train.run import save_atoms
 from atom_lens.training.checkpoint import Batches
 from atom_lens.training.fit import fit_together
 

@@ -21,7 +21,7 @@ from atom_lens import AtomicInnerProduct, evaluate, faithfulness, stability
 from atom_lens.dictionaries.nulls import Pursuit, data_atoms, orthogonal_matching_pursuit, random_atoms
 from atom_lens.evidence.bootstrap import intervals
 from atom_lens.evidence.measure import measure, observe
-from atom_lens.studies.report_text import certificates_text, reading, table
+from atom_lens.studies.train.show import certificates_text, reading, report_table
 
 
 def brute_force_q_star(atoms: list[list[int]], l0: list[int], alive: list[bool]) -> float:
@@ -220,23 +220,25 @@ def test_report_has_the_documented_fields(generator: torch.Generator) -> None:
     aip = AtomicInnerProduct.estimate(x, source="test")
     atoms = Pursuit(random_atoms(20, aip, generator), x.mean(dim=0), aip, 3)
     report = evaluate(atoms, x, heldout, aip, about={"model": "none", "hook": "none"})
+    given, report = report, report.model_dump(mode="json")
     json.dumps(report, allow_nan=False)
+    assert given["heldout"]["r2"] == given.heldout.r2 == report["heldout"]["r2"]
     assert report["n"] == 200 and report["d_in"] == 8 and report["d_sae"] == 20
     assert report["n_over_f"] == 10
     assert set(report["metric"]) == {"n", "ridge", "condition", "source"}
     assert set(report["angles"]) == {"euclidean", "aip"}
-    fields = {"n", "r2", "r2_aip", "q_star", "l0", "empty_codes", "dead_atoms", "coherence"}
+    fields = {"n", "r2", "r2_aip", "q_star", "l0", "empty_codes", "dead_atoms", "coherence", "interval"}
     for split in ("train", "heldout"):
-        last = {"interval"} if split == "heldout" else set()
-        assert set(report[split]) == fields | last
-        excess = {"excess"} if split == "heldout" else set()
+        assert set(report[split]) == fields and (report[split]["interval"] is None) == (split == "train")
         for null in ("random", "data"):
-            assert set(report["nulls"][null][split]) == fields | {"r2_euclidean_pursuit"} | excess
+            found = report["nulls"][null][split]
+            assert set(found) == fields | {"r2_euclidean_pursuit", "excess"}
+            assert (found["excess"] is None) == (split == "train")
             assert report["nulls"][null][split]["l0"]["max"] == 3
     assert report["train"]["r2_aip"] == pytest.approx(faithfulness(x, atoms.decode(atoms.encode(x)), aip), abs=1e-6)
-    shown = table(report)
+    shown = report_table(given).text()
     assert "held-out" in shown and f"{report['train']['q_star']:.4f}" in shown
-    assert reading(report).startswith("n / F = 10.00: 200 activations for 20 atoms")
+    assert reading(given).startswith("n / F = 10.00: 200 activations for 20 atoms")
 
 
 def test_evaluate_needs_a_metric(generator: torch.Generator) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from atom_lens import load_atoms
+from atom_lens.evidence.results import Report
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.storage.sealed import FORMAT, MANIFEST, manifest_of, seal, verify
-from atom_lens.studies.report_text import reading, table
+from atom_lens.studies.train.show import reading, report_table
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 VERSIONS = sorted(path.name for path in ARTIFACTS.iterdir() if path.is_dir())
@@ -49,8 +49,8 @@ def test_run_folders_of_every_version(version: str) -> None:
         verify(folder)
     assert load_recipe(run / "recipe.yaml").hooks == [HOOK]
     assert load_atoms(run, hook=f"{HOOK}").cfg.d_sae == 12
-    report = json.loads((run / HOOK / "report.json").read_text())
-    assert "held-out" in table(report) and reading(report)
+    report = Report.read(run / HOOK / "report.json")
+    assert "held-out" in report_table(report).text() and reading(report)
     other = load_atoms(run / HOOK / "seed-1")
     assert not torch.equal(other.W_dec, load_atoms(run).W_dec)
 

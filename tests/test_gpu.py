@@ -18,7 +18,7 @@ from atom_lens.dictionaries.tsae.kinds import tsae_learner
 from atom_lens.dictionaries.tsae.search import Search
 from atom_lens.interventions.attribution import attribution, read
 from atom_lens.recipe.sections import Atoms, Training
-from atom_lens.studies.planted import Learning, learn
+from atom_lens.studies.planted.run import Learning, learn
 from atom_lens.training.checkpoint import Checkpoints
 from atom_lens.training.fit import fit_together
 

@@ -23,14 +23,16 @@ from atom_lens import train
 from atom_lens.activations.prompts.cities import Cities
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.cli import _Formatter, main
+from atom_lens.evidence.results import Report
 from atom_lens.recipe.contexts import corpus
 from atom_lens.recipe.reading import check_recipe, load_recipe
 from atom_lens.recipe.sections import Model
 from atom_lens.sharing.card import merged_card, run_card
 from atom_lens.storage.files import visible
-from atom_lens.studies.page.words import columns, open_lens
-from atom_lens.studies.page.write import write_page
-from atom_lens.studies.report_text import aligned
+from atom_lens.storage.terminal import say
+from atom_lens.studies.report.run import write_page
+from atom_lens.studies.report.words import columns, open_lens
+from atom_lens.views.table import aligned
 
 HOOK = "blocks.1.hook_resid_post"
 TEXTS = {
@@ -99,21 +101,13 @@ def page(made: Path) -> Path:
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_page_shows_any_text_as_text(browser: Browser, made: Path, page: Path, width: int) -> None:  # noqa: F811
     browser.open(page, width)
-    browser.draw_all()
     assert browser.js("document.title") == f"{visible(NAME)}, run · atom-lens".replace("  ", " ")
     assert browser.js("document.querySelector('h1').textContent") == f"{visible(NAME)}, run"
-    facts = browser.js("[...document.querySelectorAll('#figures dd')].map(fact => fact.textContent)")
-    assert "m\\ud800</script>\\x1b[31m" in facts
+    heads = browser.js("[...document.querySelectorAll('#results-and-nulls h3')].map(head => head.textContent)")
+    assert any("m\\ud800</script>\\x1b[31m" in head for head in heads)
     # What is chosen is found again, blanks and all, and a name in a figure is neither markup nor a template.
-    assert browser.js("document.querySelectorAll('figure[hidden]').length") == 0
-    legends = browser.js("[...document.querySelectorAll('#units .legendtext')].map(text => text.textContent)")
-    assert f"{visible(NAME)}, atoms" in legends
-    hovered = (
-        "(() => { const plot = document.querySelector('#units .plot'); plot.scrollIntoView();"
-        " Plotly.Fx.hover(plot, [{curveNumber: 0, pointNumber: 0}]);"
-        " return plot.querySelector('.hoverlayer').textContent; })()"
-    )
-    assert f"{visible(NAME)}, atoms" in browser.js(hovered)
+    shown = "document.querySelectorAll('.panel:not([hidden]) .plot:not([hidden])').length"
+    assert browser.js(shown) == browser.js("document.querySelectorAll('.panel').length") == 3
 
     read = corpus(load_recipe(made / "runs" / "run" / "recipe.yaml"), HOOK)
     contexts = {visible(prompt.text, keep="\n\t") for prompt in read.prompts if len(prompt.text) < 100}
@@ -199,10 +193,8 @@ def test_nothing_that_a_terminal_obeys_reaches_it(made: Path, capsys: pytest.Cap
 
 def test_a_terminal_without_such_letters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Hours of work do not end in an error because the table has a ²."""
-    from atom_lens.cli import _say
-
     monkeypatch.setattr("sys.stdout", _Ascii(sys.stdout))
-    _say("R² of 東京")
+    say("R² of 東京")
     assert capsys.readouterr().out == "R\\xb2 of \\u6771\\u4eac\n"
 
 
@@ -228,7 +220,7 @@ def test_columns_stand_below_each_other() -> None:
 def test_a_card_shows_any_text_as_text(made: Path, text: str) -> None:
     """As a reader of Markdown sees it; and the metadata are ours alone."""
     recipe = load_recipe(made / "runs" / "run" / "recipe.yaml")
-    report = {**json.loads((made / "runs" / "run" / "report.json").read_text()), "model": text}
+    report = Report.read(made / "runs" / "run" / "report.json").model_copy(update={"model": text})
     prompts = Cities(source="cities", template=f"{{}} {text}")
     card = run_card({HOOK: report}, "user/run", recipe.model_copy(update={"prompts": prompts}), text)
     assert merged_card(card, card) == merged_card(card, merged_card(card, card))

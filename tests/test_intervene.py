@@ -163,10 +163,9 @@ def test_an_exact_dictionary_reaches_the_ceiling(backend: Backend) -> None:
     towards = pairs.seen.x[third(pairs)] - pairs.seen.x
     cosine = torch.cosine_similarity(evaluation.decoded(other), towards)
     torch.testing.assert_close(cosine, torch.ones(len(cosine)), rtol=0, atol=1e-4)
-    everything = evaluation.ablate([1, 16])
-    torch.testing.assert_close(
-        everything["attribution 16"].logprob, everything["activation 16"].logprob, rtol=0, atol=1e-4
-    )
+    _, ablated = evaluation.ablate([1, 16])
+    everything = (ablated[rank, 16].logprob for rank in ("attribution", "activation"))
+    torch.testing.assert_close(*everything, rtol=0, atol=1e-4)
     others = evaluation.same_subject(["the capital of {} is"], 2)
     torch.testing.assert_close(others["swap"], others["patch"], rtol=0, atol=1e-5)
     installed = evaluation.spared(FACTS, 2)
@@ -274,13 +273,11 @@ def test_the_study(talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert cell["swap"]["none"]["kept"]["mean"] == 1 and cell["swap"]["none"]["flips"]["mean"] == 0
         assert cell["swap"]["patch"]["log_odds"]["mean"] > cell["swap"]["random"]["log_odds"]["mean"]
         assert set(cell["train"]) == {"none", "patch", "swap", "replace"}
-        assert set(cell["ablate"]) == {
-            "none",
-            *(f"{r} {k}" for r in ("attribution", "activation", "random") for k in (1, 2)),
-        }
+        ranks = ("attribution", "activation", "random")
+        assert [(one["rank"], one["k"]) for one in cell["ablate"]] == [(r, k) for r in ranks for k in (1, 2)]
         for figures in cell["kl"].values():
             assert all(f["mean"] >= 0 and f["interval"][0] <= f["mean"] <= f["interval"][1] for f in figures.values())
-    assert (folder / "intervene.png").stat().st_size > 10_000
+    assert next(folder.glob("*.png")).stat().st_size > 10_000
     stamp = (folder / "cells" / "topk-4.json").stat().st_mtime_ns
     (folder / "cells" / "tsae_tied-4.json").unlink()
     assert main(["intervene", str(recipe), "--quiet", "--out", str(tmp_path / "runs")]) == 0
@@ -312,6 +309,7 @@ def test_bad_recipes(
     capsys.readouterr()  # what loading the model printed, where this test is the first to ask for it
     assert main(["intervene", str(recipe), override, "--quiet", "--out", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
+    error = error[error.index("atom-lens intervene: ") :]  # the bar of a model that was loaded may come before
     assert message in error and error.count("\n") == 1
 
 

@@ -41,9 +41,9 @@ from atom_lens.studies.evaluate import check_split
 from atom_lens.studies.judge.asking import ask_all
 from atom_lens.studies.judge.client import Budget, Judge, estimated_tokens
 from atom_lens.studies.judge.kinds import CONTROL, NOT_ASKED, label_purity, read_kinds, strongest
+from atom_lens.studies.judge.run import _default_out, judge
 from atom_lens.studies.judge.sampling import VERSION, draw_cases, marked, rubric_question
 from atom_lens.studies.judge.scoring import agreement, balanced_accuracy, human_scores, read_detection, read_rubric
-from atom_lens.studies.judge.study import _default_out, judge
 from atom_lens.studies.judge.tables import judge_table
 from atom_lens.tensors.rows import Rows
 

@@ -18,10 +18,9 @@ from atom_lens.dictionaries.bases import neurons
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.sections import Training
 from atom_lens.recipe.split import SplitActivations
-from atom_lens.studies import intervene, planted
-from atom_lens.studies.frontier import comparison_table
-from atom_lens.studies.page.folders import read_folders
-from atom_lens.studies.page.unit_charts import units_of
+from atom_lens.studies.intervene import run as intervene
+from atom_lens.studies.planted import run as planted
+from atom_lens.studies.report.run import write_page
 from atom_lens.tensors.rows import Rows
 
 
@@ -65,16 +64,14 @@ def test_a_kind_of_ones_own(run: Callable[..., tuple[int, str, str]], monkeypatc
     """One call makes it known to recipes, the comparison, its tables and the page."""
     monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
     register(
-        Fixed(name="mine", label="Mine, and no one else's", color="#123456", make=lambda setup, _: neurons(setup.x))
+        Fixed(name="mine", label="Mine, and no one else's", color="#ab34ef", make=lambda setup, _: neurons(setup.x))
     )
     units = {"units": ["mine", "topk"], "l0": [2]}
     code, out, err = run(f"compare={json.dumps(units)}", "name=own", command="compare")
     assert code == 0, err
     assert "Mine, and no one else's" in out
-    (folder,) = read_folders([Path("runs/own")])
-    found = {unit.name: unit for _, unit in units_of(folder)}
-    assert found["Mine, and no one else's"].color == "#123456" and "TopK" in found
-    assert "Mine, and no one else's" in comparison_table(next(iter(folder.studies["compare"]["hooks"].values())))
+    page = write_page([Path("runs/own")]).read_text(encoding="utf-8")
+    assert "Mine, and no one else&#39;s" in page and "#ab34ef" in page and "TopK" in page
 
 
 def test_names() -> None:

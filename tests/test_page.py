@@ -20,23 +20,23 @@ from test_intervene import study, talking  # noqa: F401 -- talking is a fixture
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from atom_lens import load_atoms, train
+from atom_lens.dictionaries import kind
 from atom_lens.evidence.codes import codes_of
 from atom_lens.evidence.measure import observe
 from atom_lens.recipe.contexts import corpus
 from atom_lens.recipe.reading import check_recipe, load_recipe
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.sections import Model
-from atom_lens.studies.compare import compare
-from atom_lens.studies.intervene import intervene
-from atom_lens.studies.page.atoms import browse, neighbours, window_margin
-from atom_lens.studies.page.folders import Folder, read_folders
-from atom_lens.studies.page.geometry_charts import angles, coherences
-from atom_lens.studies.page.opened import open_hooks
-from atom_lens.studies.page.sections import sections_of
-from atom_lens.studies.page.unit_charts import by_layer
-from atom_lens.studies.page.words import columns, is_residual, open_lens
-from atom_lens.studies.page.write import write_page
-from atom_lens.studies.scale import scale
+from atom_lens.studies.compare.run import compare
+from atom_lens.studies.intervene.run import intervene
+from atom_lens.studies.points import Measured, over_layers
+from atom_lens.studies.report.atoms import browse, neighbours, window_margin
+from atom_lens.studies.report.browsers import Browser as AtomsBrowser
+from atom_lens.studies.report.browsers import open_browsers
+from atom_lens.studies.report.run import read_folders, sections_of, write_page
+from atom_lens.studies.report.words import columns, is_residual, open_lens
+from atom_lens.studies.scale.run import scale
+from atom_lens.studies.train.result import RunReport
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><img src=x onerror=pwned=1>"
@@ -118,15 +118,6 @@ class Browser:
     def prefer(self, scheme: str) -> None:
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
-    def draw_all(self) -> None:
-        """Scroll through the page, so that every figure is drawn, and back."""
-        self.js(
-            "(async () => { for (let y = 0; y < document.body.scrollHeight; y += 300) {"
-            " scrollTo(0, y); await new Promise(done => setTimeout(done, 30)); } scrollTo(0, 0); })()"
-        )
-        drawn = "[...document.querySelectorAll('.plot')].every(plot => plot.dataset.drawn)"
-        self.until(lambda: self.js(drawn), "some figure was not drawn")
-
     def search(self, text: str) -> list[int]:
         """Type into the search field; the atoms that the list then shows."""
         self.js(f"search.value = {json.dumps(text)}; search.dispatchEvent(new Event('input'))")
@@ -204,28 +195,31 @@ def test_it_is_whole_and_asks_for_nothing(browser: Browser, page: Path) -> None:
     """Every section, every figure under every choice, no trouble, and not one request but for the file."""
     browser.open(page)
     sections = browser.js("[...document.querySelectorAll('section')].map(section => section.id)")
-    assert sections == ["figures", "geometry", "units", "layers", "capacity", "atoms", "interventions"]
-    browser.draw_all()
-    # What is drawn is data: every figure that is shown has a mark or a line of some length.
+    names = ["results-and-nulls", "geometry", "dictionaries-and-nulls", "layers", "capacity", "interventions", "atoms"]
+    assert sections == names
+    # What is drawn is data: every plot that is shown has marks or lines of some length, and lies within the page.
     drawn = (
-        "[...document.querySelectorAll('.plot')].filter(plot => !plot.closest('figure').hidden).map(plot =>"
-        " [...plot.querySelectorAll('.scatterlayer path')].filter(path => path.getTotalLength() > 0).length)"
+        "[...document.querySelectorAll('.plot')].filter(plot => plot.checkVisibility()).map(plot =>"
+        " [...plot.querySelectorAll('svg path')].filter(path => path.getTotalLength() > 0).length)"
     )
-    # Hidden are those panels alone that have no figure under the choice.
-    astray = (
-        "[...document.querySelectorAll('.plot')].filter(plot => { const { section, panel } = plot.dataset;"
-        " const found = dataOf('figures-data')[section][panel];"
-        ' const select = document.querySelector(`select[data-section="${section}"]`);'
-        " return (select ? select.value in found : true) === plot.closest('figure').hidden; }).length"
+    wide = (
+        "[...document.querySelectorAll('.plot svg')].filter(s => s.getBoundingClientRect().right > innerWidth).length"
     )
+    shown = "document.querySelectorAll('.panel:not([hidden]) .plot:not([hidden])').length"
     marks = browser.js(drawn)
-    assert len(marks) >= 11 and min(marks) > 0 and browser.js(astray) == 0
+    assert len(marks) >= 11 and min(marks) > 3 and browser.js(wide) == 0 and browser.js(shown) == len(marks)
     for choice in range(1, 3):
         browser.js(
             f"document.querySelectorAll('select[data-section]').forEach(select => {{ select.selectedIndex = {choice};"
             " select.dispatchEvent(new Event('change')); })"
         )
-        assert min(browser.js(drawn)) > 0 and browser.js(astray) == 0
+        assert min(browser.js(drawn)) > 3 and browser.js(shown) == len(browser.js(drawn)) > 0
+        astray = (
+            "[...document.querySelectorAll('.plot:not([hidden])')].filter(plot => {"
+            ' const select = document.querySelector(`select[data-section="${plot.dataset.section}"]`);'
+            " return select && select.value && plot.dataset.choice !== select.value; }).length"
+        )
+        assert browser.js(astray) == 0
     assert browser.js("document.querySelectorAll('img').length") == 0 and browser.js("typeof pwned") == "undefined"
     assert browser.troubles == []
     assert set(browser.requests) == {page.resolve().as_uri()}
@@ -333,8 +327,8 @@ def test_another_dictionary_with_a_search_that_fits_nothing(browser: Browser, pa
 def test_dark_and_light(browser: Browser, page: Path) -> None:
     """The system's choice, then the button's, on the page and in the figures."""
     browser.open(page)
-    browser.draw_all()
-    look = "[getComputedStyle(document.body).backgroundColor, document.querySelector('.plot .xtick text').style.fill]"
+    ink = "getComputedStyle(document.querySelector('.plot svg path[style*=currentColor]')).stroke"
+    look = f"[getComputedStyle(document.body).backgroundColor, {ink}]"
     light = browser.js(look)
     browser.prefer("dark")
     browser.until(lambda: browser.js(look)[1] != light[1], "figures did not follow the system")
@@ -348,9 +342,13 @@ def test_dark_and_light(browser: Browser, page: Path) -> None:
 def test_on_a_phone(browser: Browser, page: Path) -> None:
     """Nothing is wider than the screen but what scrolls in a box of its own; a card opens over the list."""
     browser.open(page, 390, 844)
-    browser.draw_all()
     browser.js("document.querySelectorAll('details').forEach(details => { details.open = true; })")
     assert browser.js("document.documentElement.scrollWidth <= innerWidth && innerWidth === 390")
+    cut = (
+        "[...document.querySelectorAll('.plot:not([hidden]) svg')].filter(svg =>"
+        " [...svg.querySelectorAll('text')].some(text => text.getBoundingClientRect().right > svg.getBoundingClientRect().right + 1)).length"
+    )
+    assert browser.js(cut) == 0, "a label is cut off"
     assert browser.js("getComputedStyle(card).display") == "none"
     browser.js("document.querySelector('#list tbody tr').click()")
     assert browser.js("card.getBoundingClientRect().bottom <= innerHeight && document.activeElement === card")
@@ -375,7 +373,7 @@ def test_ten_thousand_atoms(browser: Browser, tiny: str, work: Path) -> None:
     assert browser.search("9876") == [9876]
     assert browser.js("document.querySelectorAll('*').length") < 5000 and browser.troubles == []
     data = browser.js("new Blob([document.getElementById('atoms-0').textContent]).size")
-    assert data / 10_000 < 1000 and file.stat().st_size < data + 6_000_000
+    assert data / 10_000 < 1000 and file.stat().st_size < data + 200_000
 
 
 def test_columns_against_brute_force(run: Path, work: Path) -> None:
@@ -411,7 +409,6 @@ def test_silent_atoms(run: Path, work: Path) -> None:
     heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
     found = browse(atoms, seen, heldout, None)
     assert set(found["mean"]) == set(found["margin"]) == {None} and found["at"] == [0] * 41 and found["rows"] == {}
-    assert coherences(heldout, atoms.aip, 0) is None
 
 
 def test_identity_of_what_is_dead_on_train(run: Path, work: Path) -> None:
@@ -428,24 +425,6 @@ def test_identity_of_what_is_dead_on_train(run: Path, work: Path) -> None:
     assert [value for value in found["identity"] if value is not None] == pytest.approx(
         [float(score) for score, none in zip(scores, dead, strict=True) if not none], rel=1e-3
     )
-
-
-def test_spectrum_and_angles(run: Path, work: Path) -> None:
-    """Thresholds where the report's L0 puts them, shares that add up, and the metric at 90 degrees."""
-    atoms, seen = load_atoms(run, hook=HOOK), corpus(load_recipe(run / "recipe.yaml"), HOOK)
-    heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
-    figure = coherences(heldout, atoms.aip, 0)
-    assert figure is not None
-    l0 = json.loads((run / HOOK / "report.json").read_text())["heldout"]["l0"]
-    ks = {max(1, l0[key]) for key in ("p50", "p998", "max")}
-    assert {round(shape.x0, 9) for shape in figure.layout.shapes} == {round(1 / (2 * k - 1), 9) for k in ks}
-    pairs = atoms.aip.cosine(atoms.W_dec[heldout.alive].detach(), atoms.W_dec[heldout.alive].detach()).abs()
-    flat = pairs[torch.triu(torch.ones_like(pairs), 1) > 0]
-    assert sum(figure.data[0].customdata) == pytest.approx(float((flat >= 2**-10).double().mean()), abs=1e-3)
-    turned = angles(seen, atoms.aip)
-    assert [sum(trace.y) for trace in turned.data] == pytest.approx([1] * 4, abs=1e-5)
-    mean = re.search(r"mean ([\d.]+)", str(turned.data[2].name))
-    assert mean is not None and abs(float(mean[1]) - 90) < 6
 
 
 def test_lens_is_the_models_own(tiny: str, tmp_path: Path) -> None:
@@ -507,23 +486,23 @@ def test_prompts_that_were_edited_are_noticed(
     prompts = tmp_path / "edited.jsonl"
     prompts.write_text("\n".join(edit((work / "prompts.jsonl").read_text().splitlines())))
     (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace("prompts.jsonl", str(prompts)))
-    found = list(open_hooks(read_folders([copy])[0]))
+    found = list(open_browsers(copy, "moved", RunReport.read(copy / "report.json")))
     assert all(isinstance(one, str) and one.startswith("moved · blocks.") for one in found)
     said = " ".join(map(str, found))
     assert re.search(f"left out, the prompts or the model are not those of the run: {message}", said), said
     assert all(said.count(f"blocks.{layer}.hook_resid_post") == 1 for layer in range(3))
     html = write_page([copy]).read_text(encoding="utf-8")
-    assert "are not those of the run" in html and 'id="browser"' not in html and "Figures and nulls" in html
+    assert "are not those of the run" in html and 'id="browser"' not in html and "Results and nulls" in html
 
 
 def test_one_hook_that_fails_leaves_the_others(run: Path, work: Path, tmp_path: Path) -> None:
     copy = tmp_path / "part"
     shutil.copytree(run, copy)
     (copy / "blocks.0.hook_resid_post" / "sae_weights.safetensors").unlink()
-    first, second, said = open_hooks(read_folders([copy])[0])
+    first, second, said = open_browsers(copy, "part", RunReport.read(copy / "report.json"))
     assert not isinstance(first, str) and first.label == f"part · {HOOK}"
     assert not isinstance(second, str) and second.label == "part · blocks.2.hook_resid_post"
-    assert isinstance(said, str) and said.startswith("part · blocks.0.hook_resid_post: angles")
+    assert isinstance(said, str) and said.startswith("part · blocks.0.hook_resid_post: atoms are left out")
 
 
 def test_words_that_fail_leave_the_rest(
@@ -534,52 +513,50 @@ def test_words_that_fail_leave_the_rest(
     def broken(_: Model) -> None:
         raise RuntimeError("no unembedding\nhere")
 
-    monkeypatch.setattr("atom_lens.studies.page.opened.open_lens", broken)
-    for opened in open_hooks(read_folders([run])[0]):
-        assert not isinstance(opened, str)
+    monkeypatch.setattr("atom_lens.studies.report.browsers.open_lens", broken)
+    for opened in open_browsers(run, "run", RunReport.read(run / "report.json")):
+        assert isinstance(opened, AtomsBrowser)
         assert opened.atoms["words"] == "Logit-lens words are left out: no unembedding here."
     once = {"steps": 2, "batch_size": 16, "device": "cpu", "nulls": False}
     heads = train(recipe(tiny, "heads", hooks=["blocks.1.attn.hook_z"], training=once), out=tmp_path)
-    (opened,) = open_hooks(read_folders([heads])[0])
+    (opened,) = open_browsers(heads, "heads", RunReport.read(heads / "report.json"))
     assert not isinstance(opened, str) and "is not in the residual stream" in opened.atoms["words"]
 
 
-def units(*cells: tuple[str, float | None]) -> dict[str, Any]:
-    return {"cells": [{"unit": unit, "level": level, "runs": [{}], "identity": None} for unit, level in cells]}
+def units(*cells: tuple[str, float | None]) -> list[Measured]:
+    return [Measured(kind(unit), kind(unit).asked(level), [{}]) for unit, level in cells]
 
 
 def test_curves_over_layers_stand_beside_each_other() -> None:
-    """What no sparsity is asked of is in every figure; an L1 weight of 3 is not a K of 3."""
+    """What no sparsity is asked of is in every plot; an L1 weight of 3 is not a K of 3."""
     each = [("null_data", 3), ("neurons", None), ("topk", 3), ("topk", 6), ("relu_whitened", 3)]
     hooks = {f"blocks.{layer}.hook_resid_post": units(*each) for layer in range(3)}
     hooks["blocks.1.hook_resid_post"] = units(*each, ("mine", None), ("principal", 6))
-    found = by_layer(Folder(Path("c"), "c", "", {}, {"compare": {"hooks": hooks}}))
-    names = {title: [[unit.name for unit in here[layer]] for layer in here] for title, here in found.items()}
-    kind = "c, hook_resid_post"
-    assert set(names) == {f"{kind}, asked 3", f"{kind}, asked 6", f"{kind}, L1 3"}
-    assert names[f"{kind}, asked 3"][0] == ["null: data points", "TopK", "neurons"]
-    assert names[f"{kind}, asked 3"][1] == ["null: data points", "TopK", "neurons", "mine"]
-    assert names[f"{kind}, asked 6"][1] == ["TopK", "principal directions", "neurons", "mine"]
-    assert names[f"{kind}, L1 3"][2] == ["ReLU, whitened", "neurons"]
-    alone = {hook: units(("neurons", None)) for hook in hooks}
-    assert list(by_layer(Folder(Path("c"), "c", "", {}, {"compare": {"hooks": alone}}))) == [kind]
+    found = over_layers(hooks)
+    names = {title: [[one.kind.label for one in here[layer]] for layer in here] for title, here in found.items()}
+    at = "hook_resid_post"
+    assert set(names) == {f"{at}, asked 3", f"{at}, asked 6", f"{at}, L1 3"}
+    assert names[f"{at}, asked 3"][0] == ["null: data points", "TopK", "neurons"]
+    assert names[f"{at}, asked 3"][1] == ["null: data points", "TopK", "neurons", "mine"]
+    assert names[f"{at}, asked 6"][1] == ["TopK", "principal directions", "neurons", "mine"]
+    assert names[f"{at}, L1 3"][2] == ["ReLU, whitened", "neurons"]
+    assert list(over_layers({hook: units(("neurons", None)) for hook in hooks})) == [at]
+    assert over_layers({"blocks.1.hook_resid_post": units(*each)}) == {}
 
 
 def test_two_comparisons_are_not_one_cloud(page: Path, work: Path, tmp_path: Path) -> None:
-    """Of the same hooks, say at n / F of 40 and of 1: a figure each, by the folder's name."""
+    """Of the same hooks, say at n / F of 40 and of 1: a plot each, by the folder's name."""
     shutil.copytree(work / "runs" / "comparison", tmp_path / "memorised")
     sections = sections_of(read_folders([work / "runs" / "comparison", tmp_path / "memorised"]))
-    (plane,) = (section for section in sections if section.id == "units")
+    (plane,) = (section for section in sections if section.id == "dictionaries-and-nulls")
     both = [f"{name}, blocks.{i}.hook_resid_post of " for name in ("comparison", "memorised") for i in (0, 1)]
     assert [choice.partition(" of ")[0] + " of " for choice in plane.choices] == both
-    (alone,) = (one for one in sections_of(read_folders([tmp_path / "memorised"])) if one.id == "units")
-    assert alone.choices[0].startswith("blocks.0.hook_resid_post of ")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("report.json", '{"schema_version": 2}', "key train, field required"),
+        ("report.json", '{"schema_version": 2}', "key n, field required"),
         ("report.json", '{"hooks": []}', "key hooks is [], allowed is a report for each hook"),
         ("report.json", '{"hooks": {}}', "key hooks is {}, allowed is a report for each hook"),
         ("report.json", '{"hooks": {"a": 1}}', "it has 1 where a mapping is needed"),
@@ -589,12 +566,13 @@ def test_two_comparisons_are_not_one_cloud(page: Path, work: Path, tmp_path: Pat
             '{"schema_version": 1, "model": "m", "versions": {}, "hooks": {}}',
             "key hooks, dictionary should",
         ),
-        ("compare.json", '{"schema_version": 1, "hooks": {"a": {"cells": []}}}', "key model, field required"),
+        ("compare.json", '{"schema_version": 1, "hooks": {}, "versions": {}}', "key model, field required"),
         (
             "intervene.json",
-            '{"schema_version": 1, "model": "m", "versions": {}, "hook": "h", "n_facts": 1, "n_answers": 1,'
+            '{"schema_version": 2, "name": "n", "n": 1, "scan": {}, "model": "m", "versions": {}, "hook": "h",'
+            ' "n_facts": 1, "n_answers": 1,'
             ' "class_means": {}, "cells": []}',
-            "key cells, list should have at least 1 item",
+            "key class_means.flips, field required",
         ),
     ],
 )
@@ -618,6 +596,6 @@ def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not strict JSON"):
         write_page([tmp_path / "other"])
     (tmp_path / "other" / "scale.json").write_text('{"schema_version": 7}')
-    with pytest.raises(ValueError, match="scale.json' has schema_version 7, a page can be made of 1"):
+    with pytest.raises(ValueError, match="scale.json' has schema_version 7, this version of atom-lens reads 1"):
         write_page([tmp_path / "other"])
     assert not (tmp_path / "report.html").exists()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_lens.cli import main
-from atom_lens.studies.planted import (
+from atom_lens.studies.planted.garden import (
     Planted,
     draw_codes,
     hardest_codes,

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from atom_lens import load_recipe
 from atom_lens.recipe.yaml import read_yaml, write_yaml
-from atom_lens.studies.compare import compare
-from atom_lens.studies.intervene import intervene
-from atom_lens.studies.planted import load_planted
-from atom_lens.studies.train import train
+from atom_lens.studies.compare.run import compare
+from atom_lens.studies.intervene.run import intervene
+from atom_lens.studies.planted.run import load_planted
+from atom_lens.studies.train.run import train
 
 BASE = """
 name: x

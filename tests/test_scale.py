@@ -17,18 +17,21 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 from test_parallel import launched
 
 from atom_lens.evidence.measure import observe
-from atom_lens.studies import scale
-from atom_lens.studies.scale_law import critical_capacity, laws
+from atom_lens.evidence.results import Figures
+from atom_lens.studies.scale import run as scale_run
+from atom_lens.studies.scale.law import critical_capacity, laws
+from atom_lens.studies.scale.result import Cell, Run
 from atom_lens.training.fit import fit_together
 
 HOOK = "blocks.1.hook_resid_post"
 GRID = {"capacities": [8, 64], "n": [32, 64], "levels": [0.5]}
 
 
-def cell(n: int, capacity: int, r2: float, data: str = "activations", heldout: float = -0.2) -> dict[str, Any]:
+def cell(n: int, capacity: int, r2: float, data: str = "activations", heldout: float = -0.2) -> Cell:
     """As scale.json has it, R² alone; two seeds whose mean is `r2`."""
-    runs = [{"train": {"r2": r2 + off}, "heldout": {"r2": heldout}} for off in (-0.01, 0.01)]
-    return {"n": n, "capacity": capacity, "data": data, "runs": runs}
+    splits = [(Figures.model_construct(r2=r2 + off), Figures.model_construct(r2=heldout)) for off in (-0.01, 0.01)]
+    runs = [Run.model_construct(train=train, heldout=held) for train, held in splits]
+    return Cell.model_construct(n=n, capacity=capacity, data=data, runs=runs)
 
 
 @settings(max_examples=25)
@@ -52,7 +55,7 @@ def test_the_interval_is_that_of_the_regression() -> None:
     for one, c in zip(cells, np.repeat(critical, 2), strict=True):  # crossing of 0.5 exactly at c
         share = np.log(c) / np.log(10**5)
         for each in one["runs"]:
-            each["train"]["r2"] = 0.5 - share if one["capacity"] == 1 else 0.5 + (1 - share)
+            each.train.r2 = 0.5 - share if one.capacity == 1 else 0.5 + (1 - share)
     law = laws(cells, [0.5])[0]
     assert [point["capacity"] for point in law["points"]] == pytest.approx(critical)
     (slope, _), covariance = np.polyfit(np.log(sizes), np.log(critical), 1, cov=True)
@@ -87,8 +90,8 @@ def test_grid_from_the_command_line(
             heldout[metric.source.split()[1]] = torch.as_tensor(x[:]).clone()
         return observe(dictionary, x, metric)
 
-    monkeypatch.setattr(scale, "fit_together", watched_fit)
-    monkeypatch.setattr(scale, "observe", watched_observe)
+    monkeypatch.setattr(scale_run, "fit_together", watched_fit)
+    monkeypatch.setattr(scale_run, "observe", watched_observe)
     training = {"steps": 30, "batch_size": 16, "device": "cpu", "seeds": 2}
     code, out, err = run(command="scale", scale=GRID, training=training)
     assert code == 0, err
@@ -105,8 +108,8 @@ def test_grid_from_the_command_line(
         assert (torch.cdist(shuffled.double(), real.double()).min(dim=1).values > 1e-3).all()
     assert list(trained[32]) == list(heldout) == ["activations", "shuffled"]
     assert torch.equal(trained[32]["activations"], trained[64]["activations"][:32])
-    assert "R² train, n =" in out and "shuffled, R² held-out, n =" in out and "too few for a law" in out
-    with Image.open(folder / f"{HOOK}.png") as image:
+    assert ": R² train" in out and "shuffled, R² held-out" in out and "a law needs three" in out
+    with Image.open(next(folder.glob("*.png"))) as image:
         assert image.width > 800
     # Resumed: only the row that is missing is made again, to the same figures.
     kept = folder / "cells" / HOOK

@@ -120,7 +120,7 @@ for _whitened in (False, True):
                 name=f"{_name}_whitened" if _whitened else _name,
                 label=f"{_one.label}, whitened" if _whitened else _one.label,
                 color=_one.color,
-                marker="s" if _whitened else "circle",
+                marker="s" if _whitened else "o",
                 sparsity=_one.sparsity,
                 least=_one.least,
                 by_default=_one.by_default,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 
 from pydantic import Field, create_model
@@ -46,7 +47,7 @@ class Recipe(Section):
     wandb: Wandb = Wandb()
     other_text: Prompts = PythonDocs(limit=300)
 
-    def section(self, kind: type[T]) -> T:
+    def section(self, kind: type[T] | Any) -> T:
         """The section that a study has registered as `kind`.
 
         Raises:
@@ -55,7 +56,7 @@ class Recipe(Section):
         name, default = next((name, default) for name, (one, default) in _SECTIONS.items() if one == kind)
         found: Any = getattr(self, name, default)
         if found is None:
-            raise ValueError(f"key {name} is missing in recipe {self.name!r}")
+            raise ValueError(f"key {name} is missing in recipe {self.name!r}, {name} needs it")
         return found
 
     def to_train(self, command: str) -> tuple[Atoms, Training]:
@@ -84,8 +85,14 @@ def register_section(name: str, kind: Any, default: Section | dict[str, Any] | N
 
 
 def recipe_type() -> type[Recipe]:
-    """`Recipe` with the sections of all studies that are registered."""
+    """`Recipe` with the sections of all studies that are registered; the same type while these are the same."""
+    return _with_sections(tuple(_SECTIONS))
+
+
+@cache
+def _with_sections(names: tuple[str, ...]) -> type[Recipe]:
     fields: dict[str, Any] = {
-        name: (kind if default is not None else kind | None, default) for name, (kind, default) in _SECTIONS.items()
+        name: (kind if default is not None else kind | None, default)
+        for name, (kind, default) in ((name, _SECTIONS[name]) for name in names)
     }
     return create_model("Recipe", __base__=Recipe, **fields)

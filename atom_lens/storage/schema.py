@@ -7,13 +7,15 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
-from typing_extensions import Self
 
 from atom_lens.storage.files import read_json, shown, write_json
 
 Positive = Annotated[float, Field(gt=0)]
 # What torch, numpy and scikit-learn all take, with room for those derived from it: seed + 1, seed + 2, ...
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+AnyResult = TypeVar("AnyResult", bound="Result")
+AnyStrict = TypeVar("AnyStrict", bound="Strict")
 
 
 class Strict(BaseModel):
@@ -59,7 +61,7 @@ class Result(BaseModel):
         write_json(path, self.model_dump(mode="json"))
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls: type[AnyResult], path: Path) -> AnyResult:
         """Read what `write` wrote.
 
         Raises:
@@ -69,7 +71,7 @@ class Result(BaseModel):
         return cls.checked(read_json(path), path)
 
     @classmethod
-    def checked(cls, found: Any, path: Path) -> Self:
+    def checked(cls: type[AnyResult], found: Any, path: Path) -> AnyResult:
         """`found`, read from `path`, as this type; a ValueError names what is wrong with it."""
         if not isinstance(found, dict):
             raise ValueError(f"{str(path)!r} is damaged: it has {shown(found)} where a mapping is needed")
@@ -85,9 +87,6 @@ class Result(BaseModel):
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"])
             raise ValueError(f"{str(path)!r} is damaged: key {key}, {problem['msg'].lower()}") from None
-
-
-AnyStrict = TypeVar("AnyStrict", bound=Strict)
 
 
 def parsed(kind: type[AnyStrict], data: Any, path: Path) -> AnyStrict:

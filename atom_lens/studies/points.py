@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from atom_lens.dictionaries.registry import Kind
 from atom_lens.evidence.results import Figures, NullFigures
 from atom_lens.views.plot import LEAST, QUIET, Draw, plain, points, r2_axis
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 LABELS = {"r2": "R²", "r2_aip": "R² (AIP)", "q_star": "q*"}
 SPLITS = {"heldout": "held-out", "train": "train"}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from matplotlib.axes import Axes
 from pydantic import Field
 
 from atom_lens.activations.positions import Positions, check_prompts
@@ -26,9 +26,6 @@ from atom_lens.studies.cells import check_new, result_folder
 from atom_lens.studies.study import Part, Study, recipe_command, register
 from atom_lens.views.plot import Draw, Panel, plain
 from atom_lens.views.table import Row, Table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 class Domain(Section):

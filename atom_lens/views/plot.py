@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from atom_lens.storage.files import replacing, visible
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Tones that stand out from a light and from a dark page alike.
 ATOMS, QUIET = "#d6506a", "#8a8f98"
@@ -39,7 +40,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 # Draws one panel on the axes it is given.
-Draw = Callable[["Axes"], None]
+Draw = Callable[[Axes], None]
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,6 @@ class Panel:
 
 def svg(draw: Draw) -> str:
     """One panel for the page: as wide as a phone, its text is text, its ink the colour of the page's."""
-    from matplotlib import rc_context
-
     with rc_context(_STYLE):
         figure = _figure([("", draw)], width=5.2)
         out = io.StringIO()
@@ -67,8 +66,6 @@ def svg(draw: Draw) -> str:
 
 def save_png(panels: Sequence[tuple[str, Draw]], path: Path, title: str = "") -> None:
     """All panels side by side in one picture, written whole or not at all."""
-    from matplotlib import rc_context
-
     black: dict[Any, Any] = {key: "black" if value == _INK else value for key, value in _STYLE.items()}
     with rc_context(black):
         figure = _figure(panels, width=5.6)
@@ -79,9 +76,7 @@ def save_png(panels: Sequence[tuple[str, Draw]], path: Path, title: str = "") ->
             figure.savefig(temporary, format="png", dpi=100, metadata={"Software": None})
 
 
-def _figure(panels: Sequence[tuple[str, Draw]], width: float) -> Any:
-    from matplotlib.figure import Figure
-
+def _figure(panels: Sequence[tuple[str, Draw]], width: float) -> Figure:
     figure = Figure(figsize=(width * len(panels), 4.6), layout="constrained")
     for axes, (title, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes)
@@ -100,7 +95,14 @@ def plain(text: str) -> str:
 
 
 def points(
-    axes: Axes, x: Sequence[float], y: Sequence[float], *, label: str, color: str, marker: str, hollow: bool = False
+    axes: Axes,
+    x: Sequence[float | int],
+    y: Sequence[float | int],
+    *,
+    label: str,
+    color: str,
+    marker: str,
+    hollow: bool = False,
 ) -> None:
     """Marks: filled for held-out, hollow for train."""
     look: dict[str, Any] = {"color": color}  # crosses have no inside
@@ -120,9 +122,9 @@ def r2_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.text(0.02, 0.02, text, transform=axes.transAxes, fontsize=9)
 
 
-def log_ticks(axis: Any, values: Sequence[float]) -> None:
+def log_ticks(axis: Any, values: Sequence[float | int]) -> None:
     """Ticks of a logarithmic axis at measured values, as many as leave their labels room."""
-    ticks: list[float] = []
+    ticks: list[float | int] = []
     for value in sorted(set(values)):
         if not ticks or value >= 1.9 * ticks[-1]:
             ticks.append(value)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from atom_lens.studies.intervene.result import Cell, Interventions, Mean, Swap
 from atom_lens.studies.study import Part
 from atom_lens.views import table
 from atom_lens.views.plot import QUIET, SERIES, Draw, Panel, plain
 from atom_lens.views.table import Row, Table, shown_interval
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Kind of edit -> what a table calls it, and a plot.
 EDITS = {

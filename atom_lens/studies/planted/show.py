@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from matplotlib.axes import Axes
 
 from atom_lens.dictionaries import kind
 from atom_lens.studies.planted.result import PlantedFound
 from atom_lens.studies.study import Part
 from atom_lens.views.plot import ATOMS, Panel
 from atom_lens.views.table import Row, Table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def show(result: PlantedFound, name: str) -> list[Part]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from matplotlib.axes import Axes
 
 from atom_lens.studies.scale.result import Cell, Grid, Law, Scaling
 from atom_lens.studies.study import Part
 from atom_lens.views import table
 from atom_lens.views.plot import QUIET, SERIES, Draw, Panel, log_ticks, r2_axis
 from atom_lens.views.table import Row, Table, shown_interval
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _BLOCKS = (
     ("R² held-out", "activations", "heldout"),

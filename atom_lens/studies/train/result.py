@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from atom_lens.evidence.results import Report
 from atom_lens.storage.files import shown, write_json
@@ -24,7 +24,7 @@ class RunReport(Result):
 
     @classmethod
     @override
-    def checked(cls, found: Any, path: Path) -> Self:
+    def checked(cls, found: Any, path: Path) -> RunReport:
         hooks = found["hooks"] if "hooks" in found else {str(found.get("hook")): found}
         if not isinstance(hooks, dict) or not hooks:
             raise ValueError(

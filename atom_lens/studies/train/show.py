@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
 
 from atom_lens.dictionaries import Kind, kind
 from atom_lens.evidence.results import Figures, NullFigures, Report
@@ -12,9 +13,6 @@ from atom_lens.studies.study import Part
 from atom_lens.studies.train.result import RunReport
 from atom_lens.views.plot import ATOMS, Draw, Panel
 from atom_lens.views.table import Cell, Row, Table, shown_interval
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _ATOMS = Kind(name="atoms", label="atoms", role="ours", color=ATOMS, marker="*")
 GROUPS = [("", 1), *((label, 2) for label in LABELS.values()), ("L0", 2), ("dead atoms", 2)]
