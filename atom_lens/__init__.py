@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from atom_lens.dictionaries.load import aip_converter, load_atoms
     from atom_lens.dictionaries.tsae.sae import TSAE, TSAEConfig
     from atom_lens.dictionaries.tsae.training import TSAETraining, TSAETrainingConfig
+    from atom_lens.errors import AtomLensError
     from atom_lens.evidence.faithfulness import faithfulness
     from atom_lens.evidence.report import evaluate
     from atom_lens.evidence.stability import Stability, stability
@@ -38,6 +39,7 @@ _HOME = {
     "dictionaries.load": ("aip_converter", "load_atoms"),
     "dictionaries.tsae.sae": ("TSAE", "TSAEConfig"),
     "dictionaries.tsae.training": ("TSAETraining", "TSAETrainingConfig"),
+    "errors": ("AtomLensError",),
     "evidence.faithfulness": ("faithfulness",),
     "evidence.report": ("evaluate",),
     "evidence.stability": ("Stability", "stability"),
@@ -54,6 +56,7 @@ _MODULE = {name: f"{__name__}.{module}" for module, names in _HOME.items() for n
 
 __all__ = [
     "TSAE",
+    "AtomLensError",
     "AtomicInnerProduct",
     "Harvest",
     "Prompt",

@@ -14,6 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 from typing_extensions import override
 
 from atom_lens._version import __version__
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import visible, without_secrets
 from atom_lens.storage.terminal import QUIET, say
 
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads has seen enough, as `| head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
+    except (AtomLensError, OSError) as error:
         if flags["--debug"]:
             raise
         text = without_secrets(" ".join(str(error).split())) or type(error).__name__

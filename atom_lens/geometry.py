@@ -18,11 +18,12 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import parse_json, regular_file, replacing, shown
 from atom_lens.tensors import parallel
 from atom_lens.tensors.checks import matrix
@@ -41,16 +42,16 @@ def check_rows(x: Tensor | np.ndarray, name: str, width: int | None = None) -> T
 @overload
 def check_rows(x: Tensor | Rows | np.ndarray, name: str, width: int | None = None) -> Tensor | Rows: ...
 def check_rows(x: Any, name: str, width: int | None = None) -> Tensor | Rows:
-    """`x` as a matrix of rows: numpy arrays become tensors. A ValueError says what is wrong with it, and where."""
+    """`x` as a matrix of rows: numpy arrays become tensors. An AtomLensError says what is wrong with it, and where."""
     x = matrix(x, name)
     if x.shape[0] == 0:
-        raise ValueError(f"{name} is empty: it has 0 rows of width {x.shape[1]}")
+        raise AtomLensError(f"{name} is empty: it has 0 rows of width {x.shape[1]}")
     if width is not None and x.shape[1] != width:
-        raise ValueError(f"{name} has width {x.shape[1]}, expected {width}")
+        raise AtomLensError(f"{name} has width {x.shape[1]}, expected {width}")
     bad = torch.cat([~torch.isfinite(rows).all(dim=1) for rows in x.split(8192)])
     if bad.any():
         first = int(bad.nonzero()[0])
-        raise ValueError(f"{name} has {int(bad.sum())} rows with NaN or infinite values, the first is row {first}")
+        raise AtomLensError(f"{name} has {int(bad.sum())} rows with NaN or infinite values, the first is row {first}")
     return x
 
 
@@ -69,7 +70,7 @@ class SecondMoment:
     def matrix(self) -> Float[Tensor, "d d"]:
         """C, shape (d, d), float64."""
         if self.n == 0:
-            raise ValueError("the second moment is empty: no rows were added")
+            raise AtomLensError("the second moment is empty: no rows were added")
         return self.total / self.n
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ class SecondMoment:
     def merge(self, other: SecondMoment) -> SecondMoment:
         """Add what `other` has seen, as if its rows had been given to this one."""
         if other.width != self.width:
-            raise ValueError(f"cannot merge second moments of width {other.width} and {self.width}")
+            raise AtomLensError(f"cannot merge second moments of width {other.width} and {self.width}")
         self.total += other.total.to(self.total.device)
         self.n += other.n
         return self
@@ -105,7 +106,7 @@ def oas_ridge(c: Float[Tensor, "d d"], n: int) -> float:
     spread = (n + 1) * (mean_square - mu**2 / d)
     s = 1.0 if spread <= 0 else min(1.0, float((mean_square + mu**2) / spread))
     if s >= 1.0:
-        raise ValueError(f"OAS shrinkage is total at n={n} rows of width {d}: the rows say nothing about the metric")
+        raise AtomLensError(f"OAS shrinkage is total at n={n} rows of width {d}: the rows say nothing about the metric")
     return s / (1 - s)
 
 
@@ -119,34 +120,36 @@ class AtomicInnerProduct:
         source: what the rows were, kept with the metric because a metric from other text is another metric.
 
     Raises:
-        ValueError: one row, non-finite or non-square C, a negative ridge, or a rank-deficient C (unless "oas").
+        AtomLensError: one row, non-finite or non-square C, a negative ridge, or a rank-deficient C (unless "oas").
     """
 
     def __init__(self, c: Float[Tensor, "d d"], n: int, ridge: Ridge = DEFAULT_RIDGE, source: str = "unknown") -> None:
         c = check_rows(c, "the second moment")
         if c.shape[0] != c.shape[1] or not torch.allclose(c, c.T):
-            raise ValueError(f"the second moment must be square and symmetric, got shape {tuple(c.shape)}")
+            raise AtomLensError(f"the second moment must be square and symmetric, got shape {tuple(c.shape)}")
         if n < 2:
-            raise ValueError(f"a metric needs at least 2 rows, got {n}")
+            raise AtomLensError(f"a metric needs at least 2 rows, got {n}")
         d = len(c)
         c = c.double()
         if isinstance(ridge, str):
             if ridge != "oas":
-                raise ValueError(f"ridge is {ridge!r}, allowed are a number >= 0 and 'oas'")
+                raise AtomLensError(f"ridge is {ridge!r}, allowed are a number >= 0 and 'oas'")
             rho = oas_ridge(c, n)
         elif isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0 <= ridge < math.inf:
-            raise ValueError(f"ridge is {ridge!r}, allowed are a finite number >= 0 and 'oas'")
+            raise AtomLensError(f"ridge is {ridge!r}, allowed are a finite number >= 0 and 'oas'")
         else:
             rho = float(ridge)
             rank = int(torch.linalg.matrix_rank(c, hermitian=True))
             if rank < d:
-                raise ValueError(
+                raise AtomLensError(
                     f"the activations have rank {rank} of width {d} (n={n} rows): "
                     "give more rows, or ridge='oas' to shrink what they leave open"
                 )
         values, vectors = torch.linalg.eigh(c)
         if values[0] < -1e-6 * values[-1].abs():  # what rounding to float32 can do is less
-            raise ValueError(f"the second moment has a negative eigenvalue, {float(values[0]):.3g}, allowed are none")
+            raise AtomLensError(
+                f"the second moment has a negative eigenvalue, {float(values[0]):.3g}, allowed are none"
+            )
         self.n, self.ridge, self.source = n, rho, source
         self.eigenvalues: Float[Tensor, " d"] = values.clamp(min=0) + rho * c.trace() / d
         # Contiguous, as they are read back from a file: products then round alike.
@@ -168,16 +171,16 @@ class AtomicInnerProduct:
         """Rebuild a metric from the eigen-decomposition of the (already regularised) second moment.
 
         Raises:
-            ValueError: shapes do not fit, the values are not finite, positive and ascending, or the vectors are
+            AtomLensError: shapes do not fit, the values are not finite, positive and ascending, or the vectors are
                 not orthonormal.
         """
         d = values.numel()
         if values.shape != (d,) or vectors.shape != (d, d):
-            raise ValueError(f"eigenvalues {tuple(values.shape)} and eigenvectors {tuple(vectors.shape)} do not fit")
+            raise AtomLensError(f"eigenvalues {tuple(values.shape)} and eigenvectors {tuple(vectors.shape)} do not fit")
         if not (torch.isfinite(values.reciprocal()).all() and torch.isfinite(vectors).all() and (values > 0).all()):
-            raise ValueError("the metric is not finite and positive")
+            raise AtomLensError("the metric is not finite and positive")
         if (values.diff() < 0).any():
-            raise ValueError("the eigenvalues of the metric do not ascend")
+            raise AtomLensError("the eigenvalues of the metric do not ascend")
         made = object.__new__(cls)
         made.n, made.ridge, made.source = n, ridge, source
         made.eigenvalues, made.eigenvectors = values.double(), vectors.double()
@@ -248,7 +251,7 @@ class AtomicInnerProduct:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file holds no metric, or one that is not finite and positive.
+            AtomLensError: the file holds no metric, or one that is not finite and positive.
         """
         path = Path(path)
         if not path.exists():
@@ -258,26 +261,26 @@ class AtomicInnerProduct:
             with safe_open(path, framework="pt") as file:
                 about = parse_json((file.metadata() or {})["atom_lens"])
                 if about["format"] != _FORMAT:
-                    raise ValueError(f"its format is {about['format']!r}, known is {_FORMAT!r}")
+                    raise AtomLensError(f"its format is {about['format']!r}, known is {_FORMAT!r}")
                 if sorted(file.keys()) != ["eigenvalues", "eigenvectors"]:
-                    raise ValueError(f"it holds {shown(', '.join(sorted(file.keys())))}")
+                    raise AtomLensError(f"it holds {shown(', '.join(sorted(file.keys())))}")
                 # Shapes and types are read before any tensor is: they are what a hostile file lies about.
                 d = file.get_slice("eigenvalues").get_shape()
                 if len(d) != 1 or file.get_slice("eigenvectors").get_shape() != [*d, *d]:
-                    raise ValueError("eigenvalues and eigenvectors do not fit")
+                    raise AtomLensError("eigenvalues and eigenvectors do not fit")
                 if {file.get_slice(name).get_dtype() for name in file.keys()} != {"F64"}:  # noqa: SIM118
-                    raise ValueError("a metric is float64")
+                    raise AtomLensError("a metric is float64")
                 values, vectors = file.get_tensor("eigenvalues"), file.get_tensor("eigenvectors")
             n, ridge, source = about["n"], about["ridge"], about["source"]
             if type(n) is not int or n < 0 or not math.isfinite(ridge) or ridge < 0 or not isinstance(source, str):
-                raise ValueError(f"n is {shown(n)}, ridge {shown(ridge)} and source {shown(source)}")
+                raise AtomLensError(f"n is {shown(n)}, ridge {shown(ridge)} and source {shown(source)}")
             made = cls.from_eigen(values, vectors, n, float(ridge), source)
             if not torch.allclose(vectors.T @ vectors, torch.eye(len(values), dtype=torch.float64), rtol=0, atol=1e-8):
-                raise ValueError("the eigenvectors are not orthonormal")
+                raise AtomLensError("the eigenvectors are not orthonormal")
         except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} is not a metric saved by atom_lens: {shown(str(error))}") from error
+            raise AtomLensError(f"{path} is not a metric saved by atom_lens: {shown(str(error))}") from error
         return made
 
     def __repr__(self) -> str:
@@ -291,7 +294,7 @@ def unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Rows scaled to unit Euclidean norm; a zero row has no direction and is refused."""
     norms = x.norm(dim=1, keepdim=True)
     if (norms == 0).any():
-        raise ValueError(f"row {int((norms[:, 0] == 0).nonzero()[0])} is zero and has no direction")
+        raise AtomLensError(f"row {int((norms[:, 0] == 0).nonzero()[0])} is zero and has no direction")
     return x / norms
 
 
@@ -324,11 +327,11 @@ def angle_histogram(
     """Angles of all n(n-1)/2 pairs of rows of `x`, shape (n, d); Euclidean, or under `metric`.
 
     Raises:
-        ValueError: fewer than two rows, non-finite values, or a zero row.
+        AtomLensError: fewer than two rows, non-finite values, or a zero row.
     """
     x = check_rows(x, "x", None if metric is None else metric.width).detach()
     if len(x) < 2:
-        raise ValueError(f"angles need at least 2 rows, got {len(x)}")
+        raise AtomLensError(f"angles need at least 2 rows, got {len(x)}")
     u = unit_rows(x.double() if metric is None else metric.whiten(x))
 
     def angles(rows: slice, columns: slice, cosines: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,9 +346,3 @@ def angle_histogram(
         total += sum_of_part
     counts, total = parallel.summed(counts), float(parallel.summed(total))
     return AngleHistogram(counts.cpu(), torch.linspace(0, 180, bins + 1), total / (len(x) * (len(x) - 1) / 2))
-
-
-def massive_rows(x: Float[Tensor, "n d"], ratio: float) -> Bool[Tensor, " n"]:
-    """True where a row's norm exceeds `ratio` times the median norm (theory.md section 1: first tokens, BOS)."""
-    norms = x.float().norm(dim=1)
-    return norms > ratio * norms.median()

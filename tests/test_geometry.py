@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from sklearn.covariance import OAS
 
 from atom_lens import AtomicInnerProduct, SecondMoment, angle_histogram
-from atom_lens.geometry import massive_rows
 
 
 def test_metric_is_the_inverse_second_moment(generator: torch.Generator) -> None:
@@ -98,12 +97,6 @@ def test_shift_is_seen_and_undone(generator: torch.Generator) -> None:
     x = shifted(1500, 160, generator, shift=3)
     assert angle_histogram(x).mean < 45
     assert angle_histogram(x, AtomicInnerProduct.estimate(x)).mean == pytest.approx(90, abs=0.5)
-
-
-def test_massive_rows(generator: torch.Generator) -> None:
-    x = torch.randn(50, 4, generator=generator)
-    x[7] *= 1000
-    assert massive_rows(x, 10.0).nonzero().flatten().tolist() == [7]
 
 
 @pytest.mark.parametrize(

@@ -344,9 +344,10 @@ def test_on_a_phone(browser: Browser, page: Path) -> None:
     browser.open(page, 390, 844)
     browser.js("document.querySelectorAll('details').forEach(details => { details.open = true; })")
     assert browser.js("document.documentElement.scrollWidth <= innerWidth && innerWidth === 390")
+    right = "getBoundingClientRect().right"
     cut = (
-        "[...document.querySelectorAll('.plot:not([hidden]) svg')].filter(svg =>"
-        " [...svg.querySelectorAll('text')].some(text => text.getBoundingClientRect().right > svg.getBoundingClientRect().right + 1)).length"
+        "[...document.querySelectorAll('.plot:not([hidden]) svg')].filter(svg => [...svg.querySelectorAll('text')]"
+        f".some(text => text.{right} > svg.{right} + 1)).length"
     )
     assert browser.js(cut) == 0, "a label is cut off"
     assert browser.js("getComputedStyle(card).display") == "none"

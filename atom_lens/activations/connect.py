@@ -10,17 +10,18 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 from atom_lens.activations.backends import BACKENDS, BackendName
 from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.models import DTYPES, ModelSource, find_model, load_model, pick_device
+from atom_lens.errors import AtomLensError
 
 
 def open_backend(source: ModelSource, backend: BackendName, dtype: torch.dtype, device: str) -> Backend:
     """Load a model under a backend; "auto" is TransformerLens."""
     if backend not in get_args(BackendName):
-        raise ValueError(f"backend is {backend!r}, allowed are {', '.join(get_args(BackendName))}")
+        raise AtomLensError(f"backend is {backend!r}, allowed are {', '.join(get_args(BackendName))}")
     model, tokenizer = load_model(source, dtype, pick_device(device))
     library = BACKENDS["transformer_lens" if backend == "auto" else backend]
     if type(model).__name__ not in SUPPORTED_ARCHITECTURES:
         # Either backend names hooks by TransformerLens' adapters.
-        raise ValueError(f"TransformerLens has no adapter for {type(model).__name__} of model {source.name!r}")
+        raise AtomLensError(f"TransformerLens has no adapter for {type(model).__name__} of model {source.name!r}")
     return library.from_transformers(model, tokenizer, source.name)
 
 
@@ -40,10 +41,10 @@ def open_model(
         revision, dtype, device: how it is loaded; eager attention, so that both backends compute the same.
 
     Raises:
-        ValueError: an unknown model, backend or dtype, or an architecture that TransformerLens has no adapter for.
+        AtomLensError: an unknown model, backend or dtype, or an architecture that TransformerLens has no adapter for.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
+        raise AtomLensError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
     device = pick_device(device)  # before a model is downloaded or converted
     opened: Any = open_backend(find_model(name, revision), backend, DTYPES[dtype], device)
     return opened.model
@@ -56,7 +57,7 @@ def wrap_backend(model: Any) -> Backend:
     for library in BACKENDS.values():
         if (wrapped := library.wrap(model)) is not None:
             return wrapped
-    raise ValueError(
+    raise AtomLensError(
         f"a {type(model).__name__} is not a model with hooks, allowed are a name, a TransformerBridge, "
         "a HookedTransformer and an nnsight model"
     )

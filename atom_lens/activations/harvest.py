@@ -22,7 +22,7 @@ from atom_lens.activations.models import DTYPES, cache_folder, find_model
 from atom_lens.activations.positions import Positions, check_prompts, tokens_to_read
 from atom_lens.activations.prompts.prompt import Prompt, as_prompts
 from atom_lens.activations.store import Allocate, Stored, in_memory, store_key, stored
-from atom_lens.geometry import massive_rows
+from atom_lens.errors import AtomLensError
 from atom_lens.tensors import parallel
 from atom_lens.tensors.rows import Rows
 
@@ -64,7 +64,9 @@ class Harvest(Mapping[str, Tensor]):
 
     def add(self, hook: str, x: Float[Tensor, "N d"], rows: Int[Tensor, "N 2"], massive_ratio: float | None) -> None:
         """Take in all rows of a hook but the massive ones."""
-        massive = massive_rows(x, massive_ratio) if massive_ratio else torch.zeros(len(x), dtype=torch.bool)
+        # First tokens and BOS (theory.md section 1).
+        norms = x.norm(dim=1)
+        massive = norms > (massive_ratio or torch.inf) * norms.median()
         self.dropped[hook] = int(massive.sum())
         self.views[hook] = Rows(x) if not massive.any() else Rows(x, (~massive).nonzero()[:, 0])
         self.rows[hook] = rows[~massive]
@@ -108,7 +110,7 @@ def harvest(
         store: folder of the activation store; None is the cache folder.
 
     Raises:
-        ValueError: no prompts, unknown hook, layer out of range, subject not found or missing, tokens to read that
+        AtomLensError: no prompts, unknown hook, layer out of range, subject not found or missing, tokens to read that
             are cut off, NaN activations, unknown model.
     """
     start = time.monotonic()
@@ -116,7 +118,7 @@ def harvest(
     check_prompts(prompts, positions)
     patterns = [hooks] if isinstance(hooks, str) else list(hooks)
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
+        raise AtomLensError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
     found = Harvest()
     reading: dict[str, Any] = {
         "positions": positions,
@@ -191,27 +193,27 @@ def _check_causal(backend: Backend, hooks: Sequence[str]) -> None:
     """Prompts are cut after the last token read: of a model that looks ahead, activations would be of another text.
 
     Raises:
-        ValueError: an activation of a token depends on the token after it.
+        AtomLensError: an activation of a token depends on the token after it.
     """
     tokens = torch.tensor([[0, 1], [0, 2]], device=backend.device)
     kept = backend.run(tokens, torch.ones_like(tokens), hooks, partial(_rows_at, torch.tensor([[0, 0], [1, 0]])))
     for hook, x in kept.items():
         if not torch.allclose(x[0], x[1], rtol=1e-3, atol=1e-5, equal_nan=True):
-            raise ValueError(f"hook {hook!r} depends on tokens that follow, allowed are hooks of causal models")
+            raise AtomLensError(f"hook {hook!r} depends on tokens that follow, allowed are hooks of causal models")
 
 
 def _rows_at(at: Int[Tensor, "m 2"], hook: str, x: Tensor) -> Float[Tensor, "m _"]:
     if x.ndim != 3:
-        raise ValueError(f"hook {hook!r} has shape {tuple(x.shape)}, expected (batch, pos, width)")
+        raise AtomLensError(f"hook {hook!r} has shape {tuple(x.shape)}, expected (batch, pos, width)")
     return x[at[:, 0], at[:, 1]]
 
 
 def _rows_of(hook: str, kept: dict[str, Tensor]) -> Float[Tensor, "m _"]:
     if hook not in kept:
-        raise ValueError(f"hook {hook!r} is named by the model but never fires in its forward pass")
+        raise AtomLensError(f"hook {hook!r} is named by the model but never fires in its forward pass")
     x = kept[hook]
     if not torch.isfinite(x).all():
-        raise ValueError(f"hook {hook!r} gave NaN or infinite activations (dtype {x.dtype}): try float32")
+        raise AtomLensError(f"hook {hook!r} gave NaN or infinite activations (dtype {x.dtype}): try float32")
     return x.cpu().float()  # exact for 16-bit dtypes, and what the store gives back
 
 

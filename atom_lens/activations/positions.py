@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import shown
 
 Positions = Literal["subject_last", "last", "all", "span"]
@@ -24,13 +25,13 @@ def select_tokens(
         max_tokens: only so many from the first on can be read; "all" are then fewer.
 
     Raises:
-        ValueError: unknown `positions`, a prompt without a subject, a subject that no token stands for, or tokens to
+        AtomLensError: unknown `positions`, a prompt without a subject, a subject that no token stands for, or tokens to
             read beyond `max_tokens`.
     """
     check_prompts([prompt], positions)
     text_tokens = [i for i, (start, end) in enumerate(offsets) if end > start]
     if not text_tokens:
-        raise ValueError(f"the prompt {shown(prompt.text)!r} has no tokens")
+        raise AtomLensError(f"the prompt {shown(prompt.text)!r} has no tokens")
     limit = len(offsets) if max_tokens is None else max_tokens
     if positions == "all":
         chosen = [i for i in text_tokens if i < limit] or text_tokens
@@ -42,12 +43,12 @@ def select_tokens(
         # Normalising tokenizers leave characters without a token: those of a subject need not reach to its end.
         chosen = [i for i in text_tokens if offsets[i][0] < end and offsets[i][1] > start]
         if not chosen:
-            raise ValueError(f"no token stands for the subject of {shown(prompt.text)!r}")
+            raise AtomLensError(f"no token stands for the subject of {shown(prompt.text)!r}")
         if positions == "subject_last":
             chosen = chosen[-1:]
     if chosen[-1] >= limit:
         what = "last token" if positions == "last" else "text" if positions == "all" else "subject"
-        raise ValueError(
+        raise AtomLensError(
             f"the {what} of {shown(prompt.text)!r} lies beyond its first {limit} tokens: raise max_tokens, if the "
             "model reads more"
         )
@@ -58,13 +59,13 @@ def check_prompts(prompts: Sequence[Prompt], positions: Positions) -> None:
     """Whether `positions` can be found in `prompts` is known before a model is.
 
     Raises:
-        ValueError: unknown `positions`, or a prompt without a subject where one is needed.
+        AtomLensError: unknown `positions`, or a prompt without a subject where one is needed.
     """
     if positions not in get_args(Positions):
-        raise ValueError(f"positions is {positions!r}, allowed are {', '.join(get_args(Positions))}")
+        raise AtomLensError(f"positions is {positions!r}, allowed are {', '.join(get_args(Positions))}")
     for prompt in prompts if positions in ("subject_last", "span") else ():
         if prompt.span is None:
-            raise ValueError(f"positions {positions!r} need a subject, the prompt {shown(prompt.text)!r} has none")
+            raise AtomLensError(f"positions {positions!r} need a subject, the prompt {shown(prompt.text)!r} has none")
 
 
 class Read(NamedTuple):
@@ -87,7 +88,7 @@ def tokens_to_read(
     """Tokenise `prompts` and find what to read of each; with `unique`, each token prefix once over all prompts.
 
     Raises:
-        ValueError: a tokenizer without character offsets, or what `select_tokens` refuses.
+        AtomLensError: a tokenizer without character offsets, or what `select_tokens` refuses.
     """
     reads = []
     seen: set[int] = set()
@@ -108,10 +109,12 @@ def tokenised(
     """Token ids of each text, however long, and the characters that each token stands for: none for BOS.
 
     Raises:
-        ValueError: a tokenizer without character offsets.
+        AtomLensError: a tokenizer without character offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"the tokenizer {type(tokenizer).__name__} gives no character offsets, a fast one is needed")
+        raise AtomLensError(
+            f"the tokenizer {type(tokenizer).__name__} gives no character offsets, a fast one is needed"
+        )
     # Tokenizers and backends differ in whether they add BOS by themselves, so it is added here and nowhere else.
     bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
     # Not cut here: some tokenizers would cut the beginning. Nor may it warn of lengths, which is for others to check.

@@ -12,6 +12,7 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors import safe_open
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.storage.files import read_json, regular_file, shown
 from atom_lens.storage.schema import Strict, parsed
@@ -46,17 +47,17 @@ class _Config(Strict):
     def _harmless(cls, metadata: dict[str, Any]) -> dict[str, Any]:
         check_metadata(metadata)
         if metadata.get("model_from_pretrained_kwargs"):
-            raise ValueError("metadata.model_from_pretrained_kwargs would be handed to whatever loads the model")
+            raise AtomLensError("metadata.model_from_pretrained_kwargs would be handed to whatever loads the model")
         version = str(metadata.get("sae_lens_version"))
         if not version.partition(".")[0].isdigit() or int(version.partition(".")[0]) < 6:
-            raise ValueError(f"metadata.sae_lens_version is {shown(version)}, allowed are versions from 6 on")
+            raise AtomLensError(f"metadata.sae_lens_version is {shown(version)}, allowed are versions from 6 on")
         for key in ("model_name", "hook_name"):
             if not isinstance(metadata.get(key), str | None):
-                raise ValueError(f"metadata.{key} is {shown(metadata[key])}, allowed is a text")
+                raise AtomLensError(f"metadata.{key} is {shown(metadata[key])}, allowed is a text")
         try:
             _Metric.model_validate(metadata.get("aip"))
         except ValueError:
-            raise ValueError("metadata.aip says n, ridge and source of the metric, and nothing else") from None
+            raise AtomLensError("metadata.aip says n, ridge and source of the metric, and nothing else") from None
         return metadata
 
 
@@ -64,7 +65,7 @@ def check_metadata(metadata: dict[str, Any]) -> None:
     """Refuse keys that would replace a method: sae-lens sets each as an attribute of its `SAEMetadata`."""
     for key in metadata:
         if not key.isidentifier() or key.startswith("_") or key in dir(SAEMetadata):
-            raise ValueError(f"metadata.{shown(key)} would replace a part of sae-lens' own object")
+            raise AtomLensError(f"metadata.{shown(key)} would replace a part of sae-lens' own object")
 
 
 def read_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], AtomicInnerProduct]:
@@ -72,7 +73,7 @@ def read_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], AtomicI
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or holds what it must not; nothing of it was used.
+        AtomLensError: a file is damaged or holds what it must not; nothing of it was used.
     """
     verify(folder, ATOMS_FILES)
     return check_atoms(folder)
@@ -83,12 +84,12 @@ def check_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Atomic
     cfg = read_json(folder / SAE_CFG_FILENAME, limit=1 << 20)
     checked = parsed(_Config, cfg, folder / SAE_CFG_FILENAME)
     if checked.reshape_activations == "hook_z" and not str(cfg["metadata"].get("hook_name")).endswith(".hook_z"):
-        raise ValueError(f"{str(folder)!r}: reshape_activations is 'hook_z', allowed is 'none' at any other hook")
+        raise AtomLensError(f"{str(folder)!r}: reshape_activations is 'hook_z', allowed is 'none' at any other hook")
     aip = AtomicInnerProduct.load(folder / AIP_FILENAME)
     if aip.width != checked.d_in:
-        raise ValueError(f"{str(folder)!r}: the metric has width {aip.width}, the weights have d_in {checked.d_in}")
+        raise AtomLensError(f"{str(folder)!r}: the metric has width {aip.width}, the weights have d_in {checked.d_in}")
     if cfg["metadata"]["aip"] != {"n": aip.n, "ridge": aip.ridge, "source": aip.source}:
-        raise ValueError(
+        raise AtomLensError(
             f"{str(folder)!r}: metadata.aip in {SAE_CFG_FILENAME} is not what {AIP_FILENAME} says of itself"
         )
     return cfg, _weights(folder / SAE_WEIGHTS_FILENAME, checked), aip
@@ -102,12 +103,12 @@ def _weights(path: Path, cfg: _Config) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             if sorted(found) != sorted(expected):
-                raise ValueError(
+                raise AtomLensError(
                     f"it holds {shown(', '.join(sorted(found)))}, allowed are {', '.join(sorted(expected))}"
                 )
             for name, shape in expected.items():
                 if found[name].get_shape() != shape or found[name].get_dtype() != _DTYPES[cfg.dtype]:
-                    raise ValueError(
+                    raise AtomLensError(
                         f"{name} is {found[name].get_dtype()} {found[name].get_shape()}, "
                         f"{_DTYPES[cfg.dtype]} {shape} is what {SAE_CFG_FILENAME} says"
                     )
@@ -115,8 +116,8 @@ def _weights(path: Path, cfg: _Config) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # safetensors has an error of its own for damaged headers
-        raise ValueError(f"{str(path)!r} holds no atoms: {shown(str(error))}") from error
+        raise AtomLensError(f"{str(path)!r} holds no atoms: {shown(str(error))}") from error
     for name, value in state.items():
         if not torch.isfinite(value).all():
-            raise ValueError(f"{str(path)!r} holds no atoms: {name} has NaN or infinite values")
+            raise AtomLensError(f"{str(path)!r} holds no atoms: {name} has NaN or infinite values")
     return state

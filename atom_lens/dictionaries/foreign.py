@@ -18,6 +18,7 @@ from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from atom_lens.dictionaries.folder import check_metadata
 from atom_lens.dictionaries.tsae.sae import ARCHITECTURE, TSAE, WHITENED, TSAEConfig, model_metadata
 from atom_lens.dictionaries.weights import WEIGHTS, State, Thresholds, jumprelu_weights, read_tensors
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import read_json, regular_file, shown
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,13 @@ def foreign_converter(
         threshold: whether bare weights hold thresholds or their logarithms; "auto" goes by the name.
 
     Raises:
-        ValueError: nothing known lies there; the message says what does.
+        AtomLensError: nothing known lies there; the message says what does.
     """
     path = Path(path)
     try:
         return _converted(path, device, cfg_overrides or {}, threshold)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(path)!r} lacks or garbles what its library writes: {shown(str(error))}") from error
+        raise AtomLensError(f"{str(path)!r} lacks or garbles what its library writes: {shown(str(error))}") from error
 
 
 def _converted(
@@ -55,10 +56,10 @@ def _converted(
         metadata = read_json(path / SAE_CFG_FILENAME).get("metadata", {})
         check_metadata(metadata)
         if "trust_remote_code" in (metadata.get("model_from_pretrained_kwargs") or {}):
-            raise ValueError(f"{str(path)!r}: metadata.model_from_pretrained_kwargs has trust_remote_code")
+            raise AtomLensError(f"{str(path)!r}: metadata.model_from_pretrained_kwargs has trust_remote_code")
         cfg, state = sae_lens_disk_loader(path, device, overrides)
         if cfg.get("normalize_activations") == WHITENED:
-            raise ValueError(
+            raise AtomLensError(
                 f"{str(path)!r} is a checkpoint from the middle of training: it is wrong on raw activations"
             )
         _check_finite(path, state)
@@ -77,16 +78,18 @@ def as_tsae(sae: SAE[Any]) -> TSAE:
     """The same dictionary as a `TSAE`, weights untouched, with the identity as its metric.
 
     Raises:
-        ValueError: it has no thresholds: only JumpReLU SAEs, and ReLU SAEs whose threshold is 0, are TSAEs.
+        AtomLensError: it has no thresholds: only JumpReLU SAEs, and ReLU SAEs whose threshold is 0, are TSAEs.
     """
     if isinstance(sae, TSAE):
         return sae
     name = sae.cfg.architecture()
     if not isinstance(sae, JumpReLUSAE | StandardSAE):
-        raise ValueError(f"architecture is {name!r}, atoms are jumprelu or standard: SAE.load_from_disk reads this one")
+        raise AtomLensError(
+            f"architecture is {name!r}, atoms are jumprelu or standard: SAE.load_from_disk reads this one"
+        )
     cfg = sae.cfg.to_dict()
     if (norm := cfg["normalize_activations"]) != "none":
-        raise ValueError(f"normalize_activations is {norm!r}, allowed for atoms is 'none'")
+        raise AtomLensError(f"normalize_activations is {norm!r}, allowed for atoms is 'none'")
     state = {k: v.detach() for k, v in sae.state_dict().items()}
     state.setdefault("threshold", torch.zeros_like(state["b_enc"]))
     metadata = {**cfg["metadata"], "converted_from": name, "aip": None}
@@ -111,17 +114,17 @@ def _config(path: Path, cfg: dict[str, Any], state: State) -> dict[str, Any]:
 
 def _check_finite(path: Path, state: State) -> None:
     if any(not torch.isfinite(value).all() for value in state.values()):
-        raise ValueError(f"{str(path)!r} holds NaN or infinite weights")
+        raise AtomLensError(f"{str(path)!r} holds NaN or infinite weights")
 
 
 def open_sae(folder: Path, converter: Any, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
-    """`SAE.load_from_disk`; whatever keeps it from loading is a ValueError of one sentence."""
+    """`SAE.load_from_disk`; whatever keeps it from loading is an AtomLensError of one sentence."""
     try:
         return SAE.load_from_disk(folder, device=device, dtype=dtype, converter=converter)
     except (ValueError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # sae-lens checks nothing: what is wrong shows anywhere
-        raise ValueError(f"{str(folder)!r} is no SAE that sae-lens loads: {shown(str(error))}") from error
+        raise AtomLensError(f"{str(folder)!r} is no SAE that sae-lens loads: {shown(str(error))}") from error
 
 
 def _sparsify(path: Path) -> tuple[dict[str, Any], State]:
@@ -129,7 +132,7 @@ def _sparsify(path: Path) -> tuple[dict[str, Any], State]:
     about, found = read_json(path / SAE_CFG_FILENAME), read_tensors(path / "sae.safetensors")
     for key, allowed in (("transcode", False), ("skip_connection", False), ("activation", "topk"), ("signed", False)):
         if about.get(key, allowed) != allowed:
-            raise ValueError(f"{str(path)!r}: {key} is {about[key]!r}, allowed is {allowed!r}")
+            raise AtomLensError(f"{str(path)!r}: {key} is {about[key]!r}, allowed is {allowed!r}")
     run = path.parent / "config.json"
     model = read_json(run).get("model") if run.exists() else None
     layer = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp)?", path.name)
@@ -164,16 +167,16 @@ def _dictionary_learning(path: Path) -> tuple[dict[str, Any], State]:
         return {**cfg, "architecture": "topk", "k": chosen}, jumprelu_weights(found, path, thresholds=False)
     if kind == "JumpReluAutoEncoder" or (kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")):
         if groups is None and kind == "MatryoshkaBatchTopKSAE":
-            raise ValueError(f"{str(path)!r}: group_sizes is missing")
+            raise AtomLensError(f"{str(path)!r}: group_sizes is missing")
         if "threshold" in found and found["threshold"].ndim == 0 and found["threshold"] < 0:
-            raise ValueError(f"{str(path)!r}: threshold is {float(found['threshold'])}: it was never trained")
+            raise AtomLensError(f"{str(path)!r}: threshold is {float(found['threshold'])}: it was never trained")
         return {**cfg, "architecture": "jumprelu"}, jumprelu_weights(found, path, threshold="plain")
     if kind == "GatedAutoEncoder":
         gates = {"b_gate": found.pop("gate_bias"), "r_mag": found.pop("r_mag"), "b_mag": found.pop("mag_bias")}
         state = jumprelu_weights({**found, "b_enc": gates["b_gate"]}, path, thresholds=False)
         del state["b_enc"]
         return {**cfg, "architecture": "gated"}, {**state, **gates}
-    raise ValueError(f"{str(path)!r}: trainer.dict_class is {kind!r}, which is not a class that sae-lens has")
+    raise AtomLensError(f"{str(path)!r}: trainer.dict_class is {kind!r}, which is not a class that sae-lens has")
 
 
 def _dictionary_learning_hook(trainer: dict[str, Any]) -> str | None:
@@ -187,7 +190,7 @@ def _bare(path: Path, threshold: Thresholds) -> tuple[dict[str, Any], State]:
     files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in WEIGHTS)
     if len(files) != 1:
         there = ", ".join(sorted(p.name for p in path.glob("*"))[:12]) if path.is_dir() else "no folder"
-        raise ValueError(f"{str(path)!r} holds no dictionary of a known kind, there is: {there or 'nothing'}")
+        raise AtomLensError(f"{str(path)!r} holds no dictionary of a known kind, there is: {there or 'nothing'}")
     state = jumprelu_weights(read_tensors(files[0]), files[0], threshold)
     # As in the JumpReLU paper and in Gemma Scope, the encoder reads the activation as it is.
     return {"architecture": "jumprelu", "apply_b_dec_to_input": False}, state

@@ -22,6 +22,7 @@ from atom_lens.dictionaries.folder import AIP_FILENAME, ATOMS_FILES, read_atoms
 from atom_lens.dictionaries.foreign import as_tsae, foreign_converter, open_sae
 from atom_lens.dictionaries.tsae.sae import ARCHITECTURE, TSAE
 from atom_lens.dictionaries.weights import WEIGHTS, Thresholds
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import read_json, without_secrets
 from atom_lens.storage.sealed import MANIFEST
 
@@ -69,16 +70,16 @@ def load_atoms(
 
     Raises:
         FileNotFoundError: no atoms there.
-        ValueError: several hooks and none chosen, atoms of another hook, a device that is not there, files that are
+        AtomLensError: several hooks and none chosen, atoms of another hook, a device that is not there, files that are
             damaged or do not fit together, an architecture without thresholds, or no such repository.
     """
     device = pick_device(device)
     if dtype not in (None, *DTYPE_TO_STR.values()):
-        raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPE_TO_STR.values())}")
+        raise AtomLensError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPE_TO_STR.values())}")
     release = None if Path(path).exists() else get_pretrained_saes_directory().get(str(path))
     if release is not None:
         if revision is not None:
-            raise ValueError(
+            raise AtomLensError(
                 f"revision is {revision!r}, but a release of sae-lens has none: load its repository by name"
             )
         sae_id = chosen(str(path), hook, release.saes_map)
@@ -118,7 +119,7 @@ def atoms_folder(path: str | Path, hook: str | None = None, revision: str | None
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return _from_hub(str(path), hook, revision)
     if revision is not None:
-        raise ValueError(f"revision is {revision!r}, but {str(path)!r} is a folder: only a repository has revisions")
+        raise AtomLensError(f"revision is {revision!r}, but {str(path)!r} is a folder: only a repository has revisions")
     if folder.is_file() or any((folder / name).exists() for name in (SAE_CFG_FILENAME, *ATOMS_FILES, "ae.pt")):
         _of_hook(folder, hook)
         return folder
@@ -139,7 +140,7 @@ def _of_hook(folder: Path, hook: str | None) -> None:
     said = metadata.get("hook_name") if isinstance(metadata, dict) else None
     names = [name for name in (said, folder.resolve().name) if isinstance(name, str)]
     if not any(matching([name], hook) for name in names):
-        raise ValueError(f"hook {hook!r} is not in {str(folder)!r}, it holds one dictionary, of {names[0]!r}")
+        raise AtomLensError(f"hook {hook!r} is not in {str(folder)!r}, it holds one dictionary, of {names[0]!r}")
 
 
 def _from_hub(repo_id: str, hook: str | None, revision: str | None) -> Path:
@@ -170,7 +171,7 @@ def _asked(where: str, revision: str | None, ask: Callable[[], Answer]) -> Answe
         return ask()
     except Exception as error:  # the client raises errors of its HTTP library as they are, and that changes
         at = f" at revision {revision!r}" if revision else ""
-        raise ValueError(
+        raise AtomLensError(
             f"{where!r} is neither a folder nor a repository that the Hub gives{at}: "
             f"{without_secrets((str(error).splitlines() or [type(error).__name__])[0])}"
         ) from error
@@ -194,9 +195,9 @@ def chosen(where: str, hook: str | None, hooks: Iterable[str]) -> str:
         raise FileNotFoundError(f"no atoms at {where!r}: no {SAE_CFG_FILENAME}, no {SAE_WEIGHTS_FILENAME}, no weights")
     fitting = matching(hooks, hook)
     if not fitting:
-        raise ValueError(f"hook {hook!r} is not in {where!r}, allowed are {_listed(matching(hooks, None))}")
+        raise AtomLensError(f"hook {hook!r} is not in {where!r}, allowed are {_listed(matching(hooks, None))}")
     if len(fitting) > 1:
-        raise ValueError(f"{where!r} holds atoms of {len(fitting)} hooks, choose hook= of {_listed(fitting)}")
+        raise AtomLensError(f"{where!r} holds atoms of {len(fitting)} hooks, choose hook= of {_listed(fitting)}")
     return fitting[0]
 
 

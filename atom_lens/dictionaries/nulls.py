@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atom_lens.dictionaries.protocol import Dictionary
 from atom_lens.dictionaries.registry import Drawn, Kind, register
+from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
 from atom_lens.tensors import parallel
 from atom_lens.tensors.rows import Rows, mean_row, scratch
@@ -37,7 +38,7 @@ class Pursuit:
     ) -> None:
         check_rows(atoms, "atoms", len(mean))
         if not 1 <= k <= min(atoms.shape):
-            raise ValueError(f"k is {k}, allowed is 1 to {min(atoms.shape)}")
+            raise AtomLensError(f"k is {k}, allowed is 1 to {min(atoms.shape)}")
         self.norm, self.mean, self.k = norm, mean, k
         units = unit_rows(self._mapped(atoms))
         self.units: Float[Tensor, "F d"] = units.float()

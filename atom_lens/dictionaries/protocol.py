@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from atom_lens.dictionaries.tsae.sae import WHITENED
+from atom_lens.errors import AtomLensError
 
 
 @runtime_checkable
@@ -26,10 +27,10 @@ def check_folded(dictionary: Any, what: str) -> None:
     """Refuse an SAE from the middle of a whitened training: sae-lens loads it, and runs it on raw activations.
 
     Raises:
-        ValueError: its whitening is not folded into its weights.
+        AtomLensError: its whitening is not folded into its weights.
     """
     if getattr(getattr(dictionary, "cfg", None), "normalize_activations", None) == WHITENED:
-        raise ValueError(
+        raise AtomLensError(
             f"{what} is from the middle of a training: its weights act on whitened activations and would be wrong on "
             "raw ones; take what the training ends with"
         )

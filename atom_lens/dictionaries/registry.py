@@ -18,6 +18,7 @@ from sae_lens.training.activation_scaler import ActivationWhitening
 from torch import Tensor
 
 from atom_lens.dictionaries.protocol import Dictionary
+from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.sections import Atoms
 from atom_lens.tensors.rows import Rows
@@ -121,10 +122,10 @@ def register(new: AnyKind) -> AnyKind:
     """Add a kind.
 
     Raises:
-        ValueError: another kind has its name.
+        AtomLensError: another kind has its name.
     """
     if new.name in _KINDS:
-        raise ValueError(f"a kind of dictionary with name {new.name!r} is registered, each has a name of its own")
+        raise AtomLensError(f"a kind of dictionary with name {new.name!r} is registered, each has a name of its own")
     _KINDS[new.name] = new
     return new
 
@@ -143,11 +144,11 @@ def find_kind(name: str, of: type[AnyKind] = Kind) -> AnyKind:
     """The kind that a recipe asks for.
 
     Raises:
-        ValueError: no kind of that class has this name, or a null has it.
+        AtomLensError: no kind of that class has this name, or a null has it.
     """
     allowed = {one.name: one for one in kinds(of) if one.role != "null"}
     if name not in allowed:
         near = difflib.get_close_matches(name, allowed, n=1)
         hint = f"did you mean {near[0]}" if near else f"allowed are {', '.join(allowed)}"
-        raise ValueError(f"unit {name!r} is unknown, {hint}")
+        raise AtomLensError(f"unit {name!r} is unknown, {hint}")
     return allowed[name]

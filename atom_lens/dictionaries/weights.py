@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import regular_file, shown
 
 State = dict[str, Tensor]
@@ -42,27 +43,27 @@ def read_tensors(path: Path) -> State:
             with zipfile.ZipFile(path) as members:
                 unpacked = sum(member.file_size for member in members.infolist())
             if unpacked > 20 * size + (1 << 20):  # weights hardly compress: this is a bomb
-                raise ValueError(f"its {size} bytes unpack to {unpacked}")
+                raise AtomLensError(f"its {size} bytes unpack to {unpacked}")
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {shown(str(error))}") from error
+        raise AtomLensError(f"{str(path)!r} cannot be read: {shown(str(error))}") from error
     except Exception as error:  # torch's own UnpicklingError: what it refuses to execute
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{str(path)!r} is refused: {shown(first)}") from error
+        raise AtomLensError(f"{str(path)!r} is refused: {shown(first)}") from error
     for _ in range(3):  # {"state_dict": {...}}: one mapping among settings
         if not isinstance(found, Mapping):
             break
         tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
         for name, value in tensors.items():
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise ValueError(f"{str(path)!r}: tensor {shown(name)} is larger than what is stored of it")
+                raise AtomLensError(f"{str(path)!r}: tensor {shown(name)} is larger than what is stored of it")
         if tensors:
             return tensors
         inner = [value for value in found.values() if isinstance(value, Mapping)]
         found = inner[0] if len(inner) == 1 else None
-    raise ValueError(f"{str(path)!r} holds no tensors by name")
+    raise AtomLensError(f"{str(path)!r} holds no tensors by name")
 
 
 def jumprelu_weights(
@@ -77,7 +78,7 @@ def jumprelu_weights(
         thresholds: whether there must be any; without, `b_enc` and `b_dec` alone tell the widths apart.
 
     Raises:
-        ValueError: a tensor is missing, unknown or twice there, shapes do not fit, or plain thresholds are negative.
+        AtomLensError: a tensor is missing, unknown or twice there, shapes do not fit, or plain thresholds are negative.
     """
     what = shown(", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items()) or "nothing")
     made: dict[str, tuple[str, Tensor]] = {}
@@ -86,9 +87,11 @@ def jumprelu_weights(
         ours = next((ours for ours, names in _NAMES.items() if short in names), None)
         if ours is None or ours in made:
             known = "twice there" if ours else "unknown"
-            raise ValueError(f"{str(path)!r}: tensor {shown(repr(name))} is {known}, found: {what}")
+            raise AtomLensError(f"{str(path)!r}: tensor {shown(repr(name))} is {known}, found: {what}")
         if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{str(path)!r}: {name} is {value.dtype}, allowed are float64, float32, bfloat16, float16")
+            raise AtomLensError(
+                f"{str(path)!r}: {name} is {value.dtype}, allowed are float64, float32, bfloat16, float16"
+            )
         made[ours] = (name, value if ours.startswith("W_") else value.flatten())
     log = made.pop("log_threshold", None)
     if log is not None and "threshold" not in made:
@@ -97,7 +100,7 @@ def jumprelu_weights(
     needed = ["W_enc", "W_dec", *(["threshold"] if thresholds else [])]
     missing = [name for name in needed if name not in made]
     if missing:
-        raise ValueError(f"{str(path)!r}: no {' and no '.join(missing)}, found: {what}")
+        raise AtomLensError(f"{str(path)!r}: no {' and no '.join(missing)}, found: {what}")
     d, f = _widths(made, path, what)
     w_dec = made["W_dec"][1]
     state = {
@@ -110,7 +113,7 @@ def jumprelu_weights(
         value = made["threshold"][1]
         value = value.exp() if threshold == "log" else value
         if (value < 0).any() and threshold == "auto":
-            raise ValueError(f"{str(path)!r}: thresholds are negative, say threshold='log' or threshold='plain'")
+            raise AtomLensError(f"{str(path)!r}: thresholds are negative, say threshold='log' or threshold='plain'")
         state["threshold"] = value.expand(f)
     dtype = w_dec.dtype
     return {name: value.to(dtype).contiguous() for name, value in state.items()}
@@ -130,7 +133,7 @@ def _widths(made: Mapping[str, tuple[str, Tensor]], path: Path, what: str) -> tu
     atoms = atoms or {other(size) for size in width}
     d, f = next(iter(width), 0), next(iter(atoms), 0)
     if len(atoms) != 1 or len(width) != 1 or any(sorted(shape) != sorted((d, f)) for shape in shapes):
-        raise ValueError(f"{str(path)!r}: shapes do not tell width from number of atoms, found: {what}")
+        raise AtomLensError(f"{str(path)!r}: shapes do not tell width from number of atoms, found: {what}")
     return d, f
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from scipy.stats import bootstrap
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Observation
 from atom_lens.tensors.checks import Labels, checked_seed, labels
@@ -44,12 +45,12 @@ def intervals(
     """
     names = list(range(len(seen))) if groups is None else labels(groups, len(seen), "groups")
     if null is not None and len(null) != len(seen):
-        raise ValueError(f"the null has {len(null)} rows, expected {len(seen)}, as the split has")
+        raise AtomLensError(f"the null has {len(null)} rows, expected {len(seen)}, as the split has")
     members: dict[Hashable, list[int]] = {}
     for row, name in enumerate(names):
         members.setdefault(name, []).append(row)
     if len(members) < 2:
-        raise ValueError("a bootstrap over subjects needs at least 2 subjects")
+        raise AtomLensError("a bootstrap over subjects needs at least 2 subjects")
     rows_of = [np.asarray(rows) for rows in members.values()]
     alone = len(rows_of) == len(seen)
 

@@ -14,6 +14,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
 from atom_lens.tensors import parallel
 from atom_lens.tensors.tiles import over_tiles
@@ -63,7 +64,9 @@ def unique_atoms(coherence: Float[Tensor, " F"], k: Int[Tensor, " F"]) -> Bool[T
         k: per atom, at least 1, shape (F,).
     """
     if coherence.shape != k.shape or int(k.min()) < 1:
-        raise ValueError(f"k must hold one number >= 1 for each of {len(coherence)} atoms, got shape {tuple(k.shape)}")
+        raise AtomLensError(
+            f"k must hold one number >= 1 for each of {len(coherence)} atoms, got shape {tuple(k.shape)}"
+        )
     return coherence.double() < 1 / (2 * k.double() - 1) - _MARGIN
 
 
@@ -94,7 +97,7 @@ def certify_codes(
         metric: the AIP, or None for Euclidean coherence.
     """
     if codes.shape[1:] != atoms.shape[:1]:
-        raise ValueError(f"codes have shape {tuple(codes.shape)}, expected (rows, {len(atoms)})")
+        raise AtomLensError(f"codes have shape {tuple(codes.shape)}, expected (rows, {len(atoms)})")
     units = whitened_units(atoms, metric)
     k = (codes != 0).sum(dim=1)
     babel, exact = torch.zeros_like(k, dtype=torch.bool), torch.zeros_like(k, dtype=torch.bool)

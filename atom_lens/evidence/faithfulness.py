@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct, check_rows
 from atom_lens.tensors.rows import Rows, mean_row
 
@@ -25,7 +26,7 @@ class SquaredSums:
         total = sum(float((rows.double() - self.mean).square().sum()) for rows in x.split(8192))
         # Below the rounding of float32 activations the rows are one point, and there is no variance to explain.
         if total <= 1e-12 * square:
-            raise ValueError(f"R² is undefined: all {len(x)} rows are the same")
+            raise AtomLensError(f"R² is undefined: all {len(x)} rows are the same")
         device = x.device if metric is None else metric.eigenvalues.device
         self.rows: Float[Tensor, "4 n"] = torch.zeros(4, len(x), dtype=torch.float64, device=device)
 
@@ -58,12 +59,12 @@ def faithfulness(
         metric: None for the Euclidean norm (the paper's), or the AIP, in which every direction counts the same.
 
     Raises:
-        ValueError: shapes differ, values are not finite, or all rows of `x` are equal.
+        AtomLensError: shapes differ, values are not finite, or all rows of `x` are equal.
     """
     x = check_rows(x, "x", None if metric is None else metric.width)
     x_hat = check_rows(x_hat, "x_hat", x.shape[1])
     if len(x_hat) != len(x):
-        raise ValueError(f"x_hat has {len(x_hat)} rows, expected {len(x)} as in x")
+        raise AtomLensError(f"x_hat has {len(x_hat)} rows, expected {len(x)} as in x")
     sums = SquaredSums(x, metric)
     for start in range(0, len(x), 8192):
         sums.update(start, x[start : start + 8192], x_hat[start : start + 8192])

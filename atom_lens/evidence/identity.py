@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.stats import beta
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.certificates import whitened_units
 from atom_lens.evidence.results import IdentityFigures
 from atom_lens.geometry import AtomicInnerProduct, check_rows
@@ -57,7 +58,7 @@ def match(
     """
     u, v = whitened_units(first, metric), whitened_units(second, metric)
     if u.shape[1] != v.shape[1]:
-        raise ValueError(f"the dictionaries have widths {u.shape[1]} and {v.shape[1]}, expected one width")
+        raise AtomLensError(f"the dictionaries have widths {u.shape[1]} and {v.shape[1]}, expected one width")
     v = v.to(u)
     partner = torch.full((len(u),), -1)
     coherence = torch.zeros(len(u), dtype=torch.float64)
@@ -138,19 +139,19 @@ def identity(
             and counted nowhere.
 
     Raises:
-        ValueError: fewer than two runs, or a run without living atoms.
+        AtomLensError: fewer than two runs, or a run without living atoms.
     """
     if len(dictionaries) < 2:
-        raise ValueError(f"identity needs at least 2 runs, got {len(dictionaries)}")
+        raise AtomLensError(f"identity needs at least 2 runs, got {len(dictionaries)}")
     dictionaries = [check_rows(d, f"dictionary {i}") for i, d in enumerate(dictionaries)]
     if len(widths := {d.shape[1] for d in dictionaries}) > 1:
-        raise ValueError(f"the dictionaries have widths {sorted(widths)}, expected one width")
+        raise AtomLensError(f"the dictionaries have widths {sorted(widths)}, expected one width")
     if alive is not None and len(alive) != len(dictionaries):
-        raise ValueError(f"alive has {len(alive)} masks, expected one for each of {len(dictionaries)} runs")
+        raise AtomLensError(f"alive has {len(alive)} masks, expected one for each of {len(dictionaries)} runs")
     masks = [[True] * len(d) for d in dictionaries] if alive is None else alive
     living = [mask(m, len(d), f"alive[{i}]") for i, (m, d) in enumerate(zip(masks, dictionaries, strict=True))]
     if not all(one.any() for one in living):
-        raise ValueError("a run has no living atoms: there is nothing to match")
+        raise AtomLensError("a run has no living atoms: there is nothing to match")
     alone = [d[one.to(d.device)] for d, one in zip(dictionaries, living, strict=True)]
     scores = [torch.zeros(len(d), dtype=torch.float64) for d in dictionaries]
     matched, pairs = [], []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atom_lens.dictionaries import Dictionary
 from atom_lens.dictionaries.protocol import check_folded
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.faithfulness import SquaredSums, explained
 from atom_lens.evidence.results import L0, Coherence, Figures
 from atom_lens.evidence.stability import Stability, stability
@@ -87,11 +88,11 @@ def observe(
         batch: rows encoded at a time.
 
     Raises:
-        ValueError: widths differ, values are not finite, or all rows of `x` are equal.
+        AtomLensError: widths differ, values are not finite, or all rows of `x` are equal.
     """
     check_folded(dictionary, "the dictionary")
     if batch < 1:
-        raise ValueError(f"batch is {batch}, allowed is at least 1")
+        raise AtomLensError(f"batch is {batch}, allowed is at least 1")
     x = check_rows(x, "x", metric.width)
     atoms = check_rows(dictionary.W_dec, "the dictionary", metric.width).detach()
     device = atoms.device
@@ -105,7 +106,7 @@ def observe(
         rows = x[start : start + batch].to(device)
         codes = dictionary.encode(rows.to(atoms.dtype))
         if codes.shape != (len(rows), len(atoms)):
-            raise ValueError(f"encode gives codes of shape {tuple(codes.shape)}, expected {(len(rows), len(atoms))}")
+            raise AtomLensError(f"encode gives codes of shape {tuple(codes.shape)}, expected {(len(rows), len(atoms))}")
         reconstruction = dictionary.decode(codes)
         check_rows(reconstruction, "the reconstruction", metric.width)
         sums.update(start, rows, reconstruction)

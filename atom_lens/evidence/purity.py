@@ -10,6 +10,7 @@ from scipy.sparse import csc_array
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.tensors import checks as inputs
 from atom_lens.tensors.checks import Labels
 
@@ -103,7 +104,7 @@ def purity(
         seed: of the permutations.
 
     Raises:
-        ValueError: labels of another length, or all the same.
+        AtomLensError: labels of another length, or all the same.
     """
     if isinstance(codes, Tensor):
         codes = codes.detach().cpu().double().numpy()
@@ -113,7 +114,7 @@ def purity(
     names = inputs.labels(labels, n, "labels")
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     if len(number) < 2:
-        raise ValueError("all labels are the same, purity needs at least 2")
+        raise AtomLensError("all labels are the same, purity needs at least 2")
     kinds = np.array([number[name] for name in names])
     totals = np.bincount(kinds)
     codes.eliminate_zeros()

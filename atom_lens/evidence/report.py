@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atom_lens.dictionaries import Dictionary
 from atom_lens.dictionaries.nulls import Pursuit, TrainedNull, data_atoms, random_atoms
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.bootstrap import FIGURES, intervals
 from atom_lens.evidence.certify import certify
 from atom_lens.evidence.measure import Observation, observe
@@ -57,17 +58,17 @@ def evaluate(
         What report.json holds (docs/report.md).
 
     Raises:
-        ValueError: no metric, wrong widths, empty or non-finite activations, groups that do not fit, or a seed that is
-            negative or above 2**63 - 1.
+        AtomLensError: no metric, wrong widths, empty or non-finite activations, groups that do not fit, or a seed that
+            is negative or above 2**63 - 1.
     """
     start = time.monotonic()
     if not (isinstance(atoms, Dictionary) and isinstance(atoms.W_dec, Tensor)):
-        raise ValueError(f"atoms is of type {type(atoms).__name__}, expected a tensor W_dec, encode and decode")
+        raise AtomLensError(f"atoms is of type {type(atoms).__name__}, expected a tensor W_dec, encode and decode")
     if not (metric is None or isinstance(metric, AtomicInnerProduct)):
-        raise ValueError(f"metric is of type {type(metric).__name__}, expected an AtomicInnerProduct")
+        raise AtomLensError(f"metric is of type {type(metric).__name__}, expected an AtomicInnerProduct")
     given, metric = metric, metric if metric is not None else getattr(atoms, "aip", None)
     if metric is None or (given is None and metric.n == 0):  # n = 0 marks the identity of atoms that came without one
-        raise ValueError("these atoms carry no metric: give one, AtomicInnerProduct.estimate(x)")
+        raise AtomLensError("these atoms carry no metric: give one, AtomicInnerProduct.estimate(x)")
     given_splits = {"train": x} if heldout is None else {"train": x, "heldout": heldout}
     splits = {name: check_rows(rows, f"the {name} split", metric.width) for name, rows in given_splits.items()}
     x, seed = splits["train"], checked_seed(seed)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
 from atom_lens.tensors import parallel
 from atom_lens.tensors.checks import Mask, counts, mask
@@ -52,15 +53,15 @@ class Stability:
         """q* of the same atoms with the codes of other activations, none with more active atoms than seen here."""
         l0 = counts(l0, "l0")
         if l0.numel() == 0:
-            raise ValueError("l0 is empty: q* needs the codes of at least one activation")
+            raise AtomLensError("l0 is empty: q* needs the codes of at least one activation")
         if int(l0.max()) >= len(self.below):
-            raise ValueError(f"l0 holds {int(l0.max())}, allowed is up to {len(self.below) - 1}, the largest seen")
+            raise AtomLensError(f"l0 holds {int(l0.max())}, allowed is up to {len(self.below) - 1}, the largest seen")
         return _q_star(self.below, self.pairs, torch.bincount(l0, minlength=len(self.below))) if self.n_atoms else 0.0
 
     def coherence_quantile(self, q: float) -> float:
         """mu_q, the q-quantile of the pairwise coherences, to the width of a histogram bin (2⁻¹⁴)."""
         if not 0 <= q <= 1:
-            raise ValueError(f"q is {q}, allowed is 0 to 1")
+            raise AtomLensError(f"q is {q}, allowed is 0 to 1")
         if self.pairs == 0:
             return 0.0
         k = int((self.coherence_counts.cumsum(0) >= max(1, q * self.pairs)).nonzero()[0])
@@ -69,7 +70,7 @@ class Stability:
     def l0_quantile(self, q: float) -> int:
         """K_q, the smallest k with at least a share q of activations at K_i <= k."""
         if not 0 <= q <= 1:
-            raise ValueError(f"q is {q}, allowed is 0 to 1")
+            raise AtomLensError(f"q is {q}, allowed is 0 to 1")
         # ceil(q n) - 1, guarded against q * n landing a rounding error above a whole number.
         return int(self.l0[max(0, -int(-(q * len(self.l0) - 1e-9) // 1) - 1)])
 
@@ -96,12 +97,12 @@ def stability(
         tile: rows of a tile of pairs.
 
     Raises:
-        ValueError: empty or non-finite input, negative L0, wrong widths, or an alive atom that is zero.
+        AtomLensError: empty or non-finite input, negative L0, wrong widths, or an alive atom that is zero.
     """
     atoms = check_rows(atoms, "atoms", None if metric is None else metric.width)
     l0 = counts(l0, "l0")
     if l0.numel() == 0:
-        raise ValueError("l0 is empty: q* needs the codes of at least one activation")
+        raise AtomLensError("l0 is empty: q* needs the codes of at least one activation")
     living = atoms if alive is None else atoms[mask(alive, len(atoms), "alive").to(atoms.device)]
     n_atoms = len(living)
     ordered = l0.sort().values

@@ -13,6 +13,7 @@ from torch import Tensor
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions
 from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.errors import AtomLensError
 from atom_lens.interventions.facts import BATCH, answer_logprob, answered, padded
 
 
@@ -40,7 +41,7 @@ def read(
     """Activations at `hook` and gradients of the answers, one forward and one backward pass per batch.
 
     Raises:
-        ValueError: a prompt with more than one chosen token.
+        AtomLensError: a prompt with more than one chosen token.
     """
     backend = wrap_backend(model)
     ordered = answered(backend, prompts, [[answer] for answer in answers], positions, prepend_bos)
@@ -50,7 +51,7 @@ def read(
         part = ordered[start : start + BATCH]
         batch = padded([(s.row, s.ids, s.chosen) for s in part], backend.device)
         if not bool((batch.subject.sum(dim=1) == 1).all()):
-            raise ValueError(f"positions {positions!r} chooses several tokens of a prompt, attribution reads one")
+            raise AtomLensError(f"positions {positions!r} chooses several tokens of a prompt, attribution reads one")
         kept: list[Tensor] = []
 
         def keep(x: Tensor, past: int, kept: list[Tensor] = kept) -> Tensor:

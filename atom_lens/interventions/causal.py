@@ -17,6 +17,7 @@ from torch import Tensor
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions
 from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.errors import AtomLensError
 from atom_lens.interventions.attribution import Read, attribution, read
 from atom_lens.interventions.facts import Batch, Prepare, Scores, ask, divergence
 from atom_lens.interventions.splice import Splice, splice
@@ -46,11 +47,11 @@ def pair(prompts: Sequence[Prompt], generator: torch.Generator) -> list[int]:
     """For every fact another one with another answer, at random.
 
     Raises:
-        ValueError: all facts have one answer.
+        AtomLensError: all facts have one answer.
     """
     answers = [prompt.answer for prompt in prompts]
     if len(set(answers)) < 2:
-        raise ValueError(
+        raise AtomLensError(
             f"the {len(prompts)} facts have {len(set(answers))} different answers, a swap needs at least 2"
         )
     partners = []
@@ -58,7 +59,7 @@ def pair(prompts: Sequence[Prompt], generator: torch.Generator) -> list[int]:
         # An answer that begins another one (Guinea, Guinea-Bissau) would count as both.
         others = [i for i, other in enumerate(answers) if not _begins(str(answer), str(other))]
         if not others:
-            raise ValueError(f"answer {answer!r} begins all others, or they it: a swap needs another answer")
+            raise AtomLensError(f"answer {answer!r} begins all others, or they it: a swap needs another answer")
         partners.append(others[int(torch.randint(len(others), (), generator=generator))])
     return partners
 
@@ -95,7 +96,7 @@ class Evaluation:
         self.seed = checked_seed(seed)
         self.generator = torch.Generator().manual_seed(self.seed)
         if (scaling := sae.cfg.normalize_activations) in ("layer_norm", "constant_norm_rescale"):
-            raise ValueError(f"the SAE at {hook!r} has normalize_activations {scaling!r}, allowed are SAEs without")
+            raise AtomLensError(f"the SAE at {hook!r} has normalize_activations {scaling!r}, allowed are SAEs without")
         with torch.no_grad():
             self.codes = sae.encode(swaps.seen.x.to(sae.W_dec))
             self.target_codes = sae.encode(swaps.target.to(sae.W_dec))

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.tensors.checks import Which, choice, indices
 
 # None: every position, also those that generation adds. Columns of the prompt, negative ones from its end. Or a mask
@@ -31,7 +32,7 @@ class Place:
         items: indices or a mask of the batch; None for all.
 
     Raises:
-        ValueError: neither indices nor a mask.
+        AtomLensError: neither indices nor a mask.
     """
 
     positions: Positions = None
@@ -43,7 +44,7 @@ class Place:
             table = torch.as_tensor(positions)
             # Attention masks are integers.
             if not bool(((table == 0) | (table == 1)).all()):
-                raise ValueError("positions has two dimensions, a mask (batch, pos) holds booleans, or 0 and 1 only")
+                raise AtomLensError("positions has two dimensions, a mask (batch, pos) holds booleans, or 0 and 1 only")
             object.__setattr__(self, "positions", table.bool())
         elif positions is not None:
             object.__setattr__(self, "positions", choice(positions, "position"))
@@ -54,7 +55,7 @@ class Place:
         """The places within one forward pass of `length` columns that stand after `past` cached ones.
 
         Raises:
-            ValueError: a position outside the prompt, an item outside the batch, a mask of another shape.
+            AtomLensError: a position outside the prompt, an item outside the batch, a mask of another shape.
         """
         total = past + length
         generating = past > 0 and length == 1
@@ -64,7 +65,7 @@ class Place:
             columns = torch.zeros(batch, length, dtype=torch.bool, device=device)
         elif isinstance(self.positions, Tensor):
             if tuple(self.positions.shape) != (batch, total):
-                raise ValueError(
+                raise AtomLensError(
                     f"positions is a mask of shape {tuple(self.positions.shape)}, the prompt has {(batch, total)}"
                 )
             columns = self.positions[:, past:].to(device)
@@ -113,7 +114,7 @@ def _chosen(atoms: Which | None) -> tuple[int, ...] | tuple[bool, ...] | None:
     chosen = choice(atoms, "atom")
     mask = len(chosen) > 0 and isinstance(chosen[0], bool)
     if not chosen or (not any(chosen) if mask else len(set(chosen)) < len(chosen)):
-        raise ValueError(f"atoms is {list(chosen)}, expected at least one index and each only once, or a mask")
+        raise AtomLensError(f"atoms is {list(chosen)}, expected at least one index and each only once, or a mask")
     return chosen
 
 
@@ -123,9 +124,9 @@ def rows_of(value: Value, like: Float[Tensor, "rows k"], items: Int[Tensor, " ro
     if value.ndim == 0:
         return value.expand(1, like.shape[1])
     if value.ndim == 2 and items.numel() and int(items.max()) >= len(value):
-        raise ValueError(f"a value has {len(value)} rows, the batch has an item {int(items.max())}")
+        raise AtomLensError(f"a value has {len(value)} rows, the batch has an item {int(items.max())}")
     if value.ndim not in (1, 2) or value.shape[-1] != like.shape[1]:
-        raise ValueError(
+        raise AtomLensError(
             f"a value has shape {tuple(value.shape)}, allowed are a number, ({like.shape[1]},) for the chosen atoms, "
             f"or (batch, {like.shape[1]})"
         )

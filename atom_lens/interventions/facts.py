@@ -16,6 +16,7 @@ from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.positions import Positions, select_tokens
 from atom_lens.activations.positions import tokenised as texts_tokenised
 from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import shown
 
 BATCH = 64
@@ -62,14 +63,14 @@ def tokenised(
     """Tokens of a prompt, of its answer after a blank (where there is one), and which tokens of the prompt to edit.
 
     Raises:
-        ValueError: what `select_tokens` refuses, or an answer that is not told from the prompt by its tokens.
+        AtomLensError: what `select_tokens` refuses, or an answer that is not told from the prompt by its tokens.
     """
     text = f"{prompt.text} {answer}" if answer else prompt.text
     ((ids, offsets),) = texts_tokenised(tokenizer, [text], prepend_bos)
     n = sum(start < len(prompt.text) for start, _ in offsets)
     # Begun within the prompt, and beyond the blank after it: that part of the answer would be given away.
     if answer and (n == len(ids) or offsets[n - 1][1] > len(prompt.text) + 1):
-        raise ValueError(f"the answer {shown(answer)!r} has no tokens of its own after {shown(prompt.text)!r}")
+        raise AtomLensError(f"the answer {shown(answer)!r} has no tokens of its own after {shown(prompt.text)!r}")
     return ids[:n], ids[n:], select_tokens(prompt, offsets[:n], positions)
 
 
@@ -124,16 +125,16 @@ def answered(
     """Token sequences that score all `answers`; answers of one token share the sequence of their prompt.
 
     Raises:
-        ValueError: what `tokenised` refuses, a blank answer, or a prompt that with it is longer than the context.
+        AtomLensError: what `tokenised` refuses, a blank answer, or a prompt that with it is longer than the context.
     """
     sequences: dict[tuple[int, tuple[int, ...]], Answered] = {}
     for row, (prompt, options) in enumerate(zip(prompts, answers, strict=True)):
         for column, answer in enumerate(options):
             if not answer.strip():
-                raise ValueError(f"answer {column} of {shown(prompt.text)!r} is {answer!r}, text is needed")
+                raise AtomLensError(f"answer {column} of {shown(prompt.text)!r} is {answer!r}, text is needed")
             ids, wanted, chosen = tokenised(backend.tokenizer, prompt, answer, positions, prepend_bos)
             if len(ids) + len(wanted) - 1 > backend.n_ctx:
-                raise ValueError(
+                raise AtomLensError(
                     f"the prompt {shown(prompt.text)!r} has {len(ids) + len(wanted) - 1} tokens with its answer, the "
                     f"model reads {backend.n_ctx}"
                 )
@@ -163,7 +164,7 @@ def divergence(
         max_tokens: longer prompts are cut after these, and where the model's context ends.
 
     Raises:
-        ValueError: a prompt whose chosen tokens lie beyond `max_tokens`, so that an edit there would act nowhere.
+        AtomLensError: a prompt whose chosen tokens lie beyond `max_tokens`, so that an edit there would act nowhere.
     """
     backend = wrap_backend(model)
     max_tokens = min(max_tokens, backend.n_ctx)
@@ -172,7 +173,7 @@ def divergence(
         ids, _, chosen = tokenised(backend.tokenizer, prompt, "", positions, prepend_bos)
         kept = [token for token in chosen if token < max_tokens]
         if not kept:
-            raise ValueError(
+            raise AtomLensError(
                 f"the chosen tokens of {shown(prompt.text)!r} lie beyond its first {max_tokens}: raise max_tokens"
             )
         sequences.append((row, ids[:max_tokens], kept))

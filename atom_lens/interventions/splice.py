@@ -17,6 +17,7 @@ from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.dictionaries.protocol import check_folded
+from atom_lens.errors import AtomLensError
 from atom_lens.interventions import edits
 from atom_lens.interventions.edits import Edit, Place, Value
 from atom_lens.tensors.checks import Which, indices
@@ -56,9 +57,9 @@ class Splice:
 
     def __enter__(self) -> Splice:
         if self.backend.tracing:
-            raise ValueError("a splice was opened inside a running nnsight trace: open the splice first, then trace")
+            raise AtomLensError("a splice was opened inside a running nnsight trace: open the splice first, then trace")
         if self._is_open:
-            raise ValueError("this splice is open already: make another one with splice() to nest them")
+            raise AtomLensError("this splice is open already: make another one with splice() to nest them")
         with ExitStack() as attached:
             for hook, site in self._sites.items():
                 attached.callback(self.backend.attach(hook, _change(hook, site, self.replace)))
@@ -76,7 +77,7 @@ class Splice:
         """Add an edit at `hook`, which may be left out where atoms are spliced at one hook only.
 
         Raises:
-            ValueError: no such hook in this splice, or an atom that the dictionary does not have.
+            AtomLensError: no such hook in this splice, or an atom that the dictionary does not have.
         """
         name, site = self._site(hook)
         n_atoms = site.atoms.cfg.d_sae
@@ -131,7 +132,7 @@ class Splice:
         if hook is None and len(self._sites) == 1:
             hook = next(iter(self._sites))
         if hook not in self._sites:
-            raise ValueError(f"hook is {hook!r}, atoms are spliced at {', '.join(self._sites)}")
+            raise AtomLensError(f"hook is {hook!r}, atoms are spliced at {', '.join(self._sites)}")
         return hook, self._sites[hook]
 
 
@@ -151,7 +152,7 @@ def splice(
             difference that edits make.
 
     Raises:
-        ValueError: a hook that this model lacks or that carries two SAEs, an SAE that reads and writes different
+        AtomLensError: a hook that this model lacks or that carries two SAEs, an SAE that reads and writes different
             hooks, a model without hooks, a splice inside a running nnsight trace. While running: a width that does
             not fit, a position outside the prompt.
     """
@@ -162,21 +163,21 @@ def splice(
         for sae in several:
             hook = sae.cfg.metadata.hook_name
             if not hook:
-                raise ValueError("an SAE does not say which hook it belongs to: give {hook: sae}")
+                raise AtomLensError("an SAE does not say which hook it belongs to: give {hook: sae}")
             if hook in atoms:
-                raise ValueError(f"two SAEs belong to hook {hook!r}, a splice takes one: nest splices to have both")
+                raise AtomLensError(f"two SAEs belong to hook {hook!r}, a splice takes one: nest splices to have both")
             atoms[hook] = sae
     for hook, sae in atoms.items():
         if expand_hooks([hook], backend.hooks, backend.n_layers) != [hook]:
-            raise ValueError(f"hook {hook!r} is a pattern, a splice takes names")
+            raise AtomLensError(f"hook {hook!r} is a pattern, a splice takes names")
         check_folded(sae, f"the SAE at {hook!r}")
         if (architecture := sae.cfg.architecture()) in _ACROSS_ROWS:
-            raise ValueError(
+            raise AtomLensError(
                 f"the SAE at {hook!r} has architecture {architecture!r}, whose codes depend on other tokens or items: "
                 "a splice takes SAEs that encode each activation by itself"
             )
         if (writes := sae.cfg.metadata.hook_name_out) and writes != sae.cfg.metadata.hook_name:
-            raise ValueError(
+            raise AtomLensError(
                 f"the SAE at {hook!r} writes to {writes!r}: a splice takes SAEs that write where they read"
             )
     return Splice(backend, atoms, replace)
@@ -190,7 +191,9 @@ def _change(hook: str, site: _Site, replace: bool) -> Callable[[Tensor, int], Te
             return None
         width, d_in = x.shape[2:].numel(), site.atoms.cfg.d_in
         if x.ndim < 3 or width != d_in:
-            raise ValueError(f"hook {hook!r} has activations of shape {tuple(x.shape)}, these atoms have d_in {d_in}")
+            raise AtomLensError(
+                f"hook {hook!r} has activations of shape {tuple(x.shape)}, these atoms have d_in {d_in}"
+            )
         size = (len(x), x.shape[1], past, x.device)
         masks = [edit.place.mask(*size) for edit in site.edits]
         everywhere = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from atom_lens.activations.models import find_model, load_tokenizer
 from atom_lens.activations.positions import tokenised
 from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.errors import AtomLensError
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.split import harvest_for, heldout_rows
 from atom_lens.tensors.rows import Rows
@@ -49,12 +50,12 @@ def corpus(recipe: Recipe, hook: str) -> Corpus:
     """What the units of `hook` of a run are read on: from the store, where the recipe has been run here.
 
     Raises:
-        ValueError: the hook is not one of the recipe's.
+        AtomLensError: the hook is not one of the recipe's.
     """
     prompts = recipe.prompts.read()
     found = harvest_for(recipe, prompts)
     if hook not in found:
-        raise ValueError(f"hook is {hook!r}, allowed are the recipe's: {', '.join(found)}")
+        raise AtomLensError(f"hook is {hook!r}, allowed are the recipe's: {', '.join(found)}")
     rows = found.rows[hook]
     tokenizer = load_tokenizer(find_model(recipe.model.name, recipe.model.revision))
     texts = [prompt.text for prompt in prompts]

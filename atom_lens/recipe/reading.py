@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from atom_lens.activations.prompts import SOURCES
+from atom_lens.errors import AtomLensError
 from atom_lens.recipe.recipe import Recipe, recipe_type
 from atom_lens.recipe.yaml import read_yaml, write_yaml
 from atom_lens.storage.schema import Section
@@ -22,7 +23,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply ``section.key=value`` overrides (values in YAML).
 
     Raises:
-        ValueError: no such file, not YAML, an unknown key, a wrong type or a value that is not allowed; one
+        AtomLensError: no such file, not YAML, an unknown key, a wrong type or a value that is not allowed; one
             sentence that names the key, the value and what is allowed.
     """
     return load_section(recipe_type(), path, overrides)
@@ -35,34 +36,34 @@ def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[s
     try:
         data = read_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not YAML as recipes are written: {error}") from error
+        raise AtomLensError(f"{path} is not YAML as recipes are written: {error}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, a recipe is a mapping")
+        raise AtomLensError(f"{path} holds a {type(data).__name__}, a recipe is a mapping")
     given: set[str] = set()
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"override {override!r} is not of the form section.key=value")
+            raise AtomLensError(f"override {override!r} is not of the form section.key=value")
         if key in given:
-            raise ValueError(f"override {key!r} is given twice")
+            raise AtomLensError(f"override {key!r} is given twice")
         if lost := next((one for one in given if one.startswith(f"{key}.")), None):
-            raise ValueError(f"override {key!r} replaces what override {lost!r} said: give it first")
+            raise AtomLensError(f"override {key!r} replaces what override {lost!r} said: give it first")
         given.add(key)
         node = data
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(f"override {override!r} reaches into {parent!r}, which is not a section")
+                raise AtomLensError(f"override {override!r} reaches into {parent!r}, which is not a section")
         try:
             node[last] = read_yaml(value)
         except ValueError as error:
-            raise ValueError(f"override {override!r} has a value that is not YAML: {error}") from error
+            raise AtomLensError(f"override {override!r} has a value that is not YAML: {error}") from error
     return _checked(kind, data, str(path))
 
 
 def check_recipe(data: Any, where: str = "the recipe") -> Recipe:
-    """A recipe from plain data; raises ValueError with one sentence about the first thing wrong."""
+    """A recipe from plain data; raises AtomLensError with one sentence about the first thing wrong."""
     return _checked(recipe_type(), data, where)
 
 
@@ -70,7 +71,7 @@ def _checked(kind: type[AnySection], data: Any, where: str) -> AnySection:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_sentence(error, kind)}") from None
+        raise AtomLensError(f"{where}: {_sentence(error, kind)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -12,6 +12,7 @@ from atom_lens.activations.positions import Positions
 from atom_lens.activations.prompts import SOURCES
 from atom_lens.activations.prompts.source import Source
 from atom_lens.activations.prompts.standard_library import PythonDocs
+from atom_lens.errors import AtomLensError
 from atom_lens.recipe.sections import Atoms, Metric, Model, Split, Training, Wandb
 from atom_lens.storage.schema import Section
 
@@ -51,12 +52,12 @@ class Recipe(Section):
         """The section that a study has registered as `kind`.
 
         Raises:
-            ValueError: the recipe has none, and there is no default.
+            AtomLensError: the recipe has none, and there is no default.
         """
         name, default = next((name, default) for name, (one, default) in _SECTIONS.items() if one == kind)
         found: Any = getattr(self, name, default)
         if found is None:
-            raise ValueError(f"key {name} is missing in recipe {self.name!r}, {name} needs it")
+            raise AtomLensError(f"key {name} is missing in recipe {self.name!r}, {name} needs it")
         return found
 
     def to_train(self, command: str) -> tuple[Atoms, Training]:
@@ -65,11 +66,11 @@ class Recipe(Section):
         Only commands ask: a recipe may be read where its device is not, and may have no such sections.
 
         Raises:
-            ValueError: a section is missing, or a device is not there.
+            AtomLensError: a section is missing, or a device is not there.
         """
         for name in ("atoms", "training"):
             if getattr(self, name) is None:
-                raise ValueError(f"key {name} is missing in recipe {self.name!r}, {command} needs it")
+                raise AtomLensError(f"key {name} is missing in recipe {self.name!r}, {command} needs it")
         assert self.atoms is not None and self.training is not None
         for device in (self.model.device, self.training.device):
             pick_device(device)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from atom_lens.activations.backends import BackendName
+from atom_lens.errors import AtomLensError
 from atom_lens.geometry import DEFAULT_RIDGE
 from atom_lens.storage.schema import Section, Seed
 
@@ -59,7 +60,7 @@ class Atoms(Section):
     @model_validator(mode="after")
     def _target_fits(self) -> Atoms:
         if self.target_l0 > self.capacity:
-            raise ValueError(f"atoms.target_l0 is {self.target_l0}, allowed is up to atoms.capacity={self.capacity}")
+            raise AtomLensError(f"atoms.target_l0 is {self.target_l0}, allowed is up to atoms.capacity={self.capacity}")
         return self
 
 
@@ -81,7 +82,7 @@ class Training(Section):
     @model_validator(mode="after")
     def _schedule_fits(self) -> Training:
         if self.warm_up + self.decay > 1 + 1e-9:  # 0.9 and 0.1 are 1 together, whatever floats say
-            raise ValueError(
+            raise AtomLensError(
                 f"training.warm_up is {self.warm_up:g} and training.decay {self.decay:g}, allowed is up to 1 together"
             )
         return self

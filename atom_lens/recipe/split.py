@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atom_lens.activations.harvest import Harvest, harvest
 from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.errors import AtomLensError
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.tensors.checks import Labels, checked_seed, labels
 from atom_lens.tensors.rows import Rows
@@ -25,14 +26,14 @@ def heldout_rows(groups: Labels, share: float, seed: int) -> Bool[Tensor, " n"]:
         seed: of the draw.
 
     Raises:
-        ValueError: fewer than two groups, a share or seed that is not allowed, or no labels.
+        AtomLensError: fewer than two groups, a share or seed that is not allowed, or no labels.
     """
     names = labels(groups, None, "groups")
     if isinstance(share, bool) or not 0 < share < 1:
-        raise ValueError(f"share is {share}, allowed is above 0 and below 1")
+        raise AtomLensError(f"share is {share}, allowed is above 0 and below 1")
     distinct = list(dict.fromkeys(names))
     if len(distinct) < 2:
-        raise ValueError(f"a split by subject needs at least 2 subjects, got {len(distinct)}")
+        raise AtomLensError(f"a split by subject needs at least 2 subjects, got {len(distinct)}")
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(checked_seed(seed))).tolist()
     n_heldout = min(len(distinct) - 1, max(1, round(share * len(distinct))))
     chosen = {distinct[i] for i in order[:n_heldout]}
@@ -78,12 +79,12 @@ def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest,
     x = found.views[hook]
     d = x.shape[1]
     if int(out.sum()) < 2:
-        raise ValueError(
+        raise AtomLensError(
             f"split.heldout is {recipe.split.heldout}, of {len(x)} activations it leaves {int(out.sum())} held-out: "
             "at least 2 are needed"
         )
     if int((~out).sum()) < d and recipe.metric.ridge != "oas":
-        raise ValueError(
+        raise AtomLensError(
             f"hook {hook!r} has {int((~out).sum())} training activations of width {d}, the metric needs at least {d}: "
             "give more prompts, or metric.ridge=oas"
         )

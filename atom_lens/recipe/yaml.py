@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from typing_extensions import override
 
+from atom_lens.errors import AtomLensError
+
 # YAML 1.1, which PyYAML reads, takes `no` for false, 010 for 8, 1:30 for 90, 2026-01-02 for a date, and 1e-3 for text.
 _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -49,14 +51,14 @@ def read_yaml(text: str) -> Any:
     """What a YAML document says.
 
     Raises:
-        ValueError: it is not YAML, gives a key twice, or is nested too deep.
+        AtomLensError: it is not YAML, gives a key twice, or is nested too deep.
     """
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise AtomLensError(" ".join(str(error).split())) from error
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise AtomLensError("it is nested too deep") from error
 
 
 def write_yaml(data: Any) -> str:

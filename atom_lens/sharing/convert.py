@@ -10,6 +10,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from atom_lens.dictionaries.load import atoms_folder, open_dictionary
 from atom_lens.dictionaries.tsae.sae import TSAE
 from atom_lens.dictionaries.weights import Thresholds
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import new_folder, read_json
 from atom_lens.storage.terminal import say
 
@@ -38,15 +39,15 @@ def convert(
 
     Raises:
         FileExistsError: `out` is not empty.
-        ValueError: nothing known at `source`, or a dtype that is not allowed.
+        AtomLensError: nothing known at `source`, or a dtype that is not allowed.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"output folder {str(out)!r} is not empty: choose another or remove it")
     if dtype not in (None, *_DTYPES):
-        raise ValueError(f"dtype is {dtype!r}, allowed are {', '.join(_DTYPES)}")
+        raise AtomLensError(f"dtype is {dtype!r}, allowed are {', '.join(_DTYPES)}")
     if threshold not in get_args(Thresholds):
-        raise ValueError(f"threshold is {threshold!r}, allowed are {', '.join(get_args(Thresholds))}")
+        raise AtomLensError(f"threshold is {threshold!r}, allowed are {', '.join(get_args(Thresholds))}")
     folder = atoms_folder(source, hook, revision)
     sae = open_dictionary(folder, dtype=dtype, threshold=threshold)
     if isinstance(sae, TSAE):

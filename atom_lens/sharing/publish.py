@@ -15,6 +15,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_
 
 from atom_lens.dictionaries.folder import AIP_FILENAME
 from atom_lens.dictionaries.load import matching
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.results import Report
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.sharing.card import FIGURE, merged_card, run_card
@@ -80,16 +81,16 @@ def publish(
 
     Raises:
         FileNotFoundError: no run at `folder`.
-        ValueError: files that are not what the run wrote, no such hook, a name that is not "user/name", or a Hub that
+        AtomLensError: files that are not what the run wrote, no such hook, a name that is not "user/name", or the Hub
             refuses.
     """
     folder = Path(folder)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id is {repo_id!r}, allowed is 'user/name': {error}") from error
+        raise AtomLensError(f"repo_id is {repo_id!r}, allowed is 'user/name': {error}") from error
     if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id is {repo_id!r}, allowed is 'user/name'")
+        raise AtomLensError(f"repo_id is {repo_id!r}, allowed is 'user/name'")
     files = _files(folder, hooks)
     reports = {
         name[: -len("/report.json")]: Report.read(p) for name, p in files.items() if name.endswith("/report.json")
@@ -129,7 +130,7 @@ def _commit(
     except Exception as error:  # the client raises errors of its HTTP library as they are, and that changes
         said = (str(error).splitlines() or [type(error).__name__])[0]
         said = without_secrets(said, api.token if isinstance(api.token, str) else get_token())
-        raise ValueError(f"publishing to {repo_id!r} did not complete, try again: {said}") from None
+        raise AtomLensError(f"publishing to {repo_id!r} did not complete, try again: {said}") from None
     return str(found.commit_url), card
 
 
@@ -148,7 +149,7 @@ def _files(folder: Path, hooks: Sequence[str]) -> dict[str, Path]:
         raise FileNotFoundError(f"no run at {str(folder)!r}: {lacks}")
     for pattern in hooks:
         if not matching(available, pattern):
-            raise ValueError(f"hook {pattern!r} is not in {str(folder)!r}, allowed are {', '.join(available)}")
+            raise AtomLensError(f"hook {pattern!r} is not in {str(folder)!r}, allowed are {', '.join(available)}")
     wanted = {name for pattern in hooks or ["*"] for name in matching(available, pattern)}
     files: dict[str, Path] = {}
     folders = [(folder, _RUN)]

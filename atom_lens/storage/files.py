@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.text import read_text
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, format characters, halves of surrogate pairs, separators
@@ -131,14 +132,14 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     The lock's empty file stays: removing it would let two processes hold locks of the same name.
 
     Raises:
-        ValueError: another process holds it, and this one is not to `wait`.
+        AtomLensError: another process holds it, and this one is not to `wait`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.parent / f".{path.name}.lock")
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise ValueError(f"another process works on {str(path)!r}: wait for it, or choose another name=") from None
+        raise AtomLensError(f"another process works on {str(path)!r}: wait for it, or choose another name=") from None
     try:
         yield
     finally:
@@ -158,15 +159,15 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Refuse a file that could not be written, before the work for it (a ValueError)."""
+    """Refuse a file that could not be written, before the work for it (an AtomLensError)."""
     if path.is_dir():
-        raise ValueError(f"{option} is {str(path)!r}, a folder: the name of a file is needed")
+        raise AtomLensError(f"{option} is {str(path)!r}, a folder: the name of a file is needed")
     parent = path.absolute().parent
     there = next(p for p in (parent, *parent.parents) if os.path.lexists(p))
     if not there.is_dir():
-        raise ValueError(f"{option} is {str(path)!r}, below {str(there)!r}, which is not a folder")
+        raise AtomLensError(f"{option} is {str(path)!r}, below {str(there)!r}, which is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} is {str(path)!r}, and nothing may be written in {str(there)!r}")
+        raise AtomLensError(f"{option} is {str(path)!r}, and nothing may be written in {str(there)!r}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -180,16 +181,16 @@ def regular_file(path: Path, limit: int | None = None) -> int:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is no regular file, or longer than `limit` bytes.
+        AtomLensError: it is no regular file, or longer than `limit` bytes.
     """
     try:
         found = path.stat()
     except FileNotFoundError:
         raise FileNotFoundError(f"{str(path)!r} does not exist") from None
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{str(path)!r} is not a regular file")
+        raise AtomLensError(f"{str(path)!r} is not a regular file")
     if limit is not None and found.st_size > limit:
-        raise ValueError(f"{str(path)!r} has {found.st_size} bytes, allowed are up to {limit}")
+        raise AtomLensError(f"{str(path)!r} has {found.st_size} bytes, allowed are up to {limit}")
     return found.st_size
 
 
@@ -198,23 +199,23 @@ def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is anything else.
+        AtomLensError: it is anything else.
     """
     regular_file(path, limit)
     try:
         return parse_json(read_text(path))
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not strict JSON: {shown(str(error))}") from error
+        raise AtomLensError(f"{str(path)!r} is not strict JSON: {shown(str(error))}") from error
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """A strict JSON mapping: no NaN or infinity, no key twice, not too deep; anything else is a ValueError."""
+    """A strict JSON mapping: no NaN or infinity, no key twice, not too deep; anything else is an AtomLensError."""
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused, parse_float=_finite)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise AtomLensError("it is nested too deep") from error
     if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}, a mapping is needed")
+        raise AtomLensError(f"it holds a {type(value).__name__}, a mapping is needed")
     return value
 
 
@@ -247,7 +248,7 @@ def visible(text: str, keep: str = "") -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise ValueError(f"a key of {shown(', '.join(made))} stands twice")
+        raise AtomLensError(f"a key of {shown(', '.join(made))} stands twice")
     return made
 
 
@@ -257,4 +258,4 @@ def _finite(text: str) -> float:
 
 
 def _refused(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
+    raise AtomLensError(f"{constant} is not JSON")

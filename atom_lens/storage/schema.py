@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import read_json, shown, write_json
 
 Positive = Annotated[float, Field(gt=0)]
@@ -66,18 +67,18 @@ class Result(BaseModel):
 
         Raises:
             FileNotFoundError: nothing is there.
-            ValueError: it is damaged, or of another version.
+            AtomLensError: it is damaged, or of another version.
         """
         return cls.checked(read_json(path), path)
 
     @classmethod
     def checked(cls: type[AnyResult], found: Any, path: Path) -> AnyResult:
-        """`found`, read from `path`, as this type; a ValueError names what is wrong with it."""
+        """`found`, read from `path`, as this type; an AtomLensError names what is wrong with it."""
         if not isinstance(found, dict):
-            raise ValueError(f"{str(path)!r} is damaged: it has {shown(found)} where a mapping is needed")
+            raise AtomLensError(f"{str(path)!r} is damaged: it has {shown(found)} where a mapping is needed")
         version = cls.model_fields.get("schema_version")
         if version is not None and found.get("schema_version") != version.default:
-            raise ValueError(
+            raise AtomLensError(
                 f"{str(path)!r} has schema_version {shown(found.get('schema_version'))}, this version of atom-lens "
                 f"reads {version.default}: measure again"
             )
@@ -86,15 +87,15 @@ class Result(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"])
-            raise ValueError(f"{str(path)!r} is damaged: key {key}, {problem['msg'].lower()}") from None
+            raise AtomLensError(f"{str(path)!r} is damaged: key {key}, {problem['msg'].lower()}") from None
 
 
 def parsed(kind: type[AnyStrict], data: Any, path: Path) -> AnyStrict:
-    """`data`, read from `path`, as a `kind`; the first thing wrong with it is a ValueError of one sentence."""
+    """`data`, read from `path`, as a `kind`; the first thing wrong with it is an AtomLensError of one sentence."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         said = f"key {shown(key)} is {shown(problem['input'])}: {shown(problem['msg'])}"
-        raise ValueError(f"{str(path)!r}: {said}") from None
+        raise AtomLensError(f"{str(path)!r}: {said}") from None

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import (
     new_folder,
     read_json,
@@ -73,11 +74,11 @@ def manifest_of(folder: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not what docs/format.md asks for.
+        AtomLensError: it is not what docs/format.md asks for.
     """
     found = read_json(folder / MANIFEST)
     if found.get("format") != FORMAT:
-        raise ValueError(f"{str(folder / MANIFEST)!r}: format is {shown(found.get('format'))}, known is {FORMAT}")
+        raise AtomLensError(f"{str(folder / MANIFEST)!r}: format is {shown(found.get('format'))}, known is {FORMAT}")
     return parsed(Manifest, found, folder / MANIFEST)
 
 
@@ -86,18 +87,20 @@ def verify(folder: Path, names: Sequence[str] | None = None) -> list[str]:
 
     Raises:
         FileNotFoundError: a file, or the manifest, is not there.
-        ValueError: the manifest does not list a file, or a file is not as it was when it was written.
+        AtomLensError: the manifest does not list a file, or a file is not as it was when it was written.
     """
     files = manifest_of(folder).files
     for name in files if names is None else names:
         if name not in files:
-            raise ValueError(f"{str(folder / MANIFEST)!r} does not list {name}, so it cannot be trusted")
+            raise AtomLensError(f"{str(folder / MANIFEST)!r} does not list {name}, so it cannot be trusted")
         path = folder / name
         size = regular_file(path)
         if size != files[name].bytes:
-            raise ValueError(f"{str(path)!r} has {size} bytes, {files[name].bytes} were written: it is cut or replaced")
+            raise AtomLensError(
+                f"{str(path)!r} has {size} bytes, {files[name].bytes} were written: it is cut or replaced"
+            )
         if _sha256(path) != files[name].sha256:
-            raise ValueError(f"{str(path)!r} is not what was written: its SHA-256 differs from the manifest")
+            raise AtomLensError(f"{str(path)!r} is not what was written: its SHA-256 differs from the manifest")
     return list(files)
 
 

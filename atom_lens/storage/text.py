@@ -6,6 +6,8 @@ import codecs
 import re
 from pathlib import Path
 
+from atom_lens.errors import AtomLensError
+
 # Longest first: the mark of UTF-32 begins with that of UTF-16.
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -16,7 +18,7 @@ def read_text(path: str | Path) -> str:
 
     Raises:
         OSError: no such file.
-        ValueError: it is not such text; the message says at which line and byte.
+        AtomLensError: it is not such text; the message says at which line and byte.
     """
     raw = Path(path).read_bytes()
     encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8-sig")
@@ -25,9 +27,9 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         name, line = encoding.removesuffix("-sig").upper(), raw.count(b"\n", 0, error.start) + 1
         where = f"byte {error.start}, in line {line}: {error.reason}"
-        raise ValueError(f"{str(path)!r} is not text in {name} at {where}") from None
+        raise AtomLensError(f"{str(path)!r} is not text in {name} at {where}") from None
     if (at := text.find("\0")) >= 0:
-        raise ValueError(f"{str(path)!r} is not text: a NUL stands in line {len(lines_of(text[:at]))}")
+        raise AtomLensError(f"{str(path)!r} is not text: a NUL stands in line {len(lines_of(text[:at]))}")
     return text
 
 
@@ -40,9 +42,9 @@ def existing(path: str | Path) -> Path:
     """The path of a file that is there.
 
     Raises:
-        ValueError: it is not.
+        AtomLensError: it is not.
     """
     found = Path(path).expanduser()
     if not found.is_file():
-        raise ValueError(f"file {str(path)!r} does not exist")
+        raise AtomLensError(f"file {str(path)!r} does not exist")
     return found

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from atom_lens.errors import AtomLensError
 from atom_lens.recipe.reading import dump_recipe
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.split import SplitActivations, harvest_for, split_activations
@@ -39,7 +40,7 @@ def _claim(folder: Path, recipe: Recipe) -> None:
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_file())):
         raise FileExistsError(f"output folder {str(folder)!r} is not empty: choose another name= or remove it")
     if kept.is_file() and read_text(kept) != text:
-        raise ValueError(f"{str(folder)!r} holds a study of another recipe: choose another name= or remove it")
+        raise AtomLensError(f"{str(folder)!r} holds a study of another recipe: choose another name= or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     for cells in (folder / "cells", *(folder / "cells").glob("*/")):

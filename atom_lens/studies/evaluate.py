@@ -10,6 +10,7 @@ from pathlib import Path
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.dictionaries.load import atoms_folder, open_dictionary
 from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.report import evaluate
 from atom_lens.evidence.results import Report
 from atom_lens.geometry import AtomicInnerProduct
@@ -33,7 +34,9 @@ def recipe_beside(path: str | Path) -> Path:
     for folder in (atoms, atoms.parent):
         if (folder / "recipe.yaml").is_file():
             return folder / "recipe.yaml"
-    raise ValueError(f"no recipe.yaml in {str(path)!r} or above it: a run folder has one, and evaluate takes --recipe")
+    raise AtomLensError(
+        f"no recipe.yaml in {str(path)!r} or above it: a run folder has one, and evaluate takes --recipe"
+    )
 
 
 def evaluate_folder(
@@ -50,8 +53,8 @@ def evaluate_folder(
         hook: which atoms of a run over several hooks.
 
     Raises:
-        ValueError: the hook of the atoms is not among the recipe's, widths differ, or the recipe's split is not the one
-            these atoms were trained with.
+        AtomLensError: the hook of the atoms is not among the recipe's, widths differ, or the recipe's split is not the
+            one these atoms were trained with.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     folder = atoms_folder(path, hook)
@@ -62,7 +65,7 @@ def evaluate_folder(
     prompts = recipe.prompts.read()
     found = harvest_for(recipe, prompts)
     if hook not in found:
-        raise ValueError(f"the atoms' hook {hook!r} is not among the recipe's, allowed are {', '.join(found)}")
+        raise AtomLensError(f"the atoms' hook {hook!r} is not among the recipe's, allowed are {', '.join(found)}")
     x, heldout, subjects, *_ = split_activations(recipe, prompts, found, hook)
     metric = None if has_metric else AtomicInnerProduct.estimate(x, recipe.metric.ridge, "the recipe's training split")
     about = {
@@ -85,7 +88,7 @@ def check_split(folder: Path, recipe: Recipe) -> None:
         recipe: whose held-out rows they are to be measured on.
 
     Raises:
-        ValueError: some of those subjects were training subjects at a hook that both recipes read.
+        AtomLensError: some of those subjects were training subjects at a hook that both recipes read.
     """
     try:
         own = load_recipe(recipe_beside(folder))
@@ -104,7 +107,7 @@ def check_split(folder: Path, recipe: Recipe) -> None:
         return
     for hook, (heldout, _) in _sides(recipe, prompts).items():
         if seen := sorted(heldout & theirs.get(hook, (set(), set()))[1]):
-            raise ValueError(
+            raise AtomLensError(
                 f"{len(seen)} of {len(heldout)} subjects held out now, {shown(seen[0])!r} among them, are subjects "
                 "that these atoms were trained with: keep the prompts, positions and split of their recipe.yaml"
             )

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from atom_lens.activations.positions import Positions, check_prompts
 from atom_lens.activations.prompts.prompt import as_prompts
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.report import angles
 from atom_lens.evidence.results import Angles
 from atom_lens.geometry import AtomicInnerProduct
@@ -65,7 +66,7 @@ def shift(recipe: Recipe, out: str | Path = "runs") -> Path:
     The domains are those of `domains`; without any, the prompts as they are read, and all tokens of `other_text`.
 
     Raises:
-        ValueError: a domain has fewer activations than the metric needs.
+        AtomLensError: a domain has fewer activations than the metric needs.
     """
     domains = recipe.section(dict[str, Domain]) or {
         "prompts": Domain(prompts=recipe.prompts, positions=recipe.positions),
@@ -78,7 +79,7 @@ def shift(recipe: Recipe, out: str | Path = "runs") -> Path:
         try:
             check_prompts(as_prompts(texts[name]), domain.positions)
         except ValueError as error:
-            raise ValueError(f"domain {name!r}: {error}") from error
+            raise AtomLensError(f"domain {name!r}: {error}") from error
     splits: dict[str, dict[str, SplitActivations]] = {}
     for name, domain in domains.items():
         own = recipe.model_copy(update={"prompts": domain.prompts, "positions": domain.positions})
@@ -88,7 +89,7 @@ def shift(recipe: Recipe, out: str | Path = "runs") -> Path:
             try:
                 splits.setdefault(hook, {})[name] = split_activations(own, prompts, found, hook)
             except ValueError as error:
-                raise ValueError(f"domain {name!r}: {error}") from error
+                raise AtomLensError(f"domain {name!r}: {error}") from error
     hooks = {hook: _matrix(recipe, by_domain) for hook, by_domain in splits.items()}
     with result_folder(folder) as work:
         study.keep(Shifts(model=recipe.model.name, hooks=hooks, versions=versions()), work)

@@ -12,6 +12,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 
 from atom_lens.activations.models import pick_device
 from atom_lens.dictionaries import Kind, kinds
+from atom_lens.errors import AtomLensError
 from atom_lens.recipe.recipe import Name
 from atom_lens.storage.schema import Section
 
@@ -42,13 +43,13 @@ class Features(Section):
     @model_validator(mode="after")
     def _one_place(self) -> Features:
         if (self.path is None) == (self.release is None) or (self.release is None) != (self.sae_id is None):
-            raise ValueError(f"features {self.name!r} needs either path, or both release and sae_id")
+            raise AtomLensError(f"features {self.name!r} needs either path, or both release and sae_id")
         return self
 
     @model_validator(mode="after")
     def _no_kind(self) -> Features:
         if self.name in {one.name for one in kinds()}:
-            raise ValueError(f"features have name {self.name!r}, allowed are names that no kind of dictionary has")
+            raise AtomLensError(f"features have name {self.name!r}, allowed are names that no kind of dictionary has")
         return self
 
 
@@ -57,6 +58,6 @@ def pretrained(features: Features, device: str) -> SAE[Any]:
     device = pick_device(device)
     if features.path is not None:
         if not (Path(features.path) / SAE_CFG_FILENAME).is_file():
-            raise ValueError(f"features {features.name!r}: no {SAE_CFG_FILENAME} in path {features.path!r}")
+            raise AtomLensError(f"features {features.name!r}: no {SAE_CFG_FILENAME} in path {features.path!r}")
         return SAE.load_from_disk(features.path, device=device)
     return SAE.from_pretrained(str(features.release), str(features.sae_id), device=device)

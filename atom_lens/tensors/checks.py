@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.tensors.rows import Rows
 
 # Some of n things: an index, indices, or a mask with one boolean for each of the n.
@@ -22,14 +23,16 @@ def matrix(x: Any, name: str) -> Tensor | Rows:
     """`x` as it is, or the tensor of a numpy array.
 
     Raises:
-        ValueError: another type, another number of dimensions than 2, or numbers that are not floating-point ones.
+        AtomLensError: another type, another number of dimensions than 2, or numbers that are not floating-point ones.
     """
     if not isinstance(x, Tensor | Rows | np.ndarray):
-        raise ValueError(f"{name} is of type {type(x).__name__}, allowed are a tensor and a numpy array (rows, width)")
+        raise AtomLensError(
+            f"{name} is of type {type(x).__name__}, allowed are a tensor and a numpy array (rows, width)"
+        )
     if x.ndim != 2:
-        raise ValueError(f"{name} must have shape (rows, width), got shape {tuple(x.shape)}")
+        raise AtomLensError(f"{name} must have shape (rows, width), got shape {tuple(x.shape)}")
     if not (x.dtype.kind == "f" if isinstance(x, np.ndarray) else x.dtype.is_floating_point):
-        raise ValueError(f"{name} has numbers of type {x.dtype}, allowed are floating-point numbers")
+        raise AtomLensError(f"{name} has numbers of type {x.dtype}, allowed are floating-point numbers")
     if isinstance(x, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(x, x.dtype.newbyteorder("=")))
     return x
@@ -46,17 +49,19 @@ def _flat(which: Any, name: str) -> Int[Tensor, " m"] | Bool[Tensor, " n"]:
     if isinstance(which, Tensor | np.ndarray):
         found = torch.as_tensor(which).detach().cpu()
         if found.ndim != 1:
-            raise ValueError(f"{name} has shape {tuple(found.shape)}, allowed are indices or a mask in one dimension")
+            raise AtomLensError(
+                f"{name} has shape {tuple(found.shape)}, allowed are indices or a mask in one dimension"
+            )
         # torch takes uint8 for a mask, numpy for indices.
         if found.dtype == torch.uint8 or found.dtype.is_floating_point or found.dtype.is_complex:
-            raise ValueError(f"{name} has numbers of type {found.dtype}, allowed are int64 or booleans")
+            raise AtomLensError(f"{name} has numbers of type {found.dtype}, allowed are int64 or booleans")
         return found if found.dtype == torch.bool else found.long()
     several = isinstance(which, Iterable) and not isinstance(which, str)
     values = [_plain(value) for value in which] if several else [which]
     if several and values and all(isinstance(value, bool) for value in values):
         return torch.tensor(values)
     if wrong := [value for value in values if type(value) is not int]:
-        raise ValueError(f"{name} holds {wrong[0]!r}, allowed are integers, or one boolean for each")
+        raise AtomLensError(f"{name} holds {wrong[0]!r}, allowed are integers, or one boolean for each")
     return torch.tensor(values, dtype=torch.long)
 
 
@@ -76,19 +81,19 @@ def indices(which: Which, n: int, name: str, of: str, least: int = 0) -> Int[Ten
         least: the smallest index allowed; -n where they may count from the end.
 
     Raises:
-        ValueError: what is neither, an index outside, one that is there twice, or a mask of another length.
+        AtomLensError: what is neither, an index outside, one that is there twice, or a mask of another length.
     """
     found = _flat(which, name)
     if found.dtype == torch.bool:
         if len(found) != n:
-            raise ValueError(f"the mask of {name}s has {len(found)} booleans, {of} has {n}")
+            raise AtomLensError(f"the mask of {name}s has {len(found)} booleans, {of} has {n}")
         return found.nonzero()[:, 0]
     if len(outside := found[(found < least) | (found >= n)]):
-        raise ValueError(f"{name} {int(outside[0])} is outside {of}, allowed are {least} to {n - 1}")
+        raise AtomLensError(f"{name} {int(outside[0])} is outside {of}, allowed are {least} to {n - 1}")
     found = found % max(n, 1)
     # A mask of zeros and ones, in integers, would be this.
     if len(twice := found[found.bincount(minlength=n)[found] > 1]):
-        raise ValueError(f"{name} {int(twice[0])} is chosen more than once; a mask holds booleans")
+        raise AtomLensError(f"{name} {int(twice[0])} is chosen more than once; a mask holds booleans")
     return found
 
 
@@ -97,7 +102,7 @@ def mask(which: Mask, n: int, name: str) -> Bool[Tensor, " n"]:
     found = _flat(which, name)
     if found.dtype != torch.bool or len(found) != n:
         kind = "booleans" if found.dtype == torch.bool else "indices"
-        raise ValueError(f"{name} holds {len(found)} {kind}, expected one boolean for each of {n}")
+        raise AtomLensError(f"{name} holds {len(found)} {kind}, expected one boolean for each of {n}")
     return found
 
 
@@ -105,7 +110,7 @@ def counts(given: Any, name: str) -> Int[Tensor, " n"]:
     """Numbers of something, 0 or more, one per row, on the CPU; a mask is none."""
     found = _flat(given, name)
     if found.dtype == torch.bool or (len(found) and int(found.min()) < 0):
-        raise ValueError(f"{name} holds {found.min().item()}, allowed are counts >= 0")
+        raise AtomLensError(f"{name} holds {found.min().item()}, allowed are counts >= 0")
     return found
 
 
@@ -113,17 +118,17 @@ def labels(given: Labels, n: int | None, name: str) -> list[Any]:
     """A label for each of `n` rows, equal where they are equal: elements of tensors and arrays are plain values.
 
     Raises:
-        ValueError: no sequence, another length, a label that is not a number, or one that cannot be compared.
+        AtomLensError: no sequence, another length, a label that is not a number, or one that cannot be compared.
     """
     if isinstance(given, str) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) != 1:
-        raise ValueError(f"{name} is {type(given).__name__} and no sequence of labels, expected one for each row")
+        raise AtomLensError(f"{name} is {type(given).__name__} and no sequence of labels, expected one for each row")
     # A tensor compares by identity once it is taken apart.
     found = given.tolist() if isinstance(given, Tensor | np.ndarray) else [_plain(value) for value in given]
     if n is not None and len(found) != n:
-        raise ValueError(f"{name} has {len(found)} rows, expected {n}")
+        raise AtomLensError(f"{name} has {len(found)} rows, expected {n}")
     for label in found:
         if not isinstance(label, Hashable) or label != label:
-            raise ValueError(f"{name} holds {label!r}, which is no label: it does not equal another one like it")
+            raise AtomLensError(f"{name} holds {label!r}, which is no label: it does not equal another one like it")
     return found
 
 
@@ -131,9 +136,9 @@ def checked_seed(given: SupportsIndex) -> int:
     """A seed that the generators of torch and of numpy both take.
 
     Raises:
-        ValueError: not an integer from 0 to 2**63 - 1.
+        AtomLensError: not an integer from 0 to 2**63 - 1.
     """
     value = _plain(given)
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"seed is {value!r}, allowed are the integers from 0 to 2**63 - 1")
+        raise AtomLensError(f"seed is {value!r}, allowed are the integers from 0 to 2**63 - 1")
     return value

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atom_lens.dictionaries.tsae.training import TSAETraining
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import regular_file, replacing
 from atom_lens.tensors.rows import Rows
 
@@ -114,7 +115,7 @@ class Checkpoints:
         """Put trainer and data where the file says, if there is one.
 
         Raises:
-            ValueError: it is damaged, or of another training.
+            AtomLensError: it is damaged, or of another training.
         """
         if not self.path.exists():
             return False
@@ -125,15 +126,19 @@ class Checkpoints:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             text = metadata["atom_lens"]
             if _digest(text, tensors) != metadata["sha256"]:
-                raise ValueError("its SHA-256 is not the one that was written")
+                raise AtomLensError("its SHA-256 is not the one that was written")
             found = json.loads(text)
             if found["format"] != _FORMAT:
-                raise ValueError(f"its format is {found['format']!r}, known is {_FORMAT!r}")
+                raise AtomLensError(f"its format is {found['format']!r}, known is {_FORMAT!r}")
         except Exception as error:
-            raise ValueError(f"checkpoint {str(self.path)!r} is damaged, remove it to start over: {error}") from error
+            raise AtomLensError(
+                f"checkpoint {str(self.path)!r} is damaged, remove it to start over: {error}"
+            ) from error
         for key, value in self.about.items():
             if found["about"].get(key) != value:
-                raise ValueError(f"checkpoint {str(self.path)!r} is of another training, its {key} differ: remove it")
+                raise AtomLensError(
+                    f"checkpoint {str(self.path)!r} is of another training, its {key} differ: remove it"
+                )
         if found["here"] != self.here:
             logger.warning("the checkpoint is of %s, here is %s: the last bits may differ", found["here"], self.here)
         state = _unpacked(found["state"], tensors)

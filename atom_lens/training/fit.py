@@ -21,6 +21,7 @@ from atom_lens.activations.models import pick_device
 from atom_lens.dictionaries import Learner
 from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
 from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.sections import Atoms, Training, Wandb
 from atom_lens.tensors import parallel
@@ -146,7 +147,7 @@ def _wandb_run(wandb: Wandb | None, run_name: str | None) -> Iterator[LoggingCon
     try:
         wandb_client.init(project=wandb.project, mode=wandb.mode, name=run_name)
     except wandb_client.Error as error:
-        raise ValueError(f"wandb.mode is {wandb.mode!r} and Weights & Biases did not start: {error}") from error
+        raise AtomLensError(f"wandb.mode is {wandb.mode!r} and Weights & Biases did not start: {error}") from error
     try:
         yield LoggingConfig(wandb_project=wandb.project, run_name=run_name)
     finally:

@@ -55,7 +55,7 @@ class Panel:
 def svg(draw: Draw) -> str:
     """One panel for the page: as wide as a phone, its text is text, its ink the colour of the page's."""
     with rc_context(_STYLE):
-        figure = _figure([("", draw)], width=5.2)
+        figure = _figure([("", draw)], width=4.4)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
@@ -77,7 +77,7 @@ def save_png(panels: Sequence[tuple[str, Draw]], path: Path, title: str = "") ->
 
 
 def _figure(panels: Sequence[tuple[str, Draw]], width: float) -> Figure:
-    figure = Figure(figsize=(width * len(panels), 4.6), layout="constrained")
+    figure = Figure(figsize=(width * len(panels), 4.2), layout="constrained")
     for axes, (title, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes)
         axes.set_title(title)

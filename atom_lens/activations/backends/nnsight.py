@@ -24,6 +24,7 @@ from atom_lens.activations.backends.protocol import (
     read_at,
 )
 from atom_lens.activations.hooks import module_sites
+from atom_lens.errors import AtomLensError
 
 
 class NNsightBackend:
@@ -45,7 +46,7 @@ class NNsightBackend:
             # Not by envoy: one named `output` (BERT has such modules) goes by another name there.
             return self.model._module.get_submodule(path), side
         except AttributeError as error:
-            raise ValueError(f"hook {hook!r} has no module of its own in this model: {error}") from error
+            raise AtomLensError(f"hook {hook!r} has no module of its own in this model: {error}") from error
 
     def run(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], hooks: Sequence[str], take: Take

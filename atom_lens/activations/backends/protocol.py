@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from atom_lens.errors import AtomLensError
+
 # Gets the activations (batch, pos, ...) of one forward pass and the number of tokens that its KV cache already held;
 # gives what stands in their place, or None to leave them.
 Change = Callable[[Tensor, int], Tensor | None]
@@ -52,7 +54,7 @@ class Backend(Protocol):
         """One forward pass without dropout, stopped after the last of `hooks`: hook -> what `take` took of it.
 
         Raises:
-            ValueError: something else stands in the place of a hook, or its values are not of the tokens.
+            AtomLensError: something else stands in the place of a hook, or its values are not of the tokens.
         """
         ...
 
@@ -66,7 +68,7 @@ class Backend(Protocol):
         """Let `change` act at `hook` in every forward pass, however it is begun, until the returned function is called.
 
         Raises:
-            ValueError: something else stands in the place of this hook. In a forward pass: its values are not of the
+            AtomLensError: something else stands in the place of this hook. In a forward pass: its values are not of the
                 tokens, or it does not fire.
         """
         ...
@@ -146,7 +148,7 @@ def by_token(hook: str, value: Tensor, size: Sequence[int]) -> Tensor:
         size: (batch, pos) of the forward pass.
 
     Raises:
-        ValueError: something else, such as attention patterns, or a table of positions that serves all prompts.
+        AtomLensError: something else, such as attention patterns, or a table of positions that serves all prompts.
     """
     # With one prompt a table of rotary positions has the shape of activations.
     if not hook.endswith((".hook_cos", ".hook_sin")):
@@ -154,7 +156,7 @@ def by_token(hook: str, value: Tensor, size: Sequence[int]) -> Tensor:
             return value
         if value.ndim == 2 and len(value) == size[0] * size[1]:
             return value.unflatten(0, tuple(size))
-    raise ValueError(
+    raise AtomLensError(
         f"hook {hook!r} has shape {tuple(value.shape)} for {size[0]} prompts of {size[1]} tokens, "
         "allowed are activations (batch, pos, width) or (batch * pos, width)"
     )
@@ -184,7 +186,7 @@ class Passes:
 
     def _check(self, module: Any, args: Any, output: Any) -> None:
         if not self._fired:
-            raise ValueError(f"hook {self._hook!r} is named by the model but never fires in its forward pass")
+            raise AtomLensError(f"hook {self._hook!r} is named by the model but never fires in its forward pass")
 
     def act(self, value: Tensor) -> Tensor | None:
         """The change, on the values of the hook as they come."""

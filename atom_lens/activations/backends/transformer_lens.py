@@ -26,6 +26,7 @@ from atom_lens.activations.backends.protocol import (
     read_at,
 )
 from atom_lens.activations.hooks import component_hooks, layer_of
+from atom_lens.errors import AtomLensError
 
 # TransformerLens removes hooks by the level of the context that added them; its own levels count from 0.
 _LEVELS = count(1 << 20)
@@ -64,7 +65,7 @@ class TransformerLensBackend:
     def _point(self, hook: str, points: Mapping[str, Any]) -> HookPoint:
         point = points.get(self._points[hook])
         if not isinstance(point, HookPoint):
-            raise ValueError(f"an sae-lens SAE is attached at hook {hook!r}: take it off with reset_saes() first")
+            raise AtomLensError(f"an sae-lens SAE is attached at hook {hook!r}: take it off with reset_saes() first")
         return point
 
     def run(

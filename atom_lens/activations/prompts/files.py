@@ -11,6 +11,7 @@ from pydantic import Field
 
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.prompts.source import Source
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import parse_json, shown
 from atom_lens.storage.text import existing, lines_of, read_text
 
@@ -61,7 +62,7 @@ class HubDataset(Source):
         try:
             rows = load_dataset(self.path, self.config, split=self.split)
         except Exception as error:
-            raise ValueError(
+            raise AtomLensError(
                 f"the data set {self.path!r} (split {self.split!r}) could not be loaded: {error}"
             ) from error
         numbered = ((f"{self.path} row {number}", row) for number, row in enumerate(rows, 1))
@@ -75,7 +76,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 row = parse_json(line)
             except ValueError as error:
-                raise ValueError(f"{where} is not a JSON object: {error}") from error
+                raise AtomLensError(f"{where} is not a JSON object: {error}") from error
             yield where, row
 
 
@@ -83,7 +84,7 @@ def _from_rows(rows: Iterable[tuple[str, Any]], columns: dict[str, str], limit: 
     """Prompts of `rows`, each with where it stands."""
     unknown = set(columns) - set(_FIELDS)
     if unknown:
-        raise ValueError(f"columns has {sorted(unknown)}, allowed are {', '.join(_FIELDS)}")
+        raise AtomLensError(f"columns has {sorted(unknown)}, allowed are {', '.join(_FIELDS)}")
     made: list[Prompt] = []
     missing = set(columns)
     for where, row in islice(rows, limit):
@@ -91,24 +92,24 @@ def _from_rows(rows: Iterable[tuple[str, Any]], columns: dict[str, str], limit: 
         try:
             made.append(_from_fields(fields, row))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise AtomLensError(f"{where}: {error}") from error
         missing -= {name for name, value in fields.items() if value is not None}
     for name in sorted(missing if made else ()):
-        raise ValueError(f"columns.{name} is {columns[name]!r}, which none of the {len(made)} rows has")
+        raise AtomLensError(f"columns.{name} is {columns[name]!r}, which none of the {len(made)} rows has")
     return made
 
 
 def _from_fields(fields: dict[str, Any], row: dict[str, Any]) -> Prompt:
     for name, value in fields.items():
         if not isinstance(value, str | None):
-            raise ValueError(f"{name} is {shown(value)}, allowed is text")
+            raise AtomLensError(f"{name} is {shown(value)}, allowed is text")
     # Some data sets keep the blank before a subject with it; the same entity must be the same subject.
     text, template, subject, answer = (value.strip() if value else None for value in fields.values())
     if template and subject:
         return Prompt.fill(template, subject, answer)
     if text:
         return Prompt(text, subject, answer=answer)
-    raise ValueError(f"neither a text nor a template with a subject, but {shown(sorted(row))}")
+    raise AtomLensError(f"neither a text nor a template with a subject, but {shown(sorted(row))}")
 
 
 def _reach(row: Any, path: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import shown
 
 
@@ -26,20 +27,20 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if not self.text:
-            raise ValueError("a prompt is empty")
+            raise AtomLensError("a prompt is empty")
         for text in (self.text, self.answer or ""):
             try:
                 text.encode()
             except UnicodeEncodeError:  # JSON can hold one; tokenizers and files in UTF-8 cannot
-                raise ValueError(f"a prompt has {shown(text)!r}, half a surrogate pair: that is no text") from None
+                raise AtomLensError(f"a prompt has {shown(text)!r}, half a surrogate pair: that is no text") from None
         if self.span is not None:
             start, end = self.span
             if not 0 <= start < end <= len(self.text):
-                raise ValueError(f"span {self.span} is not inside the prompt {shown(self.text)!r}")
+                raise AtomLensError(f"span {self.span} is not inside the prompt {shown(self.text)!r}")
         elif self.subject is not None:
             start = self.text.find(self.subject) if self.subject else -1
             if start < 0:
-                raise ValueError(f"subject {shown(self.subject)!r} is not in the prompt {shown(self.text)!r}")
+                raise AtomLensError(f"subject {shown(self.subject)!r} is not in the prompt {shown(self.text)!r}")
             object.__setattr__(self, "span", (start, start + len(self.subject)))
 
     @property
@@ -51,7 +52,7 @@ class Prompt:
     def fill(cls, template: str, subject: str, answer: str | None = None) -> Prompt:
         """A prompt from a template with one ``{}`` for the subject."""
         if template.count("{}") != 1:
-            raise ValueError(f"template {shown(template)!r} must contain {{}} exactly once")
+            raise AtomLensError(f"template {shown(template)!r} must contain {{}} exactly once")
         start = template.index("{}")
         return cls(template.replace("{}", subject), subject, (start, start + len(subject)), answer)
 
@@ -60,5 +61,5 @@ def as_prompts(prompts: Iterable[Prompt | str]) -> list[Prompt]:
     """A list of prompts; bare strings become prompts without a subject."""
     made = [Prompt(p) if isinstance(p, str) else p for p in prompts]
     if not made:
-        raise ValueError("there are no prompts")
+        raise AtomLensError("there are no prompts")
     return made

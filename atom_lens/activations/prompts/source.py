@@ -13,6 +13,6 @@ class Source(Section):
         """The prompts.
 
         Raises:
-            ValueError: they cannot be read; one sentence that says where and why.
+            AtomLensError: they cannot be read; one sentence that says where and why.
         """
         raise NotImplementedError

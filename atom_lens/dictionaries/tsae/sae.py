@@ -23,6 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from atom_lens.dictionaries.folder import AIP_FILENAME, check_atoms
+from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.storage.sealed import sealed_folder
 
@@ -64,7 +65,7 @@ class TSAE(JumpReLUSAE):
 
     def __init__(self, cfg: JumpReLUSAEConfig, use_error_term: bool = False) -> None:
         if cfg.normalize_activations == WHITENED:
-            raise ValueError(
+            raise AtomLensError(
                 "this is a checkpoint from the middle of training: its weights act on whitened activations and "
                 "would be silently wrong on raw ones; load the final atoms, or resume the training from it"
             )
@@ -103,7 +104,7 @@ class TSAE(JumpReLUSAE):
     @aip.setter
     def aip(self, aip: AtomicInnerProduct) -> None:
         if aip.width != self.cfg.d_in:
-            raise ValueError(f"the metric has width {aip.width}, these atoms have d_in {self.cfg.d_in}")
+            raise AtomLensError(f"the metric has width {aip.width}, these atoms have d_in {self.cfg.d_in}")
         self.aip_eigenvalues = aip.eigenvalues.to(self.W_dec.device)
         self.aip_eigenvectors = aip.eigenvectors.to(self.W_dec.device)
         self.cfg.metadata.aip = {"n": aip.n, "ridge": aip.ridge, "source": aip.source}
@@ -141,7 +142,7 @@ class TSAE(JumpReLUSAE):
         return path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
 
     def write_files(self, folder: Path) -> None:
-        """Write config, weights and metric without a manifest; what could not be read back is a ValueError."""
+        """Write config, weights and metric without a manifest; what could not be read back is an AtomLensError."""
         if not self.cfg.metadata.aip:
             self.aip = self.aip  # say in the config, too, that there is none
         super().save_model(folder)

@@ -25,6 +25,7 @@ from typing_extensions import override
 from atom_lens.dictionaries.tsae.sae import ARCHITECTURE, TSAE, WHITENED, TSAEConfig
 from atom_lens.dictionaries.tsae.search import Search
 from atom_lens.dictionaries.tsae.sparse import Entries, sparse_decode, sparse_encode
+from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.tensors.rows import Rows, mean_row
 
@@ -79,21 +80,23 @@ class TSAETrainingConfig(JumpReLUTrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_l0 is None or not 0 < self.target_l0 <= self.d_sae:
-            raise ValueError(f"target_l0 is {self.target_l0}, allowed is a number above 0 and up to d_sae={self.d_sae}")
+            raise AtomLensError(
+                f"target_l0 is {self.target_l0}, allowed is a number above 0 and up to d_sae={self.d_sae}"
+            )
         if self.encoder not in ("tied", "free"):
-            raise ValueError(f"encoder is {self.encoder!r}, allowed are 'tied' and 'free'")
+            raise AtomLensError(f"encoder is {self.encoder!r}, allowed are 'tied' and 'free'")
         if self.start not in ("data", "random"):
-            raise ValueError(f"start is {self.start!r}, allowed are 'data' and 'random'")
+            raise AtomLensError(f"start is {self.start!r}, allowed are 'data' and 'random'")
         if self.step not in ("dense", "sparse"):
-            raise ValueError(f"step is {self.step!r}, allowed are 'dense' and 'sparse'")
+            raise AtomLensError(f"step is {self.step!r}, allowed are 'dense' and 'sparse'")
         if self.encoder_product not in ("float32", "bfloat16"):
-            raise ValueError(f"encoder_product is {self.encoder_product!r}, allowed are 'float32' and 'bfloat16'")
+            raise AtomLensError(f"encoder_product is {self.encoder_product!r}, allowed are 'float32' and 'bfloat16'")
         if self.step == "sparse" and (
             self.jumprelu_sparsity_loss_mode == "tanh" or self.pre_act_loss_coefficient is not None
         ):
-            raise ValueError("step is 'sparse', allowed with the tanh loss or a pre_act_loss_coefficient is 'dense'")
+            raise AtomLensError("step is 'sparse', allowed with the tanh loss or a pre_act_loss_coefficient is 'dense'")
         if not 0 <= self.loss_norm <= 1:
-            raise ValueError(f"loss_norm is {self.loss_norm}, allowed is 0 (AIP) to 1 (Euclidean)")
+            raise AtomLensError(f"loss_norm is {self.loss_norm}, allowed is 0 (AIP) to 1 (Euclidean)")
 
 
 class TSAETraining(JumpReLUTrainingSAE):
@@ -294,7 +297,7 @@ class TSAETraining(JumpReLUTrainingSAE):
     def finish(self, aip: AtomicInnerProduct) -> TSAE:
         """The trained atoms on raw activations, rows of unit Euclidean norm, with their metric."""
         if self.cfg.normalize_activations == WHITENED:
-            raise ValueError("the whitening is not folded in yet: run the trainer's fit() to its end first")
+            raise AtomLensError("the whitening is not folded in yet: run the trainer's fit() to its end first")
         self.fold_W_dec_norm()
         atoms = TSAE(TSAEConfig.from_dict({**self.cfg.get_inference_sae_cfg_dict(), "architecture": ARCHITECTURE}))
         state = {k: v.detach().clone() for k, v in self.state_dict().items() if k not in _TRAINING_BUFFERS}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atom_lens.dictionaries import Dictionary, Drawn, Fixed, Learner, Setup, Trained, find_kind, kinds
 from atom_lens.dictionaries.nulls import Pursuit
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.bootstrap import intervals
 from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.identity import identity
@@ -62,7 +63,7 @@ class Compare(Section):
     def _levels_are_allowed(self) -> Compare:
         for one in map(find_kind, self.units):
             if one.sparsity and (lowest := min(getattr(self, one.sparsity))) < one.least:
-                raise ValueError(
+                raise AtomLensError(
                     f"compare.{one.sparsity} has {lowest:g}, allowed is at least {one.least:g} for {one.name}"
                 )
         return self
@@ -72,7 +73,7 @@ class Compare(Section):
         names = [features.name for features in self.features]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"compare.features has {name!r} {names.count(name)} times, allowed is once")
+                raise AtomLensError(f"compare.features has {name!r} {names.count(name)} times, allowed is once")
         return self
 
 
@@ -86,12 +87,12 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
     """Measure every unit of the section `compare` at every hook; returns ``out/<name>`` with JSON, CSV and figures.
 
     Raises:
-        ValueError: the recipe lacks atoms or training, asks for more active units than there are, or for features that
-            cannot be opened or are of another hook; or the folder holds a study of another recipe.
+        AtomLensError: the recipe lacks atoms or training, asks for more active atoms than there are, or for features
+            that cannot be opened or are of another hook; or the folder holds a study of another recipe.
     """
     atoms, _ = recipe.to_train("compare")
     if (most := max(recipe.section(Compare).l0)) > atoms.capacity:
-        raise ValueError(f"compare.l0 has {most:g}, allowed is up to atoms.capacity={atoms.capacity}")
+        raise AtomLensError(f"compare.l0 has {most:g}, allowed is up to atoms.capacity={atoms.capacity}")
     homes = {features.name: _home(features, recipe) for features in recipe.section(Compare).features}
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
@@ -103,7 +104,7 @@ def _home(features: Features, recipe: Recipe) -> str | None:
     """The hook that pretrained features are of, if they say so; opened before hours of training, not after them."""
     hook = pretrained(features, "cpu").cfg.metadata.hook_name
     if hook is not None and not any(fnmatchcase(hook, pattern) for pattern in recipe.hooks):
-        raise ValueError(
+        raise AtomLensError(
             f"features {features.name!r} are of hook {hook!r}, allowed are hooks {', '.join(recipe.hooks)}"
         )
     return hook

@@ -1,1 +1,1 @@
-"""Intervene: do edits of codes change the answers they should, and leave the rest alone?"""
+"""Intervene: whether edits of codes change the answers they should, and leave the rest alone."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.dictionaries import Trained, find_kind
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.bootstrap import mean_interval, ratio_interval
 from atom_lens.evidence.results import Figures
 from atom_lens.interventions.causal import Evaluation, Swaps, third
@@ -49,10 +50,10 @@ class Intervene(Section):
     def _units_have_codes(self) -> Intervene:
         for unit in self.units:
             if not isinstance(find_kind(unit), Trained):
-                raise ValueError(f"intervene.units has {unit!r}, allowed are units with sparse codes")
+                raise AtomLensError(f"intervene.units has {unit!r}, allowed are units with sparse codes")
         for template in self.other_templates:
             if template.count("{}") != 1:
-                raise ValueError(f"intervene.other_templates has {template!r}, allowed are texts with one {{}}")
+                raise AtomLensError(f"intervene.other_templates has {template!r}, allowed are texts with one {{}}")
         return self
 
 

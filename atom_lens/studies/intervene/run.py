@@ -21,6 +21,7 @@ from atom_lens.activations.models import DTYPES, find_model
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.dictionaries import Setup, Trained, find_kind
 from atom_lens.dictionaries.load import load_atoms
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.measure import observe
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.interventions.causal import Evaluation, Swaps, known, swaps
@@ -46,17 +47,17 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
     """Evaluate the units of the section `intervene`; returns ``out/<name>`` with intervene.json and figures. Resumes.
 
     Raises:
-        ValueError: no atoms or training in the recipe, prompts without answers, fewer than 10 facts that the model
+        AtomLensError: no atoms or training in the recipe, prompts without answers, fewer than 10 facts that the model
             knows on either side of the split, positions that choose several tokens, or a folder of another recipe.
     """
     atoms, _ = recipe.to_train("intervene")
     if (most := max(recipe.section(Intervene).l0)) > atoms.capacity:
-        raise ValueError(f"intervene.l0 has {most:g}, allowed is up to atoms.capacity={atoms.capacity}")
+        raise AtomLensError(f"intervene.l0 has {most:g}, allowed is up to atoms.capacity={atoms.capacity}")
     if recipe.positions not in ("subject_last", "last"):
-        raise ValueError(f"positions is {recipe.positions!r}, intervene allows subject_last and last")
+        raise AtomLensError(f"positions is {recipe.positions!r}, intervene allows subject_last and last")
     prompts = recipe.prompts.read()
     if any(prompt.answer is None or prompt.subject is None for prompt in prompts):
-        raise ValueError(f"prompts of recipe {recipe.name!r} lack a subject or an answer, intervene needs both")
+        raise AtomLensError(f"prompts of recipe {recipe.name!r} lack a subject or an answer, intervene needs both")
     settings = recipe.section(Intervene)
     loaded = {f"features_{features.name}": pretrained(features, "auto") for features in settings.features}
     if settings.run is not None:
@@ -139,7 +140,7 @@ def _known(recipe: Recipe, backend: Backend, prompts: Sequence[Prompt], rows: se
         if len(found) >= wanted:
             break
     if len(found) < 10:
-        raise ValueError(f"the model knows {len(found)} of {len(drawn)} answers, intervene needs at least 10")
+        raise AtomLensError(f"the model knows {len(found)} of {len(drawn)} answers, intervene needs at least 10")
     return found[:wanted]
 
 
@@ -172,7 +173,7 @@ def _units(
     """name -> what gives the dictionary; `loaded` are pretrained features.
 
     Raises:
-        ValueError: a run or pretrained features of another hook, a run with another split, or two of one name.
+        AtomLensError: a run or pretrained features of another hook, a run with another split, or two of one name.
     """
     settings = recipe.section(Intervene)
     units: list[tuple[str, Callable[[], SAE[Any]]]] = []
@@ -185,10 +186,14 @@ def _units(
         loaded[f"run_{Path(settings.run).name}"] = load_atoms(settings.run, hook=hook)
     for name, sae in loaded.items():
         if sae.cfg.metadata.hook_name != hook:
-            raise ValueError(f"{name} belongs to hook {sae.cfg.metadata.hook_name!r}, the facts are asked at {hook!r}")
+            raise AtomLensError(
+                f"{name} belongs to hook {sae.cfg.metadata.hook_name!r}, the facts are asked at {hook!r}"
+            )
         units.append((name, lambda sae=sae: sae))
     if len(dict(units)) < len(units) or len(loaded) < len(settings.features) + (settings.run is not None):
-        raise ValueError(f"two units of recipe {recipe.name!r} have one name: {', '.join(name for name, _ in units)}")
+        raise AtomLensError(
+            f"two units of recipe {recipe.name!r} have one name: {', '.join(name for name, _ in units)}"
+        )
     return dict(units)
 
 

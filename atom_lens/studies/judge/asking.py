@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from atom_lens.errors import AtomLensError
 from atom_lens.recipe.contexts import Corpus
 from atom_lens.storage.files import replacing
 from atom_lens.studies.judge.client import Budget, BudgetSpentError, Judge, estimated_tokens
@@ -56,7 +57,7 @@ def ask_all(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: a person's file does not fit, another blind.csv is there, or a server does not answer.
+        AtomLensError: a person's file does not fit, another blind.csv is there, or a server does not answer.
     """
     questions = [rubric_question(case, corpus) for case in cases]
     names = [question_name(question) for question in questions]
@@ -146,9 +147,9 @@ def _write_blind(path: Path, questions: list[str]) -> None:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 there = {row.get("question") for row in csv.DictReader(file)}
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{str(path)!r} is not a CSV in UTF-8: move it away, or save it as one") from error
+            raise AtomLensError(f"{str(path)!r} is not a CSV in UTF-8: move it away, or save it as one") from error
         if there != set(rows):
-            raise ValueError(f"{str(path)!r} holds other questions: move it away, or choose another out=")
+            raise AtomLensError(f"{str(path)!r} holds other questions: move it away, or choose another out=")
         return
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from httpx import InvalidURL
 from openai import APIError, OpenAI
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import read_json, shown, without_secrets, write_json
 
 DEFAULT_URL = "https://api.openai.com/v1"
@@ -80,7 +81,7 @@ class Judge:
         budget: shared with other judges of the study.
 
     Raises:
-        ValueError: no http(s) address, a proxy that cannot be used, or no $OPENAI_API_KEY for a server on another
+        AtomLensError: no http(s) address, a proxy that cannot be used, or no $OPENAI_API_KEY for a server on another
             machine.
     """
 
@@ -89,9 +90,9 @@ class Judge:
         host, self._server = _host_and_server(url)
         key = os.environ.get("OPENAI_API_KEY", "").strip() or ("none" if _is_loopback(host) else None)
         if key is None:
-            raise ValueError(f"OPENAI_API_KEY is not set, {host} needs one (any, if it does not look at it)")
+            raise AtomLensError(f"OPENAI_API_KEY is not set, {host} needs one (any, if it does not look at it)")
         if not (key.isascii() and key.isprintable()):
-            raise ValueError(
+            raise AtomLensError(
                 "OPENAI_API_KEY holds line breaks, or letters beyond ASCII, allowed is what a header can hold"
             )
         self.model, self.cache, self.budget = model, cache, budget
@@ -101,7 +102,7 @@ class Judge:
             self._client = OpenAI(base_url=url, api_key=key, max_retries=_RETRIES, timeout=_TIMEOUT)
         except (ImportError, InvalidURL, ValueError) as error:
             said = shown(without_secrets(str(error), key, self._password))
-            raise ValueError(
+            raise AtomLensError(
                 f"{host} cannot be reached by this base_url or the proxy in the environment: {said}"
             ) from None
 
@@ -115,7 +116,7 @@ class Judge:
 
         Raises:
             BudgetSpentError: the answer could cost more than the budget has left.
-            ValueError: the server does not answer, after the retries, or not in the way of chat completions.
+            AtomLensError: the server does not answer, after the retries, or not in the way of chat completions.
         """
         request: dict[str, Any] = {
             "model": self.model,
@@ -146,15 +147,15 @@ class Judge:
             read = int(usage.prompt_tokens) if usage else estimated_tokens(question)
             written = int(usage.completion_tokens) if usage else estimated_tokens(answer)
             if read not in _COUNTS or written not in _COUNTS:
-                raise ValueError("no numbers of tokens")
+                raise AtomLensError("no numbers of tokens")
         except APIError as error:
             # Some servers repeat the key they were sent.
             said = shown(without_secrets(str(error).replace(self._key, "[key]"), self._password))
-            raise ValueError(
+            raise AtomLensError(
                 f"the judge {self.model!r} at {self._host} did not answer: {said}; the same command goes on from there"
             ) from None
         except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise AtomLensError(
                 f"the judge {self.model!r} at {self._host} does not speak chat completions ({type(error).__name__})"
             ) from None
         return {"answer": answer, "read": read, "written": written}
@@ -179,7 +180,7 @@ def _host_and_server(url: str) -> tuple[str, str]:
             return parts.hostname, f"{parts.scheme}://{parts.hostname}:{port}{parts.path.rstrip('/')}"
     except (KeyError, ValueError):
         pass
-    raise ValueError(
+    raise AtomLensError(
         f"base_url is {shown(url.rpartition('@')[2])!r}, allowed is http:// or https://, a host and maybe a port, "
         f"e.g. {DEFAULT_URL}"
     )

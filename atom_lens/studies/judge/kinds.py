@@ -15,6 +15,7 @@ from atom_lens.dictionaries import Dictionary
 from atom_lens.dictionaries.bases import Basis, neurons
 from atom_lens.dictionaries.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.codes import codes_of
 from atom_lens.evidence.purity import purity
 from atom_lens.recipe.contexts import Corpus
@@ -51,7 +52,7 @@ def read_kinds(
         Kind -> codes of its units, shape (n, F), with an entry where a unit is active.
 
     Raises:
-        ValueError: features of another width, or of another hook.
+        AtomLensError: features of another width, or of another hook.
     """
     train = read.x.select(~read.heldout)
     generator = torch.Generator().manual_seed(seed)
@@ -64,12 +65,12 @@ def read_kinds(
     for features in recipe.section(Compare).features:
         one = pretrained(features, "cpu")
         if one.W_dec.shape[1] != train.shape[1]:
-            raise ValueError(
+            raise AtomLensError(
                 f"features {features.name!r} are {one.W_dec.shape[1]} wide, the activations of {hook} {train.shape[1]}"
             )
         theirs = one.cfg.metadata.hook_name
         if theirs not in (None, hook):
-            raise ValueError(f"features {features.name!r} are of hook {shown(str(theirs))!r}, the atoms of {hook!r}")
+            raise AtomLensError(f"features {features.name!r} are of hook {shown(str(theirs))!r}, the atoms of {hook!r}")
         codes[f"features {features.name}"] = _positive(codes_of(one, read.x))
     directions = random_atoms(n_atoms, atoms.aip, generator)
     dense = {

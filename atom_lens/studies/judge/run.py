@@ -10,6 +10,7 @@ from typing import Any
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from atom_lens.dictionaries.load import atoms_folder, load_atoms
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.purity import LEAST
 from atom_lens.recipe.contexts import corpus
 from atom_lens.recipe.reading import load_recipe
@@ -67,7 +68,7 @@ def judge(
         What judge.json holds.
 
     Raises:
-        ValueError: arguments out of range, a run that cannot be read, or a server that does not answer.
+        AtomLensError: arguments out of range, a run that cannot be read, or a server that does not answer.
     """
     _check(model, second_model, human, units, contexts, budget, prices)
     folder = atoms_folder(run, hook)
@@ -76,7 +77,7 @@ def judge(
     check_split(folder, recipe)
     out = Path(out) if out is not None else _default_out(home.parent, folder)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out is {str(out)!r}, a file, a folder is needed")
+        raise AtomLensError(f"out is {str(out)!r}, a file, a folder is needed")
     spending = Budget(1.0 if budget is None and any(prices) else budget, (prices[0], prices[1]))
     names = [] if model is None or dry_run else [model, *([second_model] if second_model else [])]
     judges = [Judge(name, base_url, out / "cache", spending) for name in names]
@@ -98,7 +99,7 @@ def judge(
         held = read.heldout.numpy()
         cases, living = draw_cases(codes, held, units, contexts, seed)
         if not any(case.kind == CONTROL for case in cases):
-            raise ValueError(
+            raise AtomLensError(
                 f"contexts is {contexts}, but of {(~held).sum()} training and {held.sum()} held-out rows no random "
                 "ones can be drawn for comparison: fewer are needed"
             )
@@ -128,19 +129,21 @@ def _check(
     prices: Sequence[float],
 ) -> None:
     if units < 1:
-        raise ValueError(f"units is {units}, allowed is 1 or more")
+        raise AtomLensError(f"units is {units}, allowed is 1 or more")
     if not 2 <= contexts <= 100:
-        raise ValueError(f"contexts is {contexts}, allowed is 2 to 100")
+        raise AtomLensError(f"contexts is {contexts}, allowed is 2 to 100")
     for key, value in (("budget", budget), *(("prices", price) for price in prices)):
         if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{key} is {value}, allowed is 0 or more")
+            raise AtomLensError(f"{key} is {value}, allowed is 0 or more")
     if budget is not None and not any(prices):
-        raise ValueError(f"budget is {budget}, but prices are 0 0: dollars per million tokens are needed to count it")
+        raise AtomLensError(
+            f"budget is {budget}, but prices are 0 0: dollars per million tokens are needed to count it"
+        )
     for key, value in (("second_model", second_model), ("human", human)):
         if value is not None and model is None:
-            raise ValueError(f"{key} is {str(value)!r}, but no model is given that it could agree with")
+            raise AtomLensError(f"{key} is {str(value)!r}, but no model is given that it could agree with")
     if model is not None and model == second_model:
-        raise ValueError(f"second_model is {second_model!r}, the judge itself, another one is needed")
+        raise AtomLensError(f"second_model is {second_model!r}, the judge itself, another one is needed")
 
 
 def _default_out(home: Path, folder: Path) -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.stats import bootstrap, spearmanr
 from sklearn.metrics import cohen_kappa_score
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import parse_json, regular_file, shown
 
 SCORES = (1, 2, 3, 4, 5)
@@ -135,7 +136,7 @@ def human_scores(path: Path, questions: set[str]) -> dict[str, int]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a column is missing, a question is unknown or stands twice, or a score is not 1 to 5.
+        AtomLensError: a column is missing, a question is unknown or stands twice, or a score is not 1 to 5.
     """
     regular_file(path, limit=1 << 26)
     found: dict[str, int] = {}
@@ -144,17 +145,17 @@ def human_scores(path: Path, questions: set[str]) -> dict[str, int]:
             reader = csv.DictReader(file)
             for column in ("question", "score"):
                 if column not in (reader.fieldnames or ()):
-                    raise ValueError(f"human {str(path)!r} has no column {column!r}, needed are question and score")
+                    raise AtomLensError(f"human {str(path)!r} has no column {column!r}, needed are question and score")
             rows = [(str(row["question"] or "").strip(), str(row["score"] or "").strip()) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"human {str(path)!r} is not a CSV in UTF-8: {error}") from error
+        raise AtomLensError(f"human {str(path)!r} is not a CSV in UTF-8: {error}") from error
     for question, score in rows:
         if not score:
             continue
         if question not in questions or question in found:
             why = "stands twice" if question in found else "was not asked: take the blind.csv of the same command"
-            raise ValueError(f"human {str(path)!r}: question {shown(question)!r} {why}")
+            raise AtomLensError(f"human {str(path)!r}: question {shown(question)!r} {why}")
         if score not in map(str, SCORES):
-            raise ValueError(f"human {str(path)!r}: score of {question} is {shown(score)!r}, allowed are 1 to 5")
+            raise AtomLensError(f"human {str(path)!r}: score of {question} is {shown(score)!r}, allowed are 1 to 5")
         found[question] = int(score)
     return found

@@ -19,6 +19,7 @@ from scipy.stats import ortho_group
 from torch import Tensor
 
 from atom_lens.dictionaries.tsae.sae import TSAE, TSAEConfig
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.certificates import atom_coherence
 from atom_lens.evidence.window import ThresholdWindow, threshold_window
 from atom_lens.geometry import AtomicInnerProduct, unit_rows
@@ -64,24 +65,24 @@ def check_planted(planted: Planted) -> None:
     """Whether such atoms can be planted.
 
     Raises:
-        ValueError: "two_bases" with a width that is no power of 2 or more than 2 d atoms, or k that is not below the
+        AtomLensError: "two_bases" with a width that is no power of 2 or more than 2 d atoms, or k that is not below the
             number of atoms.
     """
     d, n_atoms = planted.width, planted.capacity
     if planted.atoms == "two_bases" and (d & (d - 1) or n_atoms > 2 * d):
-        raise ValueError(
+        raise AtomLensError(
             f"atoms is 'two_bases' with width={d} and capacity={n_atoms}, "
             "allowed are a power of 2 and up to twice as many atoms"
         )
     if planted.k >= n_atoms:  # the hardest codes hold an atom silent beside k others
-        raise ValueError(f"k is {planted.k}, allowed is below capacity={n_atoms}")
+        raise AtomLensError(f"k is {planted.k}, allowed is below capacity={n_atoms}")
 
 
 def plant(planted: Planted, seed: int) -> Garden:
     """Atoms and the map, float64.
 
     Raises:
-        ValueError: what `check_planted` refuses.
+        AtomLensError: what `check_planted` refuses.
     """
     check_planted(planted)
     d, n_atoms = planted.width, planted.capacity

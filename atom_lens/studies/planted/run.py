@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 
 from atom_lens.dictionaries import Dictionary, Setup, Trained, find_kind, kinds
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.identity import match
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import load_section
@@ -65,7 +66,7 @@ class Learning(Section):
     def _are_trained(cls, units: list[str]) -> list[str]:
         for unit in units:
             if not isinstance(find_kind(unit), Trained):
-                raise ValueError(f"learning.units has {unit!r}, allowed are units that are trained")
+                raise AtomLensError(f"learning.units has {unit!r}, allowed are units that are trained")
         return units
 
 
@@ -99,7 +100,9 @@ def check_theorem(theorem: Theorem, seed: int) -> TheoremFound:
         low, high = float(at.lower), float(at.upper)
         if low >= high:
             least = low + planted.gap - high
-            raise ValueError(f"the window is empty: gap is {planted.gap}, allowed is above eps (2K - 1) = {least:.3f}")
+            raise AtomLensError(
+                f"the window is empty: gap is {planted.gap}, allowed is above eps (2K - 1) = {least:.3f}"
+            )
         hardest = hardest_codes(garden.units, planted.k, planted.gap, 1.0)[: theorem.codes // 2]
         n = theorem.codes - len(hardest)
         codes = torch.cat([hardest, draw_codes(n, len(garden.units), planted.k, planted.gap, 1.0, generator)])
@@ -182,15 +185,15 @@ def planted(recipe: PlantedRecipe, out: str | Path = "runs") -> Path:
     """The theorem, its decay, and what trained SAEs find; returns ``out/<name>`` with planted.json and pictures.
 
     Raises:
-        ValueError: before any work, what cannot be planted, drawn or trained.
+        AtomLensError: before any work, what cannot be planted, drawn or trained.
     """
     if recipe.learning is not None and recipe.training is None:
-        raise ValueError("key training is missing, learning needs it")
+        raise AtomLensError("key training is missing, learning needs it")
     if any(level < 0 for level in recipe.theorem.noise):
-        raise ValueError(f"theorem.noise has {min(recipe.theorem.noise):g}, allowed is 0 or more")
+        raise AtomLensError(f"theorem.noise has {min(recipe.theorem.noise):g}, allowed is 0 or more")
     for level in recipe.theorem.gap:
         if not 0 < level <= 1:
-            raise ValueError(f"theorem.gap has {level:g}, allowed is above 0 and up to 1")
+            raise AtomLensError(f"theorem.gap has {level:g}, allowed is above 0 and up to 1")
     for part in (recipe.theorem, recipe.learning):
         if part is not None:
             check_planted(part.planted)

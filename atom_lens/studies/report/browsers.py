@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from atom_lens.dictionaries.load import load_atoms
 from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.measure import Observation, observe
 from atom_lens.evidence.results import Report
 from atom_lens.recipe.contexts import Corpus, corpus
@@ -102,4 +103,4 @@ def _check_same(report: Report, seen: Corpus, heldout: Observation) -> None:
         was = f"held-out R² {kept.r2:.4f}, here it is {here.r2:.4f}"
     else:
         return
-    raise ValueError(f"the prompts or the model are not those of the run: its report has {was}")
+    raise AtomLensError(f"the prompts or the model are not those of the run: its report has {was}")

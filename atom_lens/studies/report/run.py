@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import replacing
 from atom_lens.storage.schema import Result
 from atom_lens.storage.terminal import say
@@ -45,11 +46,11 @@ def read_folders(runs: Sequence[str | Path]) -> list[Folder]:
     """The folders at `runs`; two of one name are called by their paths.
 
     Raises:
-        ValueError: no folder is given, or one holds neither a run nor a study, or files that are damaged.
+        AtomLensError: no folder is given, or one holds neither a run nor a study, or files that are damaged.
     """
     paths = [Path(run) for run in runs]
     if not paths:
-        raise ValueError(f"runs is empty, a page needs at least one folder of {', '.join(STUDIES)}")
+        raise AtomLensError(f"runs is empty, a page needs at least one folder of {', '.join(STUDIES)}")
     names = [path.resolve().name for path in paths]
     return [_read(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)]
 
@@ -57,7 +58,7 @@ def read_folders(runs: Sequence[str | Path]) -> list[Folder]:
 def _read(path: Path, name: str) -> Folder:
     found = {study: path / one.file for study, one in STUDIES.items() if (path / one.file).is_file()}
     if not found:
-        raise ValueError(
+        raise AtomLensError(
             f"{str(path)!r} is no folder that a page can be made of, allowed are folders that hold a "
             f"{' or '.join(one.file for one in STUDIES.values())}"
         )
@@ -77,7 +78,7 @@ def write_page(runs: Sequence[str | Path], out: Path | None = None) -> Path:
         The file.
 
     Raises:
-        ValueError: a folder that is none of these, or damaged files.
+        AtomLensError: a folder that is none of these, or damaged files.
     """
     folders = read_folders(runs)
     path = Path(runs[0]).resolve().parent / "report.html" if out is None else Path(out)

@@ -47,7 +47,7 @@ def open_lens(model: Model) -> Lens:
     """The lens of a recipe's model.
 
     Raises:
-        ValueError: the model cannot be loaded.
+        AtomLensError: the model cannot be loaded.
     """
     bridge = open_model(model.name, revision=model.revision, dtype=model.dtype, device=model.device)
     unembedding = bridge.W_U.detach().float()[:, : len(bridge.tokenizer)]

@@ -20,6 +20,7 @@ from torch import Tensor
 from atom_lens.dictionaries import Learner
 from atom_lens.dictionaries.nulls import shuffle_coordinates
 from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import observe
 from atom_lens.geometry import AtomicInnerProduct
@@ -62,12 +63,12 @@ def scale(recipe: Recipe, out: str | Path = "runs") -> Path:
     Under `torchrun` the processes share out the trainings.
 
     Raises:
-        ValueError: the recipe lacks atoms, training or scale, has fewer activations than `scale.n` asks for, or the
+        AtomLensError: the recipe lacks atoms, training or scale, has fewer activations than `scale.n` asks for, or the
             folder holds a study of another recipe.
     """
     atoms, _ = recipe.to_train("scale")
     if (least := min(recipe.section(Scale).capacities)) < atoms.target_l0:
-        raise ValueError(f"scale.capacities has {least}, allowed is at least atoms.target_l0={atoms.target_l0:g}")
+        raise AtomLensError(f"scale.capacities has {least}, allowed is at least atoms.target_l0={atoms.target_l0:g}")
     folder = Path(out) / recipe.name
     with parallel.processes(), claimed(folder, recipe):
         _scale(recipe, folder)
@@ -78,7 +79,7 @@ def _scale(recipe: Recipe, folder: Path) -> None:
     hooks = {}
     for hook, split in splits(recipe, folder):
         if max(recipe.section(Scale).n) > len(split.x):
-            raise ValueError(
+            raise AtomLensError(
                 f"scale.n has {max(recipe.section(Scale).n)}, the training activations at {hook} are {len(split.x)}"
             )
         rows = [

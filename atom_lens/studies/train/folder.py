@@ -11,6 +11,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import locked, new_folder, read_json, settle, sweep, write_json
 from atom_lens.storage.sealed import seal
 from atom_lens.storage.text import read_text
@@ -43,7 +44,7 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `path` exists and is not empty.
-        ValueError: another process works there, or what is there belongs to another recipe.
+        AtomLensError: another process works there, or what is there belongs to another recipe.
     """
     work = path.resolve().with_name(path.resolve().name + _UNFINISHED)
     if parallel.rank() > 0:  # process 0 looks after the folder
@@ -51,7 +52,9 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
         yield work
         return
     if path.name.endswith(_UNFINISHED):
-        raise ValueError(f"name is {path.name!r}, names that end in {_UNFINISHED} are kept for runs that are not done")
+        raise AtomLensError(
+            f"name is {path.name!r}, names that end in {_UNFINISHED} are kept for runs that are not done"
+        )
     target = path.resolve()  # where a link leads, the run goes
     with locked(target):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -60,7 +63,7 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
         if work.exists():
             kept = work / "recipe.yaml"
             if not kept.is_file() or read_text(kept) != recipe:
-                raise ValueError(f"{str(work)!r} holds a run of another recipe: choose another name= or remove it")
+                raise AtomLensError(f"{str(work)!r} holds a run of another recipe: choose another name= or remove it")
             sweep(work)
             logger.info("going on with what is in %s", work)
         else:
@@ -81,12 +84,12 @@ def same_activations(work: Path, activations: Mapping[str, Float[Tensor | Rows, 
     """Only the activations that a run began with may end it: prompts and models change under the names they have.
 
     Raises:
-        ValueError: they are not the same.
+        AtomLensError: they are not the same.
     """
     if parallel.rank() > 0:
         return
     found = {hook: fingerprint(x) for hook, x in activations.items()}
     kept = work / _ACTIVATIONS
     if kept.exists() and read_json(kept) != found:
-        raise ValueError(f"{str(work)!r} holds a run on other activations, prompts or model have changed: remove it")
+        raise AtomLensError(f"{str(work)!r} holds a run on other activations, prompts or model have changed: remove it")
     write_json(kept, found)

@@ -7,6 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.results import Report
 from atom_lens.storage.files import shown, write_json
 from atom_lens.storage.schema import Result
@@ -27,7 +28,7 @@ class RunReport(Result):
     def checked(cls, found: Any, path: Path) -> RunReport:
         hooks = found["hooks"] if "hooks" in found else {str(found.get("hook")): found}
         if not isinstance(hooks, dict) or not hooks:
-            raise ValueError(
+            raise AtomLensError(
                 f"{str(path)!r} is damaged: key hooks is {shown(hooks)}, allowed is a report for each hook"
             )
         return cls(hooks={hook: Report.checked(one, path) for hook, one in hooks.items()})

@@ -53,7 +53,7 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
         out: where run folders are kept; this one is ``out/<name>``.
 
     Raises:
-        ValueError: anything wrong with the recipe, the model, the prompts or the activations.
+        AtomLensError: anything wrong with the recipe, the model, the prompts or the activations.
         FileExistsError: the run folder exists and is not empty.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
