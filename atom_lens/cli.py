@@ -52,6 +52,7 @@ def app() -> App:
         version=__version__,
         default_parameter=Parameter(negative=()),
         help_format="plaintext",
+        suppress_keyboard_interrupt=False,
     )
     for name, module, text in commands():
         made.command(f"{module}:command", name=name, help=text)

@@ -12,7 +12,14 @@ import torch
 
 from atom_lens import TSAE, AtomicInnerProduct, TSAEConfig, train
 from atom_lens.recipe.reading import check_recipe
+from atom_lens.storage.schema import Result
 from atom_lens.studies.train.run import save_atoms
+
+
+class Saved(Result):
+    """What stands for a report."""
+
+    seed: int
 
 
 def train_run(recipe: dict[str, Any], out: str, cache: str) -> None:
@@ -46,4 +53,4 @@ def save_and_die(folder: str, seed: int, at: int) -> None:
         return call
 
     os.fsync, os.rename, os.replace = killing(os.fsync), killing(os.rename), killing(os.replace)
-    save_atoms(made_atoms(seed), Path(folder), {"seed": seed}, torch.zeros(6))
+    save_atoms(made_atoms(seed), Path(folder), Saved(seed=seed), torch.zeros(6))

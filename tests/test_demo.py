@@ -208,8 +208,8 @@ def test_the_traps_on_real_activations(demo: str) -> None:
 def test_shift_on_three_layers(demo: str, tmp_path: Path, capsys: Any) -> None:
     """Euclidean angles do not centre on 90 degrees; under the metric of the same distribution they do."""
     fewer = ["prompts.limit=1200", "other_text.limit=40"]
-    assert main(["shift", str(RECIPES / "shift.yaml"), *fewer, "--json", str(tmp_path / "shift.json")]) == 0
-    found = json.loads((tmp_path / "shift.json").read_text())
+    assert main(["shift", str(RECIPES / "shift.yaml"), *fewer, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "shift" / "shift.json").read_text())["hooks"]
     assert len(found) == 3
     for angles in (matrix["prompts"] for matrix in found.values()):
         assert angles["euclidean"]["mean"] < 75

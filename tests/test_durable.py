@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from crashing import made_atoms, save_and_die, train_run
+from crashing import Saved, made_atoms, save_and_die, train_run
 
 from atom_lens import AtomicInnerProduct, load_atoms, train
 from atom_lens.dictionaries import Learner, Setup, Trained, find_kind
@@ -29,7 +29,7 @@ from atom_lens.training.fit import fit_together
 
 # Forked from a server that has imported everything: a process costs milliseconds instead of seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["atom_lens"])
+FORKS.set_forkserver_preload(["atom_lens.studies"])
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
 
 
@@ -265,7 +265,7 @@ def test_saved_files_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert [p.name for p in tmp_path.rglob(".*")] == []
     verify(tmp_path / "atoms")
     # Over atoms with evidence: what was measured on the old ones is not vouched for any more.
-    save_atoms(made_atoms(1), tmp_path / "run", {"of": 1}, torch.zeros(6))
+    save_atoms(made_atoms(1), tmp_path / "run", Saved(seed=1), torch.zeros(6))
     made_atoms(2).save_model(tmp_path / "run")
     assert set(manifest_of(tmp_path / "run").files) == {"aip.safetensors", "cfg.json", "sae_weights.safetensors"}
     # Into a folder that is there, not in its place.

@@ -17,6 +17,7 @@ from transformer_lens import HookedTransformerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from atom_lens import AtomicInnerProduct, aip_converter, evaluate, load_atoms, open_model, splice, train
+from atom_lens.evidence.results import Report
 from atom_lens.recipe.reading import check_recipe
 from atom_lens.sharing.card import run_card
 from atom_lens.sharing.convert import convert
@@ -162,7 +163,7 @@ def test_one_dictionary_is_not_of_any_hook(tmp_path: Path) -> None:
 def test_a_local_folder_is_no_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder may be named as repositories of the Hub are."""
     monkeypatch.chdir(tmp_path)
-    report = json.loads((GOOD / "report.json").read_text()) | {"model": "models/tiny"}
+    report = Report.read(GOOD / "report.json").model_copy(update={"model": "models/tiny"})
     assert "base_model: models/tiny" in run_card({"blocks.1.hook_resid_post": report}, "user/name")
     Path("models/tiny").mkdir(parents=True)
     assert "base_model" not in run_card({"blocks.1.hook_resid_post": report}, "user/name")

@@ -51,7 +51,7 @@ def test_every_folder_says_what_it_is() -> None:
         sentence = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
         assert sentence and sentence.splitlines()[0].endswith("."), folder
     top = {path.stem if path.suffix else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert top - {"__init__", "py.typed"} == set(ORDER), "CONTRIBUTING.md and ORDER name every part"
+    assert top - {"__init__", "py"} == set(ORDER), "CONTRIBUTING.md and ORDER name every part"
 
 
 def test_no_face_hides_a_module() -> None:

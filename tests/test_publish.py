@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from atom_lens import load_atoms, publish, train
 from atom_lens.activations.prompts.files import HubDataset
 from atom_lens.cli import main
+from atom_lens.evidence.results import Report
 from atom_lens.recipe.reading import check_recipe, load_recipe
 from atom_lens.sharing.card import run_card
 
@@ -184,7 +185,7 @@ def test_seeds_that_are_no_more_are_removed(hub: Hub, run: Path, tmp_path: Path)
 def test_card_metadata(run: Path) -> None:
     """What the Hub links to: the base model, the data set and the license, where there is something to link to."""
     recipe = load_recipe(run / "recipe.yaml")
-    report = {**json.loads((run / HOOKS[0] / "report.json").read_text()), "model": "google/gemma-2-2b"}
+    report = Report.read(run / HOOKS[0] / "report.json").model_copy(update={"model": "google/gemma-2-2b"})
     hub_data = recipe.model_copy(update={"prompts": HubDataset(source="dataset", path="NeelNanda/counterfact-tracing")})
     data = huggingface_hub.ModelCard(run_card({HOOKS[0]: report}, "user/two", hub_data, "gemma")).data
     assert (data.base_model, data.datasets, data.license) == (
@@ -192,7 +193,9 @@ def test_card_metadata(run: Path) -> None:
         ["NeelNanda/counterfact-tracing"],
         "gemma",
     )
-    data = huggingface_hub.ModelCard(run_card({HOOKS[0]: {**report, "model": "demo:gemma"}}, "user/two", recipe)).data
+    data = huggingface_hub.ModelCard(
+        run_card({HOOKS[0]: report.model_copy(update={"model": "demo:gemma"})}, "user/two", recipe)
+    ).data
     assert data.base_model is None and data.datasets is None and data.license is None
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 
 from atom_lens import cli
 from atom_lens.dictionaries.load import _asked
+from atom_lens.errors import AtomLensError
 from atom_lens.sharing.publish import _commit
 from atom_lens.storage.files import check_writable, without_secrets
 
@@ -17,12 +18,17 @@ TOKEN = "hf_" + "secret" * 6
 
 
 @pytest.mark.parametrize(
-    ("command", "option"), [("evaluate", "--json"), ("planted", "--json"), ("shift", "--json"), ("shift", "--plot")]
+    ("command", "work"),
+    [
+        ("evaluate", "atom_lens.studies.evaluate.evaluate_folder"),
+        ("planted", "atom_lens.studies.planted.run.planted"),
+        ("shift", "atom_lens.studies.shift.shift"),
+    ],
 )
 @pytest.mark.parametrize(("place", "message"), [("folder", "a folder"), ("file/x.png", "not a folder")])
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     command: str,
-    option: str,
+    work: str,
     place: str,
     message: str,
     tmp_path: Path,
@@ -32,10 +38,10 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(cli._COMMANDS, command, lambda arguments: pytest.fail("the work was begun"))
-    assert cli.main([command, "x.yaml", option, place]) == 2
+    monkeypatch.setattr(work, lambda *arguments: pytest.fail("the work was begun"))
+    assert cli.main([command, "x.yaml", "--json", place]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and f"{option} is {place!r}" in err and message in err
+    assert err.count("\n") == 1 and f"--json is {place!r}" in err and message in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
@@ -47,10 +53,10 @@ def test_a_file_in_a_folder_to_be_made_is_allowed(tmp_path: Path) -> None:
 def test_an_interrupted_publish_claims_nothing_about_the_hub(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(arguments: Any) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli._COMMANDS, "publish", interrupted)
+    monkeypatch.setattr("atom_lens.sharing.publish.publish", interrupted)
     assert cli.main(["publish", "run", "me/atoms"]) == 130
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "nothing was written" not in err and "old commit or at the new one" in err
@@ -79,13 +85,13 @@ def test_secrets_are_left_out_of_text() -> None:
 def test_no_command_prints_a_key_of_the_environment(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(arguments: Any) -> None:
-        raise ValueError(f"the server said: no such key {TOKEN}")
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise AtomLensError(f"the server said: no such key {TOKEN}")
 
     monkeypatch.setenv(name, TOKEN)
-    monkeypatch.setitem(cli._COMMANDS, "train", refused)
-    assert cli.main(["train", "x.yaml"]) == 2
-    assert capsys.readouterr().err == "atom-lens train: the server said: no such key [secret]\n"
+    monkeypatch.setattr("atom_lens.sharing.convert.convert", refused)
+    assert cli.main(["convert", "x", "y"]) == 2
+    assert capsys.readouterr().err == "atom-lens convert: the server said: no such key [secret]\n"
 
 
 def test_loading_shows_no_token(monkeypatch: pytest.MonkeyPatch) -> None:

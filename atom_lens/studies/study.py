@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from atom_lens.storage.files import check_writable, replacing, visible
 from atom_lens.storage.schema import Result
-from atom_lens.storage.terminal import say
+from atom_lens.storage.terminal import is_quiet, say
 from atom_lens.views.plot import Panel, save_png
 from atom_lens.views.table import Table
 
@@ -78,6 +78,8 @@ def recipe_command(study: Study[AnyResult], run: Callable[..., Path], example: s
         for option in filter(None, [json]):
             check_writable("--json", option)
         folder = run(recipe, overrides, out)
+        if is_quiet() and json is None:
+            return
         result = study.result.read(folder / study.file)
         if json is not None:
             result.write(json)

@@ -84,7 +84,7 @@ def _figure(panels: Sequence[tuple[str, Draw]], width: float) -> Figure:
         handles, labels = axes.get_legend_handles_labels()
         if len(set(labels)) > 1:
             once = dict(zip(labels, handles, strict=True))
-            columns = 1 if max(map(len, once)) > 28 else 2
+            columns = 1 if max(map(len, once)) > 18 else 2
             axes.legend(list(once.values()), list(once), loc="upper left", bbox_to_anchor=(-0.05, -0.16), ncols=columns)
     return figure
 

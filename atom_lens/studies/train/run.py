@@ -27,6 +27,7 @@ from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.recipe.split import harvest_for, split_activations
 from atom_lens.storage.files import new_folder
+from atom_lens.storage.schema import Result
 from atom_lens.storage.sealed import LOG, sealed_folder, verify
 from atom_lens.studies.study import Study, recipe_command, register
 from atom_lens.studies.train.controls import fit_with_controls
@@ -185,7 +186,7 @@ def _logging_to(path: Path) -> Iterator[None]:
 def save_atoms(
     atoms: TSAE,
     folder: Path,
-    report: Report | None,
+    report: Result | None,
     sparsity: Float[Tensor, " F"],
     identity_scores: Float[Tensor, " F"] | None = None,
 ) -> None:
