@@ -179,7 +179,12 @@ class Nearest:
         return Found(torch.where(reached, atom[:, 0], -1), torch.where(reached, value, 0))
 
     def _exact(self, rows: Float[Tensor, "m d"], of: Int[Tensor, " p"], atom: Int[Tensor, " p"]) -> Float[Tensor, " p"]:
-        """<rows[of], units[atom]>."""
+        """<rows[of], units[atom]>; `of` ascends."""
+        if rows.device.type == "cpu":  # without copies of rows and atoms: ten times faster
+            starts = torch.searchsorted(of, torch.arange(len(rows) + 1))
+            size = (len(rows), len(self.units))
+            pattern = torch.sparse_csr_tensor(starts, atom, rows.new_zeros(len(of)), size, check_invariants=False)
+            return torch.sparse.sampled_addmm(pattern, rows, self.units.T, beta=0.0).values()
         parts = zip(of.split(_AT_ONCE), atom.split(_AT_ONCE), strict=True)
         return torch.cat([(rows[one] * self.units[two]).sum(dim=1) for one, two in parts])
 

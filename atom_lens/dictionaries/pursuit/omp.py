@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from atom_lens.dictionaries.pursuit.nearest import Found, Nearest, Precision
 
-_AT_ONCE = {"cpu": 1 << 22}  # entries of a product at a time: what stays in a cache
+_AT_ONCE = {"cpu": 2_621_440}  # entries of a product at a time: what stays in a cache
 _AT_ONCE_ELSEWHERE = 1 << 28
 _WORTH = 512  # searches of a row from which on it pays to turn the atoms into few bits
 _DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-8}  # share below which an atom is a combination of the chosen
@@ -195,7 +195,7 @@ class _Rows:
 
     def take(self, which: Tensor) -> _Rows:
         """Some of the rows; `which` holds indices."""
-        kept = {one.name: getattr(self, one.name)[which] for one in fields(self) if one.name != "fits"}
+        kept = {one.name: getattr(self, one.name).index_select(0, which) for one in fields(self) if one.name != "fits"}
         return _Rows(**kept, fits=self.fits.take(which))
 
     def joining(self, new: Float[Tensor, "m d"], before: int) -> tuple[Float[Tensor, "m most"], Float[Tensor, " m"]]:
@@ -275,7 +275,7 @@ def _pursue(
         on = (found.atom >= 0).nonzero()[:, 0]
         if len(on) < len(found.atom):
             rows, found = rows.take(on), Found(found.atom[on], found.value[on])
-        new = nearest.units[found.atom]
+        new = nearest.units.index_select(0, found.atom)
         direction, square = rows.joining(new, before)
         on = (square > _DEPENDENT[y.dtype]).nonzero()[:, 0]
         if len(on) < len(square):
