@@ -68,12 +68,13 @@ class Nearest:
         n, width = units.shape
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._tiles = -(-n // _TILE)
-        # Atoms in the order of the product's columns: tile t has columns t, t + tiles, and so on. The last fill up.
-        self._atom = torch.arange(_TILE * self._tiles, device=units.device).clamp_(max=n - 1)
+        # Atoms in the order of the product's columns: tile t has columns t, t + tiles, and so on. Numbers from
+        # n on are the last atom again, to fill the last tile.
+        self._atom = torch.arange(_TILE * self._tiles, device=units.device)
         self._scale = torch.ones(self._tiles, device=units.device)
         if self.precision == "bfloat16":
             self._atom = rearrange(self._atom, "(tile within) -> (within tile)", within=_TILE)
-            self._low = units.bfloat16()[self._atom]
+            self._low = units.bfloat16()[self._atom.clamp(max=n - 1)]
             # Sums and results are rounded as well, on a GPU to 8 bits.
             self._off = 2**-8 + 2**-8 + 2**-23 * width + (2**-7 if units.is_cuda else 0)
             return
@@ -84,7 +85,7 @@ class Nearest:
         for some in torch.arange(self._tiles, device=units.device).split(16):  # parts stay in a cache: 3 times faster
             place = slice(int(some[0]), int(some[-1]) + 1)
             atoms = self._atom[_TILE * place.start : _TILE * place.stop]
-            mixed = self._mixed(units.index_select(0, atoms))
+            mixed = self._mixed(units.index_select(0, atoms.clamp(max=n - 1)))
             # Atoms that need a like scale share one.
             tops, order = mixed.abs().amax(dim=1).sort()
             scale = (tops[_TILE - 1 :: _TILE] / 127).clamp_(min=1e-30)
@@ -147,7 +148,8 @@ class Nearest:
         if tau is not None:
             product = self._memory("real", len(rows), torch.float32).copy_(product)
             columns = self._scale.repeat(_TILE)
-            reach = (tau[self._atom] / columns) * (1 / (norm * unit))[:, None] - (off / unit)[:, None] / columns
+            reach = tau[self._atom.clamp(max=len(tau) - 1)] / columns
+            reach = reach * (1 / (norm * unit))[:, None] - (off / unit)[:, None] / columns
             product.masked_fill_(product < reach, -torch.inf)
         tiles = product.view(len(rows), _TILE, self._tiles)
         tops = tiles.amax(dim=1) * self._scale * unit[:, None]
@@ -170,12 +172,15 @@ class Nearest:
             return exact, strength.masked_fill(out, -torch.inf)
 
         tile = tile[open_]
-        lead = self._atom[tiles[open_, :, tile].argmax(dim=1) * self._tiles + tile]
+        lead = self._atom[tiles[open_, :, tile].argmax(dim=1) * self._tiles + tile].clamp(max=len(self.units) - 1)
         bound = torch.maximum(qualified(torch.arange(len(rows), device=rows.device), lead)[1], least) / norm - off
         of, tile = (tops.index_select(0, open_) >= bound[:, None]).nonzero(as_tuple=True)
         near = tiles[open_[of], :, tile] >= (bound[of] / (unit[open_[of]] * self._scale[tile]))[:, None]
         which, within = near.nonzero(as_tuple=True)
         of, candidate = of[which], self._atom[within * self._tiles + tile[which]]
+        if len(self.units) % _TILE:
+            own = candidate < len(self.units)
+            of, candidate = of[own], candidate[own]
         exact, strength = qualified(of, candidate)
         top = strength.new_full((len(rows),), -torch.inf).scatter_reduce_(0, of, strength, "amax")
         equal = (strength == top[of]) & (strength > -torch.inf)
