@@ -4,8 +4,8 @@
 
 All in one process and in turns, one call each, then the next round; float32, medians. Rows are in the eigenbasis of
 their second moment, whitened and scaled by lambda^(alpha / 2), so that the norm is Euclidean; atoms are other rows of
-the same data. "Alike" is the share of rows whose atoms are those of a search in full precision: all but ties within the rounding
-of float32, or something is wrong. "Negative" is the share of rows in which a fit that is free to has a negative
+the same data. "Alike" is the share of rows whose atoms are those of a search in full precision: all but ties within the
+rounding of float32, or something is wrong. "Negative" is the share of rows in which a fit that may has a negative
 coefficient: so many have an atom leave when coefficients may not be. Compare ratios, the machine may be doing something
 else.
 """

@@ -265,7 +265,7 @@ def test_zeros_few_rows_and_many_rounds(search: Precision, dtype: torch.dtype) -
     torch.testing.assert_close(codes.dense(40) @ units, y, rtol=1e-3, atol=2e-3)
     empty = pursue(y[:0], units, most=3, search=search)
     assert empty.support.shape == empty.values.shape == (0, 3) and empty.dense(40).shape == (0, 40)
-    # Tiny and huge rows are rows as well; a zero atom is none.
+    # Tiny and huge rows are rows as well.
     scaled = pursue(torch.cat([y * 1e-12, y * 1e12]), units, most=3, search=search)
     plain = pursue(y, units, most=3, search=search)
     assert torch.equal(scaled.support, torch.cat([plain.support] * 2))
@@ -329,7 +329,9 @@ def test_gradient_at_fixed_codes_is_that_of_the_loss(options: dict[str, Any]) ->
 
 
 def test_a_search_made_once() -> None:
+    """For any number of rows, and of atoms that lie in memory as they like."""
     y, units = drawn(40, 16, 100, dtype=torch.float32)
+    units = units.T.contiguous().T
     for precision in PRECISIONS:
         nearest = Nearest(units, precision)
         for rows in (3, 40, 17):
@@ -348,8 +350,10 @@ def test_a_search_made_once() -> None:
         ({"units": torch.ones(8, 3)}, r"units have shape \(8, 3\), allowed is \(F, 4\)"),
         ({"units": torch.ones(0, 4)}, "with F at least 1"),
         ({"units": torch.ones(8, 4, dtype=torch.double)}, "y is torch.float32 and units are torch.float64"),
+        ({"units": torch.ones(8, 4)}, "units has norm 2 in row 0, allowed are rows of norm 1"),
+        ({"units": torch.full((8, 4), torch.nan)}, "units has norm nan in row 0"),
         ({"y": torch.full((2, 4), torch.nan)}, "y has rows with NaN or infinite values"),
-        ({"search": Nearest(torch.ones(8, 4), "full")}, "made for other atoms"),
+        ({"search": Nearest(torch.full((8, 4), 0.5), "full")}, "made for other atoms"),
     ],
 )
 def test_what_is_refused(change: dict[str, Any], message: str) -> None:

@@ -56,11 +56,20 @@ class Nearest:
     Args:
         units: atoms of unit norm, shape (F, d), float32 or float64.
         precision: of the product; None for what is fastest on the device.
+
+    Raises:
+        ValueError: an atom whose norm is off 1 by more than 0.001 or not a number, or a precision without a product.
     """
 
     def __init__(self, units: Float[Tensor, "F d"], precision: Precision | None = None) -> None:
         self.units = units
         self.precision: Precision = fastest(units.device) if precision is None else precision
+        wrong = ~((units.norm(dim=1) - 1).abs() <= 1e-3)
+        if bool(wrong.any()):
+            which = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"units has norm {float(units[which].norm()):.4g} in row {which}, allowed are rows of norm 1"
+            )
         if self.precision == "int8" and _int_mm is None:
             raise ValueError("precision is 'int8', for which this torch has no product: allowed is 'bfloat16'")
         if self.precision == "full":
@@ -78,6 +87,7 @@ class Nearest:
             # Sums and results are rounded as well, on a GPU to 8 bits.
             self._off = 2**-8 + 2**-8 + 2**-23 * width + (2**-7 if units.is_cuda else 0)
             return
+        filled = torch.cat([units, units[-1:].expand(-n % _TILE, -1)]) if n % _TILE else units
         self._off = 0.0  # largest |dd|
         self._blocks = -(-width // _SPREAD)
         self._mix = _hadamard(_SPREAD, units.device)
@@ -85,7 +95,7 @@ class Nearest:
         for some in torch.arange(self._tiles, device=units.device).split(16):  # parts stay in a cache: 3 times faster
             place = slice(int(some[0]), int(some[-1]) + 1)
             atoms = self._atom[_TILE * place.start : _TILE * place.stop]
-            mixed = self._mixed(units.index_select(0, atoms.clamp(max=n - 1)))
+            mixed = self._mixed(filled[_TILE * place.start : _TILE * place.stop])
             # Atoms that need a like scale share one.
             tops, order = mixed.abs().amax(dim=1).sort()
             scale = (tops[_TILE - 1 :: _TILE] / 127).clamp_(min=1e-30)
@@ -98,8 +108,10 @@ class Nearest:
         self._atom = rearrange(self._atom, "(tile within) -> (within tile)", within=_TILE)
 
     def _mixed(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "m wide"]:
-        wide = pad(x.float(), (0, _SPREAD * self._blocks - x.shape[1]))
-        return (wide.view(-1, _SPREAD, self._blocks).transpose(1, 2).reshape(-1, _SPREAD) @ self._mix).view_as(wide)
+        missing = _SPREAD * self._blocks - x.shape[1]
+        wide = pad(x.float(), (0, missing)) if missing else x.float()
+        blocks = wide.unflatten(1, (_SPREAD, self._blocks)).transpose(1, 2).reshape(-1, _SPREAD)
+        return (blocks @ self._mix).view(wide.shape)
 
     def _approximate(self, x: Float[Tensor, "m d"]) -> tuple[Tensor, Float[Tensor, " m"], Float[Tensor, " m"]]:
         """For rows of norm 1: a product (m, 64 * tiles), to be scaled by row and tile; the row's scale; how far off."""

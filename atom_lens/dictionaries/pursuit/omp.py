@@ -65,7 +65,7 @@ def pursue(
 
     Args:
         y: rows, shape (n, d), float32 or float64.
-        units: atoms, shape (F, d), of the same type; they are taken to have norm 1.
+        units: atoms, shape (F, d), of the same type and of norm 1.
         most: atoms per row, and rounds, at least 1; more than d or F are allowed and not reached.
         tau: smallest correlation with which an atom joins, in units of `y`: for all, or one for each atom, shape (F,).
         signed: choose by the magnitude of the correlation; needs `nonnegative=False`.
@@ -85,8 +85,8 @@ def pursue(
         Codes, values in the type of `y`.
 
     Raises:
-        ValueError: shapes or types that do not fit, no atoms, `most` below 1, `tau` negative or NaN, rows that are not
-            finite, `signed` with `nonnegative`, or a `Nearest` of other atoms.
+        ValueError: shapes or types that do not fit, no atoms, atoms whose norm is not 1, `most` below 1, `tau` negative
+            or NaN, rows that are not finite, `signed` with `nonnegative`, or a `Nearest` of other atoms.
     """
     _check(y, units, most, tau, signed, nonnegative)
     if isinstance(search, Nearest):
