@@ -1,0 +1,1 @@
+"""Pursuit: codes of sparse dictionaries found one atom at a time."""
