@@ -3,6 +3,8 @@
 # Each registers its kinds: in this order they stand in tables.
 from atom_lens.dictionaries import bases, nulls, stock  # isort: skip
 from atom_lens.dictionaries.tsae import kinds as _tsae  # noqa: F401  # isort: skip
+from atom_lens.dictionaries import aip_topk as _topk  # noqa: F401  # isort: skip
+from atom_lens.dictionaries.pursuit import training as _pursuit  # noqa: F401  # isort: skip
 from atom_lens.dictionaries.protocol import Dictionary
 from atom_lens.dictionaries.registry import (
     Drawn,

@@ -7,8 +7,9 @@ Recipes name kinds; tables, plots and the page take labels and looks from here, 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -39,12 +40,18 @@ class Setup(NamedTuple):
         aip: their metric.
         atoms: the recipe's section: capacity, and what TSAEs need besides.
         device: where it trains.
+        steps: of its training.
+        calibration: activations that it is not trained on, shape (m, d), on which thresholds may be set.
+        metadata: of the sae-lens config: model_name, hook_name, ...
     """
 
     x: Float[Tensor | Rows, "n d"]
     aip: AtomicInnerProduct
     atoms: Atoms
     device: str = "cpu"
+    steps: int = 1000
+    calibration: Float[Tensor | Rows, "m d"] | None = None
+    metadata: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Learner:
     sae: TrainingSAE[Any]
     stream: str = "x"
     whitening: ActivationWhitening | None = None
+    calibration: Float[Tensor | Rows, "m d"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

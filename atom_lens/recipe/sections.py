@@ -42,6 +42,21 @@ class Wandb(Section):
     project: str = "atom-lens"
 
 
+class Pursuit(Section):
+    """What pursuit dictionaries, and TopK in the AIP, are made with besides.
+
+    `norm` is alpha: 0 is the AIP, 1 Euclidean. `amortised` is the share of the steps with a TopK encoder, before those
+    under the pursuit; a code has at most `cap` times the L0 asked for.
+    """
+
+    norm: float = Field(0.0, ge=0, le=1)
+    amortised: float = Field(0.6, ge=0, le=1)
+    cap: float = Field(3.0, ge=1)
+    prune: bool = False
+    start: Literal["data", "random"] = "random"
+    noise: float = Field(0.0, ge=0)
+
+
 class Atoms(Section):
     """The dictionary. `capacity` is d_sae; the rest is `TSAETrainingConfig`'s."""
 
@@ -56,6 +71,7 @@ class Atoms(Section):
     bandwidth: float = Field(0.05, gt=0)
     step: Literal["dense", "sparse"] = "sparse"
     encoder_product: Literal["float32", "bfloat16"] = "float32"
+    pursuit: Pursuit = Pursuit.model_validate({})
 
     @model_validator(mode="after")
     def _target_fits(self) -> Atoms:

@@ -1,0 +1,189 @@
+"""The pursuit dictionary: threshold-activated matching pursuit in the atomic inner product, as an sae-lens architecture.
+
+There is no encoder matrix: a code is found one atom at a time, in what the atoms before leave over (`omp.pursue`). The
+condition mu < 1 / (2K - 1), which q* asks of atoms, is the one under which this finds every K-sparse code (Tropp 2004).
+Importing this module registers the architecture ``aip_pursuit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE, SAEConfig
+from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
+from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor
+from typing_extensions import override
+
+from atom_lens.dictionaries.metered import HEADS, Metered
+from atom_lens.dictionaries.pursuit.nearest import Nearest
+from atom_lens.dictionaries.pursuit.omp import Codes, pursue
+from atom_lens.errors import AtomLensError
+from atom_lens.geometry import AtomicInnerProduct
+
+ARCHITECTURE = "aip_pursuit"
+
+
+@dataclass
+class PursuitSAEConfig(SAEConfig):
+    """Configuration of a pursuit dictionary.
+
+    Args:
+        max_iterations: most atoms of a code.
+        norm: alpha: correlations, coefficients and thresholds are of the norm in which residuals are weighted by the
+            eigenvalues of C to this power. 0 is the AIP, 1 Euclidean (theory.md section 3).
+        prune: at the end atoms leave whose leaving costs less than their threshold allows (`pursue`).
+    """
+
+    max_iterations: int = 32
+    norm: float = 0.0
+    prune: bool = False
+    # sae-lens' from_dict hands a plain dict to __init__ and puts the SAEMetadata in its place afterwards.
+    metadata: Any = field(default_factory=SAEMetadata)
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_iterations < 1:
+            raise AtomLensError(f"max_iterations is {self.max_iterations}, allowed is at least 1")
+        if not 0 <= self.norm <= 1:
+            raise AtomLensError(f"norm is {self.norm}, allowed is 0 (AIP) to 1 (Euclidean)")
+
+
+class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
+    """Atoms under a pursuit: ``encode`` and ``decode`` act on raw activations, ``aip`` is the metric they live in.
+
+    ``W_dec`` holds one atom per row, of any norm but zero. ``threshold`` is, of each atom, the smallest correlation with
+    which it joins a code, in training coordinates, where an activation has mean square norm 1 (`pursuit_map`).
+    """
+
+    threshold: torch.nn.Parameter
+    _ready: tuple[tuple[int, ...], Nearest, Tensor, Tensor] | None = None
+
+    # The first step of a pursuit reads activations along these directions; later ones what is left over.
+    @property
+    def W_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Reading directions of the first step, shape (d, F)."""
+        map = pursuit_map(self.aip, self.cfg.norm)
+        units = torch.nn.functional.normalize(self.W_dec.double() @ map)
+        return (map @ units.T).to(self.W_dec)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "W_enc":  # sae-lens gives every SAE an encoder matrix
+            super().__setattr__(name, value)
+
+    def __init__(self, cfg: PursuitSAEConfig, use_error_term: bool = False) -> None:
+        if str(cfg.metadata.hook_name).endswith(f".{HEADS}"):
+            cfg.reshape_activations = HEADS
+        super().__init__(cfg, use_error_term)
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.threshold = torch.nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device))
+
+    def _prepared(self) -> tuple[Nearest, Float[Tensor, "d d"], Float[Tensor, " F"]]:
+        """Unit atoms ready to be searched, the map into pursuit coordinates, and the atoms' norms there.
+
+        Kept while neither the atoms nor the metric change: a live model encodes a token at a time.
+        """
+        map = pursuit_map(self.aip, self.cfg.norm)
+        mapped = self.W_dec.detach().double() @ map
+        norms = mapped.norm(dim=1)
+        if not bool((norms > 0).all()):
+            raise AtomLensError(f"atom {int((norms == 0).nonzero()[0])} is zero, allowed are atoms of any other norm")
+        return Nearest((mapped / norms[:, None]).float()), map, norms
+
+    def find(self, x: Float[Tensor, "n d"]) -> Codes:
+        """Sparse codes of raw activations: at most `max_iterations` atoms each, with coefficients of rows of `W_dec`."""
+        version = (self.W_dec._version, self.aip_eigenvalues._version, id(self.aip_eigenvalues), self.W_dec.data_ptr())
+        if self._ready is None or self._ready[0] != version:
+            self._ready = version, *self._prepared()
+        _, nearest, map, norms = self._ready
+        y = ((x - self.b_dec).double() @ map).float()
+        codes = pursue(
+            y.detach(),
+            nearest.units,
+            most=self.cfg.max_iterations,
+            tau=self.threshold.detach().float(),
+            prune=self.cfg.prune,
+            search=nearest,
+        )
+        values = codes.values
+        if torch.is_grad_enabled() and y.requires_grad:
+            values = refitted(y, nearest.units, codes)
+        return Codes(codes.support, values / norms[codes.support].to(values), codes.count)
+
+    @torch.no_grad()
+    def calibrate(self, x: Float[Tensor, "n d"], l0: float) -> None:
+        """Set one threshold for all atoms, at which codes of `x` have a mean of `l0` atoms.
+
+        Args:
+            x: raw activations, shape (n, d); not those trained on, whose codes are shorter at the same threshold.
+            l0: the mean asked for, up to `max_iterations`.
+        """
+
+        def mean(tau: float) -> float:
+            self.threshold.fill_(tau)
+            return float(self.find(x).count.double().mean())
+
+        self.threshold.fill_(calibrated(mean, l0))
+
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
+        codes = self.find(x.reshape(-1, x.shape[-1])).dense(self.cfg.d_sae)
+        return self.hook_sae_acts_post(codes.to(self.dtype).reshape(*x.shape[:-1], -1))
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+        return self.reshape_fn_out(out, self.d_head)
+
+
+def calibrated(mean: Callable[[float], float], l0: float) -> float:
+    """The threshold tau at which `mean(tau)`, the L0 of some codes, is `l0` to 0.5%; 0 where that is out of reach.
+
+    Correlations of rows in training coordinates are seldom above 1 and never far, so the search begins there.
+    """
+    low, high = 0.0, 1.0
+    while mean(high) > l0:
+        low, high = high, 2 * high
+    for _ in range(24):
+        middle = (low + high) / 2
+        found = mean(middle)
+        if abs(found - l0) <= 0.005 * l0:
+            return middle
+        low, high = (middle, high) if found > l0 else (low, middle)
+    return low
+
+
+def refitted(y: Float[Tensor, "n d"], units: Float[Tensor, "F d"], codes: Codes) -> Float[Tensor, "n most"]:
+    """The least-squares coefficients of `codes` again, as a function of `y` that can be differentiated."""
+    used = (torch.arange(codes.support.shape[1], device=y.device) < codes.count[:, None]).to(y)
+    chosen = units[codes.support] * used[..., None]
+    gram = chosen @ chosen.mT + torch.diag_embed(1 - used)  # slots that are free stand alone
+    return torch.linalg.solve(gram, (chosen @ y[..., None]))[..., 0] * used
+
+
+def pursuit_map(aip: AtomicInnerProduct, norm: float) -> Float[Tensor, "d d"]:
+    """From activations to coordinates in which `norm` is Euclidean, float64.
+
+    Columns are eigenvectors times lambda^(alpha/2) / sqrt(lambda d), with lambda of the largest eigenvalue as unit in
+    the power: at alpha = 0 an activation has mean square norm 1.
+    """
+    power = (aip.eigenvalues / aip.eigenvalues[-1]) ** (norm / 2)
+    return aip.eigenvectors * (power / (aip.eigenvalues * aip.width).sqrt())
+
+
+SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)  # a notebook may reload this module
+register_sae_class(ARCHITECTURE, PursuitSAE, PursuitSAEConfig)

@@ -1,0 +1,187 @@
+"""The pursuit dictionary while it learns: first with a TopK encoder, then under the pursuit itself.
+
+The loss needs no derivative of the pursuit: codes minimise it on their support, so by the envelope theorem its gradient
+with respect to atoms is the one at fixed codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopK
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+from typing_extensions import override
+
+from atom_lens.activations.models import pick_device
+from atom_lens.dictionaries.aip_topk import (
+    AIPTopKTraining,
+    AIPTopKTrainingConfig,
+    share_of_variance,
+    start_learner,
+)
+from atom_lens.dictionaries.pursuit.omp import Codes, pursue
+from atom_lens.dictionaries.pursuit.sae import ARCHITECTURE, PursuitSAE, PursuitSAEConfig, calibrated
+from atom_lens.dictionaries.registry import Learner, Setup, Trained, register
+from atom_lens.errors import AtomLensError
+from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.tensors.rows import Rows
+
+_PACE = 0.1  # how fast the threshold follows the L0 of a batch
+_CALIBRATION_ROWS = 8192
+
+
+@dataclass
+class PursuitTrainingConfig(AIPTopKTrainingConfig):
+    """Training configuration of a pursuit dictionary; `k` is the mean L0 asked for.
+
+    Args:
+        amortised_steps: steps with a TopK encoder of K = k, before those under the pursuit.
+        max_iterations: most atoms of a code.
+        norm: alpha of the pursuit: 0 is the AIP, 1 Euclidean; `loss_norm` is that of the steps before.
+        prune: whether atoms leave at the end of a pursuit (`pursue`).
+    """
+
+    k: float = 8.0  # pyright: ignore[reportIncompatibleVariableOverride]
+    amortised_steps: int = 1000
+    max_iterations: int = 32
+    norm: float = 0.0
+    prune: bool = False
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    @override
+    def get_inference_config_class(self) -> type[PursuitSAEConfig]:
+        return PursuitSAEConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.k <= min(self.max_iterations, self.d_sae):
+            raise AtomLensError(
+                f"k is {self.k:g}, allowed is 1 to max_iterations={self.max_iterations} and d_sae={self.d_sae}"
+            )
+        if not 0 <= self.norm <= 1:
+            raise AtomLensError(f"norm is {self.norm}, allowed is 0 (AIP) to 1 (Euclidean)")
+
+
+class PursuitTraining(AIPTopKTraining):
+    """The pursuit dictionary in training coordinates. Call `prepare` before training; `finish` after."""
+
+    cfg: PursuitTrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    threshold: Tensor
+    norm_weight: Tensor
+    pursuit_weight: Tensor
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float64, device=self.device))
+        for name in ("norm_weight", "pursuit_weight"):
+            self.register_buffer(name, torch.ones(self.cfg.d_in, dtype=torch.float32, device=self.device))
+
+    @override
+    def get_activation_fn(self) -> TopK:
+        return TopK(round(self.cfg.k), use_sparse_activations=self.cfg.use_sparse_activations)
+
+    @override
+    @torch.no_grad()
+    def prepare(self, y: Float[Tensor | Rows, "n d"], aip: AtomicInnerProduct, generator: torch.Generator) -> None:
+        super().prepare(y, aip, generator)
+        weight = (aip.eigenvalues / aip.eigenvalues[-1]).to(self.W_dec) ** self.cfg.norm
+        self.norm_weight.copy_(weight.sqrt())
+        self.pursuit_weight.copy_(share_of_variance(y, weight))
+
+    @torch.no_grad()
+    def pursued(self, y: Float[Tensor, "n d"], tau: float) -> Codes:
+        """Codes of rows in training coordinates, with coefficients of atoms of unit AIP norm."""
+        atoms = self.W_dec * self.norm_weight
+        norms = atoms.norm(dim=1, keepdim=True)
+        rows = (y - self.b_dec) * self.norm_weight
+        codes = pursue(rows, atoms / norms, most=self.cfg.max_iterations, tau=tau, prune=self.cfg.prune)
+        return Codes(codes.support, codes.values / norms[codes.support, 0], codes.count)
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if step_input.n_training_steps < self.cfg.amortised_steps:
+            return super().training_forward_pass(step_input)
+        self.project()
+        x = step_input.sae_in
+        if float(self.threshold) == 0:
+            start = calibrated(lambda tau: float(self.pursued(x, tau).count.double().mean()), self.cfg.k)
+            self.threshold.fill_(start)
+        codes = self.pursued(x, float(self.threshold))
+        found = float(codes.count.double().mean())
+        self.threshold.mul_(1 + _PACE * max(-1.0, min(1.0, found / self.cfg.k - 1)))
+        out = embedding_bag(codes.support, self.W_dec, per_sample_weights=codes.values, mode="sum") + self.b_dec
+        loss = ((out - x).square() * self.pursuit_weight).sum(dim=-1).mean()
+        active = torch.arange(codes.support.shape[1], device=x.device) < codes.count[:, None]
+        rows = active.nonzero()[:, 0]
+        acts = torch.sparse_coo_tensor(
+            torch.stack([rows, codes.support[active]]), codes.values[active], (len(x), self.cfg.d_sae)
+        )
+        return TrainStepOutput(x, out, acts, acts, loss, {"mse_loss": loss})
+
+    @torch.no_grad()
+    def finish(self, aip: AtomicInnerProduct, calibration: Float[Tensor | Rows, "n d"] | None = None) -> PursuitSAE:
+        """The atoms on raw activations, with their metric; the threshold set on `calibration`, raw activations."""
+        cfg = self.cfg.get_inference_sae_cfg_dict()
+        cfg["normalize_activations"] = "none"
+        sae = PursuitSAE(PursuitSAEConfig.from_dict(cfg)).to(self.W_dec.device)
+        sae.W_dec.copy_(self.W_dec)
+        sae.b_dec.copy_(self.b_dec)
+        sae.aip = aip
+        sae.threshold.fill_(float(self.threshold))
+        sae.fold_W_dec_norm()
+        if calibration is not None:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randperm(len(calibration), generator=generator)[:_CALIBRATION_ROWS]
+            sae.calibrate(calibration[drawn.to(calibration.device)].to(self.W_dec), self.cfg.k)
+        return sae
+
+
+def _start(setup: Setup, level: float, seed: int) -> Learner:
+    asked = setup.atoms.pursuit
+    config = PursuitTrainingConfig(
+        d_in=setup.aip.width,
+        d_sae=setup.atoms.capacity,
+        k=level,
+        device=pick_device(setup.device),
+        loss_norm=0.0,
+        start=asked.start,
+        noise=asked.noise,
+        norm=asked.norm,
+        prune=asked.prune,
+        max_iterations=min(setup.aip.width, setup.atoms.capacity, max(1, round(asked.cap * level))),
+        amortised_steps=round(asked.amortised * setup.steps),
+        metadata=SAEMetadata(**setup.metadata),
+    )
+    return start_learner(PursuitTraining, config, setup, seed)
+
+
+def _finish(learner: Learner, aip: AtomicInnerProduct) -> PursuitSAE:
+    assert isinstance(learner.sae, PursuitTraining)
+    with torch.random.fork_rng(devices=[]):
+        return learner.sae.finish(aip, learner.calibration)
+
+
+register(
+    Trained(
+        name=ARCHITECTURE,
+        label="pursuit in the AIP (ours)",
+        role="ours",
+        color="#d6506a",
+        marker="*",
+        least=1.0,
+        start=_start,
+        finish=_finish,
+    )
+)
+SAE_TRAINING_CLASS_REGISTRY.pop(ARCHITECTURE, None)  # a notebook may reload this module
+register_sae_training_class(ARCHITECTURE, PursuitTraining, PursuitTrainingConfig)
