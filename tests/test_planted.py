@@ -18,6 +18,7 @@ from atom_lens.studies.planted.garden import (
     hardest_codes,
     plant,
     theorem_tsae,
+    varying_codes,
     window,
     wrong_codes,
 )
@@ -89,11 +90,8 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         "theorem.dictionaries=2",
         "theorem.codes=600",
         "theorem.planted={width: 64, capacity: 128}",
-        "learning.planted={width: 16, capacity: 16, k: 1, noise: 0.1}",
-        "learning.atoms.capacity=16",
-        "learning.atoms.target_l0=1",
-        "learning.n=2000",
-        "learning.units=[tsae_tied, topk, topk_whitened]",
+        "learning={one: {planted: {width: 16, capacity: 16, k: 1, noise: 0.1}, atoms: {capacity: 16, target_l0: 1, "
+        "start: random, loss_norm: 0, noise: 0.1, l0_coefficient: 0.01, bandwidth: 0.2}, n: 2000, units: [tsae_tied, topk, topk_whitened, aip_pursuit]}}",
         "training.steps=800",
         "training.batch_size=128",
         "training.seeds=2",
@@ -106,10 +104,46 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert min(wrong["1% below"], wrong["1% above"], wrong["gap closed"]) > 0
     noise, gap = ([row["exact"] for row in found["decay"][key]] for key in ("noise", "gap"))
     assert noise[0] == gap[0] == 1.0 and noise[-1] < 0.9 and gap[-1] < 0.9
-    marks = {row["unit"]: row for row in found["learning"]}
+    learned = found["learning"]["one"]
+    marks = {row["unit"]: row for row in learned["marks"] if row["encoder"] == "own"}
+    assert {row["encoder"] for row in learned["marks"] if row["unit"] == "topk"} == {
+        "own",
+        "refit",
+        "fixed",
+        "threshold",
+    }
+    assert all(row["mcc"] == pytest.approx(1, abs=1e-6) and row["f1"] > 0.99 for row in learned["truth"])
+    assert marks["aip_pursuit"]["mcc"] > 0.95 and marks["aip_pursuit"]["f1"] > 0.95
     # One atom at a time, hidden behind a map of condition 1000: easy with a metric, and not without.
     assert marks["tsae_tied"]["mcc"] > 0.85 > 0.75 > marks["topk"]["mcc"]
     assert 0 <= marks["topk"]["f1"] < marks["tsae_tied"]["f1"] <= 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"zipf": 1.0}, {"correlated": 0.5}, {"hierarchy": True}])
+def test_codes_that_vary(changes: dict[str, Any]) -> None:
+    settings = planted(l0=4.0, gap=0.5, **changes)
+    codes = varying_codes(settings, 20_000, 0)
+    active = codes != 0
+    k = active.double().sum(dim=1)
+    assert float(k.mean()) == pytest.approx(4, rel=0.05) and float(k.var()) > 2
+    assert float(codes[active].min()) >= 0.5 and float(codes.max()) <= 1
+    assert torch.equal(codes, varying_codes(settings, 20_000, 0))
+    often = active.double().mean(dim=0).sort(descending=True).values
+    ratio = float(often[0] / often[-1])
+    assert ratio > 5 if "zipf" in changes else ratio < 4
+    if "hierarchy" in changes:
+        assert not bool((active[:, 1::2] & ~active[:, ::2]).any())
+    if "correlated" in changes:
+        assert float(k.var()) > 4.5, "together they make K vary more than alone, where its variance is near its mean"
+
+
+def test_an_offset_is_the_mean() -> None:
+    settings = planted(l0=4.0, offset=3.0)
+    garden = plant(settings, 0)
+    codes = varying_codes(settings, 5_000, 0)
+    x = garden.activations(codes, 0.0, torch.Generator().manual_seed(0))
+    mean = garden.metric.whiten((x - codes @ garden.atoms).mean(dim=0, keepdim=True)).norm()
+    assert float(mean) == pytest.approx(3 * float((codes @ garden.units).square().sum(dim=1).mean().sqrt()), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +154,8 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         (["theorem.planted.gup=0.2"], "key theorem.planted.gup is unknown, did you mean gap"),
         # Said before the theorem is put to the test, where the empty window would come up.
         (["theorem.planted.gap=0.2", "training=null"], "key training is missing"),
-        (["theorem.planted.gap=0.2", "learning.planted.width=48"], "atoms is 'two_bases' with width=48"),
-        (["theorem.planted.gap=0.2", "learning.planted.k=128"], "k is 128, allowed is below capacity=128"),
+        (["theorem.planted.gap=0.2", "learning.two_bases.planted.width=48"], "atoms is 'two_bases' with width=48"),
+        (["theorem.planted.gap=0.2", "learning.two_bases.planted.k=128"], "k is 128, allowed is below capacity=128"),
         (["theorem.planted.gap=0.2", "theorem.gap=[0.5, 1.5]"], "theorem.gap has 1.5, allowed is above 0 and up to 1"),
         (["theorem.planted.gap=0.2", "theorem.noise=[0, -1]"], "theorem.noise has -1, allowed is 0 or more"),
     ],

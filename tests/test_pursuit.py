@@ -17,6 +17,7 @@ from atom_lens.dictionaries.nulls import orthogonal_matching_pursuit
 from atom_lens.dictionaries.pursuit import omp
 from atom_lens.dictionaries.pursuit.nearest import Nearest, Precision
 from atom_lens.dictionaries.pursuit.omp import Codes, pursue
+from atom_lens.errors import AtomLensError
 
 PRECISIONS: list[Precision] = ["full", "bfloat16", "int8"]
 EITHER = {"signed": True, "nonnegative": False}
@@ -358,6 +359,6 @@ def test_a_search_made_once() -> None:
 )
 def test_what_is_refused(change: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"y": torch.ones(2, 4), "units": normalize(torch.ones(8, 4)), "most": 2} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(AtomLensError, match=message):
         # Shapes are the business of the type checker in tests, and of this function elsewhere.
         inspect.unwrap(pursue)(given.pop("y"), given.pop("units"), **given)

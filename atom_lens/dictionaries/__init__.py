@@ -16,6 +16,7 @@ from atom_lens.dictionaries.registry import (
     find_kind,
     kind,
     kinds,
+    recipes_kind,
     register,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "kind",
     "kinds",
     "nulls",
+    "recipes_kind",
     "register",
     "stock",
 ]

@@ -6,26 +6,64 @@ and noise on what the encoder reads. What it becomes is a plain sae-lens ``topk`
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE, SAEConfig, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class
+from sae_lens import SAEConfig, TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.registry import (
+    SAE_CLASS_REGISTRY,
+    SAE_TRAINING_CLASS_REGISTRY,
+    register_sae_class,
+    register_sae_training_class,
+)
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
 from atom_lens.activations.models import pick_device
-from atom_lens.dictionaries.metered import training_whitening
+from atom_lens.dictionaries.metered import METRIC, Metered, training_whitening
 from atom_lens.dictionaries.registry import Learner, Setup, Trained, register
 from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.tensors.rows import Rows, mean_row
 
 ARCHITECTURE = "aip_topk"
+
+
+@dataclass
+class AIPTopKConfig(TopKSAEConfig):
+    """Configuration of a trained TopK SAE in the AIP. It saves itself as ``topk``: any sae-lens tool can run it."""
+
+    # sae-lens' from_dict hands a plain dict to __init__ and puts the SAEMetadata in its place afterwards.
+    metadata: Any = field(default_factory=SAEMetadata)
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "architecture": TopKSAEConfig.architecture()}
+
+
+class AIPTopK(Metered, TopKSAE):
+    """TopK atoms on raw activations, with the metric they were trained in; on disk a plain ``topk`` SAE."""
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        for name in METRIC:
+            del state_dict[name]
+        for name, value in state_dict.items():
+            state_dict[name] = value.contiguous()
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        # Weights alone (a plain topk file) come without a metric; `load_atoms` adds it from the sidecar.
+        state_dict.setdefault("aip_eigenvalues", torch.ones(self.cfg.d_in, dtype=torch.float64))
+        state_dict.setdefault("aip_eigenvectors", torch.eye(self.cfg.d_in, dtype=torch.float64))
 
 
 @dataclass
@@ -44,9 +82,9 @@ class AIPTopKTrainingConfig(TopKTrainingSAEConfig):
     start: Literal["data", "random"] = "random"
     noise: float = 0.0
     decoder_init_norm: float | None = 1.0
-    normalize_activations: Literal[
-        "none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"
-    ] = "covariance_whitening"
+    normalize_activations: Literal["none", "expected_average_only_in", "layer_norm", "covariance_whitening"] = (
+        "covariance_whitening"
+    )
 
     @override
     @classmethod
@@ -55,7 +93,7 @@ class AIPTopKTrainingConfig(TopKTrainingSAEConfig):
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
-        return TopKSAEConfig
+        return AIPTopKConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,10 +159,16 @@ class AIPTopKTraining(TopKTrainingSAE):
         self.mse_loss_fn = lambda prediction, target: (prediction - target).square() * self.loss_weight
         return super().training_forward_pass(step_input)
 
-    @override
-    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving_inference(state_dict)
-        del state_dict["loss_weight"]
+    @torch.no_grad()
+    def finish(self, aip: AtomicInnerProduct, calibration: Float[Tensor | Rows, "n d"] | None = None) -> Metered:
+        """The trained SAE on raw activations, with its metric; it has no threshold to be set on `calibration`."""
+        if self.cfg.normalize_activations != "none":
+            raise AtomLensError("the whitening is not folded in yet: run the trainer's fit() to its end first")
+        config = {**self.cfg.get_inference_sae_cfg_dict(), "architecture": ARCHITECTURE}
+        sae = AIPTopK(AIPTopKConfig.from_dict(config)).to(self.W_dec.device)
+        sae.load_state_dict(self.state_dict(), strict=False)
+        sae.aip = aip
+        return sae
 
 
 def share_of_variance(y: Float[Tensor | Rows, "n d"], weight: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
@@ -143,7 +187,7 @@ def start_learner(kind: type[AIPTopKTraining], config: AIPTopKTrainingConfig, se
     whitening = training_whitening(setup.aip)
     y = (setup.x if isinstance(setup.x, Rows) else Rows(setup.x)).through(whitening.matrix)
     sae.prepare(y, setup.aip, torch.Generator().manual_seed(seed))
-    return Learner(sae, whitening=whitening, calibration=setup.calibration)
+    return Learner(sae, setup.stream, whitening, setup.calibration)
 
 
 def _start(setup: Setup, level: float, seed: int) -> Learner:
@@ -160,16 +204,11 @@ def _start(setup: Setup, level: float, seed: int) -> Learner:
     return start_learner(AIPTopKTraining, config, setup, seed)
 
 
-def as_plain(sae: AIPTopKTraining) -> SAE[Any]:
-    """The TopK SAE that it has become, through the files that sae-lens writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save_inference_model(folder)
-        return SAE.load_from_disk(folder, device=str(sae.device))
-
-
-def _finish(learner: Learner, aip: AtomicInnerProduct) -> SAE[Any]:
+def finish(learner: Learner, aip: AtomicInnerProduct) -> Metered:
+    """What a learner of one of these classes has become, on raw activations, with its metric."""
     assert isinstance(learner.sae, AIPTopKTraining)
-    return as_plain(learner.sae)
+    with torch.random.fork_rng(devices=[]):
+        return learner.sae.finish(aip, learner.calibration)
 
 
 register(
@@ -181,8 +220,10 @@ register(
         marker="P",
         least=1.0,
         start=_start,
-        finish=_finish,
+        finish=finish,
     )
 )
+SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)
 SAE_TRAINING_CLASS_REGISTRY.pop(ARCHITECTURE, None)  # a notebook may reload this module
+register_sae_class(ARCHITECTURE, AIPTopK, AIPTopKConfig)
 register_sae_training_class(ARCHITECTURE, AIPTopKTraining, AIPTopKTrainingConfig)

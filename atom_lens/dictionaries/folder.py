@@ -39,8 +39,13 @@ class _Config(Strict):
     apply_b_dec_to_input: bool
     normalize_activations: Literal["none"]
     reshape_activations: Literal["none", "hook_z"]
-    architecture: Literal["jumprelu"]
     metadata: dict[str, Any]
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of every tensor of the weights."""
+        d, f = self.d_in, self.d_sae
+        return {"W_dec": [f, d], "b_dec": [d]}
 
     @field_validator("metadata")
     @classmethod
@@ -59,6 +64,45 @@ class _Config(Strict):
         except ValueError:
             raise AtomLensError("metadata.aip says n, ridge and source of the metric, and nothing else") from None
         return metadata
+
+
+class _JumpReLU(_Config):
+    architecture: Literal["jumprelu"]
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        d, f = self.d_in, self.d_sae
+        return {**super().shapes, "W_enc": [d, f], "b_enc": [f], "threshold": [f]}
+
+
+class _TopK(_Config):
+    architecture: Literal["topk"]
+    k: int = Field(ge=1)
+    rescale_acts_by_decoder_norm: bool
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        d, f = self.d_in, self.d_sae
+        return {**super().shapes, "W_enc": [d, f], "b_enc": [f]}
+
+
+class _Pursuit(_Config):
+    architecture: Literal["aip_pursuit"]
+    max_iterations: int = Field(ge=1)
+    norm: float = Field(ge=0, le=1, strict=False)
+    prune: bool
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        d, f = self.d_in, self.d_sae
+        return {**super().shapes, "threshold": [f], "aip_eigenvalues": [d], "aip_eigenvectors": [d, d]}
+
+
+_CONFIGS: dict[str, type[_JumpReLU | _TopK | _Pursuit]] = {
+    "jumprelu": _JumpReLU,
+    "topk": _TopK,
+    "aip_pursuit": _Pursuit,
+}
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
@@ -82,7 +126,14 @@ def read_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], AtomicI
 def check_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], AtomicInnerProduct]:
     """`read_atoms`, but for the manifest."""
     cfg = read_json(folder / SAE_CFG_FILENAME, limit=1 << 20)
-    checked = parsed(_Config, cfg, folder / SAE_CFG_FILENAME)
+    architecture = cfg.get("architecture") if isinstance(cfg, dict) else None
+    kind = _CONFIGS.get(architecture) if isinstance(architecture, str) else None
+    if kind is None:
+        raise AtomLensError(
+            f"{str(folder / SAE_CFG_FILENAME)!r}: architecture is {shown(repr(architecture))}, "
+            f"allowed are {', '.join(_CONFIGS)}"
+        )
+    checked = parsed(kind, cfg, folder / SAE_CFG_FILENAME)
     if checked.reshape_activations == "hook_z" and not str(cfg["metadata"].get("hook_name")).endswith(".hook_z"):
         raise AtomLensError(f"{str(folder)!r}: reshape_activations is 'hook_z', allowed is 'none' at any other hook")
     aip = AtomicInnerProduct.load(folder / AIP_FILENAME)
@@ -92,12 +143,15 @@ def check_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Atomic
         raise AtomLensError(
             f"{str(folder)!r}: metadata.aip in {SAE_CFG_FILENAME} is not what {AIP_FILENAME} says of itself"
         )
-    return cfg, _weights(folder / SAE_WEIGHTS_FILENAME, checked), aip
+    weights = _weights(folder / SAE_WEIGHTS_FILENAME, checked)
+    for name, value in (("aip_eigenvalues", aip.eigenvalues), ("aip_eigenvectors", aip.eigenvectors)):
+        if name in weights and not torch.equal(weights[name], value):
+            raise AtomLensError(f"{str(folder)!r}: {name} of the weights is not what {AIP_FILENAME} has")
+    return cfg, weights, aip
 
 
 def _weights(path: Path, cfg: _Config) -> dict[str, Tensor]:
-    d, f = cfg.d_in, cfg.d_sae
-    expected = {"W_enc": [d, f], "W_dec": [f, d], "b_enc": [f], "b_dec": [d], "threshold": [f]}
+    expected = cfg.shapes
     regular_file(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -107,10 +161,11 @@ def _weights(path: Path, cfg: _Config) -> dict[str, Tensor]:
                     f"it holds {shown(', '.join(sorted(found)))}, allowed are {', '.join(sorted(expected))}"
                 )
             for name, shape in expected.items():
-                if found[name].get_shape() != shape or found[name].get_dtype() != _DTYPES[cfg.dtype]:
+                dtype = "F64" if name.startswith("aip_") else _DTYPES[cfg.dtype]  # the metric is exact
+                if found[name].get_shape() != shape or found[name].get_dtype() != dtype:
                     raise AtomLensError(
                         f"{name} is {found[name].get_dtype()} {found[name].get_shape()}, "
-                        f"{_DTYPES[cfg.dtype]} {shape} is what {SAE_CFG_FILENAME} says"
+                        f"{dtype} {shape} is what {SAE_CFG_FILENAME} says"
                     )
             state = {name: file.get_tensor(name) for name in expected}
     except OSError:

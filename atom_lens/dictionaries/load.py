@@ -20,7 +20,8 @@ from torch import Tensor
 from atom_lens.activations.models import pick_device
 from atom_lens.dictionaries.folder import AIP_FILENAME, ATOMS_FILES, read_atoms
 from atom_lens.dictionaries.foreign import as_tsae, foreign_converter, open_sae
-from atom_lens.dictionaries.tsae.sae import ARCHITECTURE, TSAE
+from atom_lens.dictionaries.metered import METRIC, Metered
+from atom_lens.dictionaries.tsae.sae import TSAE
 from atom_lens.dictionaries.weights import WEIGHTS, Thresholds
 from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import read_json, without_secrets
@@ -28,13 +29,15 @@ from atom_lens.storage.sealed import MANIFEST
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
+# What is plain sae-lens on disk has a metric beside it, and is a class of ours here.
+_OURS = {"jumprelu": "aip_tsae", "topk": "aip_topk", "aip_pursuit": "aip_pursuit"}
 _LAYER = re.compile(r"(?:^|[/._-])(?:blocks|layers?|h)[._-]?(\d+)(?![^/._-])")  # blocks.9., layer_9/, layers.9
 
 
 def aip_converter(
     path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An atoms folder, checked against docs/format.md, as a `TSAE` with its metric.
+    """An atoms folder, checked against docs/format.md, with its metric: a `TSAE`, a TopK or a pursuit.
 
     For sae-lens' own loading: ``SAE.load_from_disk(path, converter=aip_converter)``.
     """
@@ -42,10 +45,16 @@ def aip_converter(
     cfg, weights, aip = read_atoms(Path(path))
     about = {"n": aip.n, "ridge": aip.ridge, "source": aip.source}
     metadata = {**cfg["metadata"], "aip": about}
-    tensors = {**weights, "aip_eigenvalues": aip.eigenvalues, "aip_eigenvectors": aip.eigenvectors}
+    tensors = {**weights, **dict(zip(METRIC, (aip.eigenvalues, aip.eigenvectors), strict=True))}
     state = {name: value.to(device) for name, value in tensors.items()}
     overrides = cfg_overrides or {}
-    return {**cfg, "device": device, **overrides, "architecture": ARCHITECTURE, "metadata": metadata}, state
+    return {
+        **cfg,
+        "device": device,
+        **overrides,
+        "architecture": _OURS[cfg["architecture"]],
+        "metadata": metadata,
+    }, state
 
 
 def load_atoms(
@@ -54,7 +63,7 @@ def load_atoms(
     dtype: str | None = None,
     hook: str | None = None,
     revision: str | None = None,
-) -> TSAE:
+) -> Metered:
     """Atoms and their metric, from where they are kept.
 
     What this package wrote is checked against its manifest first (docs/format.md). JumpReLU and ReLU dictionaries of
@@ -87,13 +96,13 @@ def load_atoms(
         return _without_metric(found, str(path))
     folder = atoms_folder(path, hook, revision)
     found = open_dictionary(folder, device, dtype)
-    return found if isinstance(found, TSAE) else _without_metric(found, str(path))
+    return found if isinstance(found, Metered) else _without_metric(found, str(path))
 
 
 def open_dictionary(
     folder: Path, device: str = "cpu", dtype: str | None = None, threshold: Thresholds = "auto"
 ) -> SAE[Any]:
-    """Any dictionary on disk: a `TSAE` where it is ours, else what sae-lens has for its architecture."""
+    """Any dictionary on disk: with its metric where it is ours, else what sae-lens has for its architecture."""
     converter = aip_converter if _is_ours(folder) else partial(foreign_converter, threshold=threshold)
     return open_sae(folder, converter, device, dtype)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.training.activation_scaler import ActivationWhitening
 from torch import Tensor
-from typing_extensions import Self, override
+from typing_extensions import override
 
+from atom_lens.dictionaries.folder import AIP_FILENAME, check_atoms
 from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.storage.sealed import sealed_folder
 
 HEADS = "hook_z"  # the one hook whose heads sae-lens merges, and its name for doing so
 METRIC = ("aip_eigenvalues", "aip_eigenvectors")
@@ -55,13 +59,29 @@ class Metered(_Base):
         self.cfg.metadata.aip = {"n": aip.n, "ridge": aip.ridge, "source": aip.source}
 
     @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Metered:
         exact = {name: self._buffers.pop(name) for name in METRIC}
         super()._apply(fn, recurse)
         for name, value in exact.items():
             assert value is not None
             self.register_buffer(name, value.to(fn(value).device))
         return self
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Write a folder that sae-lens loads, the metric beside it, and a manifest."""
+        path = Path(path)
+        with sealed_folder(path) as folder:
+            self.write_files(folder)
+        return path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
+
+    def write_files(self, folder: Path) -> None:
+        """Write config, weights and metric without a manifest; what could not be read back is an AtomLensError."""
+        if not self.cfg.metadata.aip:
+            self.aip = self.aip  # say in the config, too, that there is none
+        super().save_model(folder)
+        self.aip.save(folder / AIP_FILENAME)
+        check_atoms(folder)
 
     @override
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:

@@ -43,6 +43,7 @@ class Setup(NamedTuple):
         steps: of its training.
         calibration: activations that it is not trained on, shape (m, d), on which thresholds may be set.
         metadata: of the sae-lens config: model_name, hook_name, ...
+        stream: where its activations will come from in training.
     """
 
     x: Float[Tensor | Rows, "n d"]
@@ -52,6 +53,7 @@ class Setup(NamedTuple):
     steps: int = 1000
     calibration: Float[Tensor | Rows, "m d"] | None = None
     metadata: Mapping[str, Any] = MappingProxyType({})
+    stream: str = "x"
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,11 @@ def kinds(of: type[AnyKind] = Kind) -> list[AnyKind]:
 def kind(name: str) -> Kind:
     """The kind of a dictionary in results: a registered one, or pretrained features of that name."""
     return _KINDS.get(name) or Kind(name=name, label=name, color="#c2559d")
+
+
+def recipes_kind(atoms: Atoms) -> Trained:
+    """The kind that a recipe's section `atoms` describes."""
+    return find_kind(f"tsae_{atoms.encoder}" if atoms.architecture == "aip_tsae" else atoms.architecture, Trained)
 
 
 def find_kind(name: str, of: type[AnyKind] = Kind) -> AnyKind:

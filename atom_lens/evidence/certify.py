@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from atom_lens.dictionaries import Dictionary
+from atom_lens.dictionaries.pursuit.sae import PursuitSAE
 from atom_lens.evidence.certificates import atom_coherence, certify_codes, rip_bound, unique_atoms, whitened_units
 from atom_lens.evidence.measure import Observation, observe
 from atom_lens.evidence.recovery import basis_pursuit_agrees, pursuit_agrees
@@ -59,7 +60,7 @@ def certify(
     certified = certify_codes(atoms, codes[:, alive], metric)
     spoken = certified.k > 0
     tau, window = getattr(dictionary, "threshold", None), None
-    if isinstance(tau, Tensor):
+    if isinstance(tau, Tensor) and not isinstance(dictionary, PursuitSAE):
         norms = metric.whiten(atoms).norm(dim=1)
         window = _window(seen, coherence.double().cpu(), (tau.detach()[alive].double() * norms).cpu())
     return Certificates(
@@ -70,7 +71,7 @@ def certify(
             babel=_share(certified.babel[spoken]),
             exact_recovery=_share(certified.exact_recovery[spoken]),
         ),
-        recovery=_recovery(dictionary, sampled, codes, alive, metric),
+        recovery=_recovery(dictionary, sampled, codes, alive, metric, generator),
         window=window,
     )
 
@@ -99,6 +100,7 @@ def _recovery(
     codes: Float[Tensor, "n F"],
     alive: Bool[Tensor, " F"],
     metric: AtomicInnerProduct,
+    generator: torch.Generator,
 ) -> Recovery | None:
     atoms = dictionary.W_dec.detach().float()[alive]
     active = codes[:, alive] != 0
@@ -111,11 +113,20 @@ def _recovery(
     bias = dictionary.decode(torch.zeros_like(codes[:1]))
     units = whitened_units(atoms, metric)
     exact, given = (metric.whiten(part - bias).to(units.dtype) for part in (reconstruction, x[rows]))
+    # Noise of the size of what is left over, in a random direction: a code that is read again does not hang on it.
+    noise = torch.randn(given.shape, generator=generator, dtype=given.dtype).to(given.device)
+    noise *= ((given - exact).norm(dim=1) / noise.norm(dim=1))[:, None]
+    disturbed = reconstruction + metric.unwhiten(noise).to(reconstruction.dtype)
+    again = dictionary.encode(disturbed.to(dictionary.W_dec.dtype))[:, alive] != 0
+    kept = (again & active[rows]).sum(dim=1) / k[rows]
+    same = (again == active[rows]).all(dim=1)
     return Recovery(
         n=len(rows),
         omp_reconstruction=_agreement(pursuit_agrees(exact, units, active[rows])),
         bp_reconstruction=_agreement(basis_pursuit_agrees(exact, units, active[rows])),
         omp_activation=_agreement(pursuit_agrees(given, units, active[rows])),
+        bp_activation=_agreement(basis_pursuit_agrees(given, units, active[rows], steps=4)),
+        under_noise=Agreement(same_support=_share(same), shared_atoms=float(kept.double().mean())),
     )
 
 

@@ -34,12 +34,13 @@ def pursuit_agrees(
 
 
 def basis_pursuit_agrees(
-    signals: Float[Tensor, "n d"], units: Float[Tensor, "F d"], active: Bool[Tensor, "n F"]
+    signals: Float[Tensor, "n d"], units: Float[Tensor, "F d"], active: Bool[Tensor, "n F"], steps: int | None = None
 ) -> Float[Tensor, " n"]:
     """Share of each support among the largest coefficients of the l1-minimal code (scikit-learn's LARS).
 
-    The signals must lie in the span of their supports (reconstructions): the path then ends where the l1 norm is
-    smallest among exact codes.
+    Where the signals lie in the span of their supports (reconstructions), the path ends where the l1 norm is smallest
+    among exact codes. Signals with noise (activations) have no such end: `steps`, in units of the size of the support,
+    is where their path is cut.
     """
     columns = units.T.double().cpu().numpy()
     agreement = torch.zeros(len(signals), dtype=torch.float64)
@@ -49,7 +50,14 @@ def basis_pursuit_agrees(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the path ends early once nothing is left over
             # Without a Gram matrix: of F x F there would be one.
-            _, _, path = lars_path(columns, signal, method="lasso", alpha_min=end, Gram=None)  # pyright: ignore[reportArgumentType]
+            _, _, path = lars_path(
+                columns,
+                signal,
+                method="lasso",
+                alpha_min=end,  # pyright: ignore[reportArgumentType]
+                max_iter=500 if steps is None else steps * size,
+                Gram=None,  # pyright: ignore[reportArgumentType]
+            )
         largest = torch.from_numpy(np.abs(path[:, -1]).argsort()[-size:].copy())
         agreement[row] = active[row, largest.to(active.device)].double().mean()
     return agreement

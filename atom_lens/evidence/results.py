@@ -106,6 +106,14 @@ class Recovery(Result):
     omp_reconstruction: Agreement
     bp_reconstruction: Agreement
     omp_activation: Agreement
+    bp_activation: Agreement | None = Field(
+        default=None, description="basis pursuit on the activation itself, its path cut at 4 K steps"
+    )
+    under_noise: Agreement | None = Field(
+        default=None,
+        description="the encoder itself, on the reconstruction and noise of the size of what is left over, isotropic "
+        "under the metric",
+    )
 
 
 class Eps(Result):

@@ -23,9 +23,14 @@ class Model(Section):
 
 
 class Split(Section):
-    """Held-out data. No subject lies on both sides."""
+    """Held-out data, and what choices are made on. No subject lies on two sides.
+
+    `validation` is a share of the subjects that are not held out: nothing is trained on them. Thresholds of pursuits
+    are set there, and learning rates are chosen there.
+    """
 
     heldout: float = Field(0.2, gt=0, lt=1)
+    validation: float = Field(0.0, ge=0, lt=1)
     seed: Seed = 0
 
 
@@ -58,8 +63,9 @@ class Pursuit(Section):
 
 
 class Atoms(Section):
-    """The dictionary. `capacity` is d_sae; the rest is `TSAETrainingConfig`'s."""
+    """The dictionary. `capacity` is d_sae; what pursuits need is in `pursuit`, the rest is `TSAETrainingConfig`'s."""
 
+    architecture: Literal["aip_tsae", "aip_topk", "aip_pursuit"] = "aip_tsae"
     capacity: int = Field(ge=1)
     target_l0: float = Field(gt=0)
     encoder: Literal["tied", "free"] = "free"

@@ -62,6 +62,7 @@ class SplitActivations(NamedTuple):
     """Activations of one hook, float32. No subject is in both parts.
 
     `subjects` are those of the held-out rows; `prompts` and `heldout_prompts` say which prompt each row comes from.
+    `validation` are rows of subjects that are in neither part, None where the recipe asks for none.
     """
 
     x: Float[Rows, "n d"]
@@ -69,6 +70,7 @@ class SplitActivations(NamedTuple):
     subjects: list[str]
     prompts: list[int]
     heldout_prompts: list[int]
+    validation: Float[Rows, "k d"] | None = None
 
 
 def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str) -> SplitActivations:
@@ -83,10 +85,23 @@ def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest,
             f"split.heldout is {recipe.split.heldout}, of {len(x)} activations it leaves {int(out.sum())} held-out: "
             "at least 2 are needed"
         )
-    if int((~out).sum()) < d and recipe.metric.ridge != "oas":
+    subjects = [groups[i] for i in out.nonzero()[:, 0].tolist()]
+    aside = torch.zeros_like(out)
+    if recipe.split.validation:
+        rest = (~out).nonzero()[:, 0]
+        chosen = heldout_rows([groups[i] for i in rest.tolist()], recipe.split.validation, recipe.split.seed)
+        aside[rest[chosen]] = True
+    own = ~out & ~aside
+    if int(own.sum()) < d and recipe.metric.ridge != "oas":
         raise AtomLensError(
-            f"hook {hook!r} has {int((~out).sum())} training activations of width {d}, the metric needs at least {d}: "
+            f"hook {hook!r} has {int(own.sum())} training activations of width {d}, the metric needs at least {d}: "
             "give more prompts, or metric.ridge=oas"
         )
-    subjects = [groups[i] for i in out.nonzero()[:, 0].tolist()]
-    return SplitActivations(x.select(~out), x.select(out), subjects, which[~out].tolist(), which[out].tolist())
+    return SplitActivations(
+        x.select(own),
+        x.select(out),
+        subjects,
+        which[own].tolist(),
+        which[out].tolist(),
+        x.select(aside) if recipe.split.validation else None,
+    )

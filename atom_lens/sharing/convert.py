@@ -8,7 +8,7 @@ from typing import get_args
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from atom_lens.dictionaries.load import atoms_folder, open_dictionary
-from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.weights import Thresholds
 from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import new_folder, read_json
@@ -50,7 +50,7 @@ def convert(
         raise AtomLensError(f"threshold is {threshold!r}, allowed are {', '.join(get_args(Thresholds))}")
     folder = atoms_folder(source, hook, revision)
     sae = open_dictionary(folder, dtype=dtype, threshold=threshold)
-    if isinstance(sae, TSAE):
+    if isinstance(sae, Metered):
         sae.save_model(out)
     else:
         with new_folder(out) as temporary:

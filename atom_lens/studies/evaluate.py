@@ -9,7 +9,7 @@ from pathlib import Path
 
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.dictionaries.load import atoms_folder, open_dictionary
-from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.dictionaries.metered import Metered
 from atom_lens.errors import AtomLensError
 from atom_lens.evidence.report import evaluate
 from atom_lens.evidence.results import Report
@@ -60,7 +60,7 @@ def evaluate_folder(
     folder = atoms_folder(path, hook)
     check_split(folder, recipe)
     atoms = open_dictionary(folder)
-    has_metric = isinstance(atoms, TSAE) and atoms.aip.n > 0
+    has_metric = isinstance(atoms, Metered) and atoms.aip.n > 0
     hook = str(atoms.cfg.metadata.hook_name)
     prompts = recipe.prompts.read()
     found = harvest_for(recipe, prompts)

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from atom_lens.errors import AtomLensError
+
 Precision = Literal["full", "bfloat16", "int8"]
 
 # Products of 8 bits have no public name in torch; where it lacks this one, other precisions do the same.
@@ -58,7 +60,7 @@ class Nearest:
         precision: of the product; None for what is fastest on the device.
 
     Raises:
-        ValueError: an atom whose norm is off 1 by more than 0.001 or not a number, or a precision without a product.
+        AtomLensError: an atom whose norm is off 1 by more than 0.001 or not a number, or a precision without a product.
     """
 
     def __init__(self, units: Float[Tensor, "F d"], precision: Precision | None = None) -> None:
@@ -67,11 +69,11 @@ class Nearest:
         wrong = ~((units.norm(dim=1) - 1).abs() <= 1e-3)
         if bool(wrong.any()):
             which = int(wrong.nonzero()[0])
-            raise ValueError(
+            raise AtomLensError(
                 f"units has norm {float(units[which].norm()):.4g} in row {which}, allowed are rows of norm 1"
             )
         if self.precision == "int8" and _int_mm is None:
-            raise ValueError("precision is 'int8', for which this torch has no product: allowed is 'bfloat16'")
+            raise AtomLensError("precision is 'int8', for which this torch has no product: allowed is 'bfloat16'")
         if self.precision == "full":
             return
         n, width = units.shape

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from atom_lens.dictionaries.pursuit.nearest import Found, Nearest, Precision
+from atom_lens.errors import AtomLensError
 
 _AT_ONCE = {"cpu": 2_621_440}  # entries of a product at a time: what stays in a cache
 _AT_ONCE_ELSEWHERE = 1 << 28
@@ -85,13 +86,13 @@ def pursue(
         Codes, values in the type of `y`.
 
     Raises:
-        ValueError: shapes or types that do not fit, no atoms, atoms whose norm is not 1, `most` below 1, `tau` negative
-            or NaN, rows that are not finite, `signed` with `nonnegative`, or a `Nearest` of other atoms.
+        AtomLensError: shapes or types that do not fit, no atoms, atoms whose norm is not 1, `most` below 1, `tau`
+            negative or NaN, rows that are not finite, `signed` with `nonnegative`, or a `Nearest` of other atoms.
     """
     _check(y, units, most, tau, signed, nonnegative)
     if isinstance(search, Nearest):
         if search.units is not units:
-            raise ValueError("search was made for other atoms than units, allowed is Nearest(units)")
+            raise AtomLensError("search was made for other atoms than units, allowed is Nearest(units)")
         nearest = search
     elif search is None and len(y) * most < _WORTH:
         nearest = Nearest(units, "full")
@@ -106,19 +107,19 @@ def pursue(
 
 def _check(y: Tensor, units: Tensor, most: int, tau: float | Tensor, signed: bool, nonnegative: bool) -> None:
     if y.dtype not in (torch.float32, torch.float64) or units.dtype != y.dtype:
-        raise ValueError(f"y is {y.dtype} and units are {units.dtype}, allowed is float32 or float64 for both")
+        raise AtomLensError(f"y is {y.dtype} and units are {units.dtype}, allowed is float32 or float64 for both")
     if not len(units) or units.shape[1] != y.shape[1]:
-        raise ValueError(f"units have shape {tuple(units.shape)}, allowed is (F, {y.shape[1]}) with F at least 1")
+        raise AtomLensError(f"units have shape {tuple(units.shape)}, allowed is (F, {y.shape[1]}) with F at least 1")
     if most < 1:
-        raise ValueError(f"most is {most}, allowed is at least 1")
+        raise AtomLensError(f"most is {most}, allowed is at least 1")
     if isinstance(tau, Tensor) and tau.shape != (len(units),):
-        raise ValueError(f"tau has shape {tuple(tau.shape)}, allowed is a number or shape ({len(units)},)")
+        raise AtomLensError(f"tau has shape {tuple(tau.shape)}, allowed is a number or shape ({len(units)},)")
     if not bool((torch.as_tensor(tau) >= 0).all()):
-        raise ValueError("tau is negative or NaN, allowed are numbers of at least 0")
+        raise AtomLensError("tau is negative or NaN, allowed are numbers of at least 0")
     if signed and nonnegative:
-        raise ValueError("signed is True with nonnegative True, allowed is signed with nonnegative=False")
+        raise AtomLensError("signed is True with nonnegative True, allowed is signed with nonnegative=False")
     if len(y) and not bool(torch.isfinite(y).all()):
-        raise ValueError("y has rows with NaN or infinite values")
+        raise AtomLensError("y has rows with NaN or infinite values")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The pursuit dictionary: threshold-activated matching pursuit in the atomic inner product, as an sae-lens architecture.
+"""The pursuit dictionary: threshold-activated matching pursuit in the AIP, as an sae-lens architecture.
 
 There is no encoder matrix: a code is found one atom at a time, in what the atoms before leave over (`omp.pursue`). The
 condition mu < 1 / (2K - 1), which q* asks of atoms, is the one under which this finds every K-sparse code (Tropp 2004).
@@ -61,8 +61,8 @@ class PursuitSAEConfig(SAEConfig):
 class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
     """Atoms under a pursuit: ``encode`` and ``decode`` act on raw activations, ``aip`` is the metric they live in.
 
-    ``W_dec`` holds one atom per row, of any norm but zero. ``threshold`` is, of each atom, the smallest correlation with
-    which it joins a code, in training coordinates, where an activation has mean square norm 1 (`pursuit_map`).
+    ``W_dec`` holds one atom per row, of any norm but zero. ``threshold`` is, of each atom, the smallest correlation
+    with which it joins a code, in training coordinates, where an activation has mean square norm 1 (`pursuit_map`).
     """
 
     threshold: torch.nn.Parameter
@@ -91,6 +91,17 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
         super().initialize_weights()
         self.threshold = torch.nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device))
 
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():  # the metric is a part of the encoder, and saved with it
+            state_dict[name] = value.contiguous()
+
+    @override
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """Give rows unit Euclidean norm: codes scale, no choice of an atom changes."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-30))
+
     def _prepared(self) -> tuple[Nearest, Float[Tensor, "d d"], Float[Tensor, " F"]]:
         """Unit atoms ready to be searched, the map into pursuit coordinates, and the atoms' norms there.
 
@@ -104,7 +115,7 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
         return Nearest((mapped / norms[:, None]).float()), map, norms
 
     def find(self, x: Float[Tensor, "n d"]) -> Codes:
-        """Sparse codes of raw activations: at most `max_iterations` atoms each, with coefficients of rows of `W_dec`."""
+        """Sparse codes of raw activations: at most `max_iterations` atoms each, coefficients of rows of `W_dec`."""
         version = (self.W_dec._version, self.aip_eigenvalues._version, id(self.aip_eigenvalues), self.W_dec.data_ptr())
         if self._ready is None or self._ready[0] != version:
             self._ready = version, *self._prepared()

@@ -21,6 +21,7 @@ from atom_lens.activations.models import pick_device
 from atom_lens.dictionaries.aip_topk import (
     AIPTopKTraining,
     AIPTopKTrainingConfig,
+    finish,
     share_of_variance,
     start_learner,
 )
@@ -165,12 +166,6 @@ def _start(setup: Setup, level: float, seed: int) -> Learner:
     return start_learner(PursuitTraining, config, setup, seed)
 
 
-def _finish(learner: Learner, aip: AtomicInnerProduct) -> PursuitSAE:
-    assert isinstance(learner.sae, PursuitTraining)
-    with torch.random.fork_rng(devices=[]):
-        return learner.sae.finish(aip, learner.calibration)
-
-
 register(
     Trained(
         name=ARCHITECTURE,
@@ -180,7 +175,7 @@ register(
         marker="*",
         least=1.0,
         start=_start,
-        finish=_finish,
+        finish=finish,
     )
 )
 SAE_TRAINING_CLASS_REGISTRY.pop(ARCHITECTURE, None)  # a notebook may reload this module

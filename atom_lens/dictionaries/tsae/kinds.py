@@ -80,7 +80,9 @@ def finish(learner: Learner, aip: AtomicInnerProduct) -> TSAE:
 
 def _start(encoder: str, setup: Setup, level: float, seed: int) -> Learner:
     atoms = setup.atoms.model_copy(update={"encoder": encoder, "target_l0": level})
-    return tsae_learner(setup.x, setup.aip, atoms, setup.device, seed=seed)
+    return tsae_learner(
+        setup.x, setup.aip, atoms, setup.device, seed=seed, metadata=setup.metadata, stream=setup.stream
+    )
 
 
 for _encoder, _marker in (("tied", "X"), ("free", "*")):

@@ -145,7 +145,7 @@ def _cells(
     """(name, what measures it), nulls first; `here` are the features of this hook."""
     assert recipe.atoms is not None and recipe.training is not None
     training, asked = recipe.training, recipe.section(Compare)
-    setup = Setup(split.x, aip, recipe.atoms, training.device)
+    setup = Setup(split.x, aip, recipe.atoms, training.device, training.steps, split.validation)
     # No pursuit takes more atoms than there are, or than directions.
     ks = sorted({min(max(1, round(level)), recipe.atoms.capacity, *split.x.shape) for level in asked.l0})
     for k in ks:

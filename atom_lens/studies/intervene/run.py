@@ -200,7 +200,8 @@ def _units(
 def _trained(recipe: Recipe, kind: Trained, level: float, split: SplitActivations, aip: AtomicInnerProduct) -> SAE[Any]:
     assert recipe.atoms is not None and recipe.training is not None
     training = recipe.training
-    learner = kind.start(Setup(split.x, aip, recipe.atoms, training.device), level, training.seed)
+    setup = Setup(split.x, aip, recipe.atoms, training.device, training.steps, split.validation)
+    learner = kind.start(setup, level, training.seed)
     fit_together({"x": split.x}, {kind.name: learner}, training)
     return kind.finish(learner, aip)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from atom_lens.dictionaries import Dictionary
 from atom_lens.dictionaries.bases import Basis, neurons
+from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.nulls import Pursuit, data_atoms, random_atoms
-from atom_lens.dictionaries.tsae.sae import TSAE
 from atom_lens.errors import AtomLensError
 from atom_lens.evidence.codes import codes_of
 from atom_lens.evidence.purity import purity
@@ -30,7 +30,7 @@ NOT_ASKED = (DATA_POINTS, DENSE_ATOMS)  # of a judge, whose answers cost
 
 
 def read_kinds(
-    atoms: TSAE, recipe: Recipe, read: Corpus, least: tuple[int, int], seed: int, without: Collection[str] = ()
+    atoms: Metered, recipe: Recipe, read: Corpus, least: tuple[int, int], seed: int, without: Collection[str] = ()
 ) -> dict[str, csc_array]:
     """Codes of atoms, the recipe's features, neurons, random directions, data points and random rows, on the same rows.
 

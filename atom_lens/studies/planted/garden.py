@@ -13,7 +13,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from sae_lens.synthetic import orthogonalize_embeddings
+from sae_lens.synthetic import (
+    ActivationGenerator,
+    generate_random_low_rank_correlation_matrix,
+    orthogonalize_embeddings,
+)
 from scipy.linalg import hadamard
 from scipy.stats import ortho_group
 from torch import Tensor
@@ -42,6 +46,11 @@ class Planted(Section):
     gap: float = Field(0.8, gt=0, le=1, description="delta_min / delta_max")
     noise: float = Field(0.0, ge=0, description="norm of the noise, in units of delta_max")
     condition: float = Field(1000.0, ge=1, description="condition number of the second moment of the map")
+    l0: float | None = Field(None, gt=0, description="mean L0 of codes whose K varies; None gives every code k atoms")
+    zipf: float = Field(0.0, ge=0, description="exponent of how often atoms are active by rank, where K varies")
+    correlated: float = Field(0.0, ge=0, lt=1, description="how strongly atoms fire together, where K varies")
+    hierarchy: bool = Field(False, description="every second atom fires only with the one before, where K varies")
+    offset: float = Field(0.0, ge=0, description="norm of the mean activation, in units of the root mean square of y")
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class Garden:
     units: Float[Tensor, "F d"]
     atoms: Float[Tensor, "F d"]
     metric: AtomicInnerProduct
+    offset: float = 0.0
 
     def activations(
         self, codes: Float[Tensor, "n F"], noise: float, generator: torch.Generator
@@ -58,6 +68,9 @@ class Garden:
         """x = D^T z + noise, the noise isotropic under the metric and of root mean square norm `noise`."""
         y = codes @ self.units
         y = y + noise / y.shape[1] ** 0.5 * torch.randn(y.shape, generator=generator, dtype=y.dtype)
+        if self.offset:
+            direction = unit_rows(torch.randn(1, y.shape[1], generator=generator, dtype=y.dtype))
+            y = y + self.offset * y.square().sum(dim=1).mean().sqrt() * direction
         return self.metric.unwhiten(y)
 
 
@@ -74,6 +87,10 @@ def check_planted(planted: Planted) -> None:
             f"atoms is 'two_bases' with width={d} and capacity={n_atoms}, "
             "allowed are a power of 2 and up to twice as many atoms"
         )
+    if planted.l0 is not None and planted.l0 >= n_atoms / 2:
+        raise AtomLensError(f"l0 is {planted.l0:g}, allowed is below half of capacity={n_atoms}")
+    if planted.l0 is None and (planted.zipf or planted.correlated or planted.hierarchy):
+        raise AtomLensError("l0 is null with zipf, correlated or hierarchy, allowed is a mean L0: K varies with them")
     if planted.k >= n_atoms:  # the hardest codes hold an atom silent beside k others
         raise AtomLensError(f"k is {planted.k}, allowed is below capacity={n_atoms}")
 
@@ -101,7 +118,7 @@ def plant(planted: Planted, seed: int) -> Garden:
     eigenvalues = torch.logspace(0, np.log10(planted.condition), d, dtype=torch.float64)
     turn = torch.from_numpy(ortho_group.rvs(d, random_state=seed + 1))
     metric = AtomicInnerProduct.from_eigen(eigenvalues, turn, 0, 0.0, "planted")
-    return Garden(units, metric.unwhiten(units), metric)
+    return Garden(units, metric.unwhiten(units), metric, planted.offset)
 
 
 def draw_codes(
@@ -111,6 +128,34 @@ def draw_codes(
     support = torch.rand(n, n_atoms, generator=generator).topk(k, dim=1).indices
     values = low + (high - low) * torch.rand(n, k, generator=generator, dtype=torch.float64)
     return torch.zeros(n, n_atoms, dtype=torch.float64).scatter_(1, support, values)
+
+
+def varying_codes(planted: Planted, n: int, seed: int) -> Float[Tensor, "n F"]:
+    """Codes whose K varies from row to row, by sae-lens' generator; amplitudes uniform in [gap, 1]."""
+    assert planted.l0 is not None
+    n_atoms = planted.capacity
+    generator = torch.Generator().manual_seed(seed)
+    # Mandelbrot's offset of 10 ranks keeps the most frequent atoms from being active all the time.
+    often = (torch.arange(n_atoms) + 10.0) ** -planted.zipf
+    if planted.hierarchy:  # a child is active half as often as its parent, and never without it
+        often[1::2] = often[::2][: n_atoms // 2] / 2
+    often = (often / often.sum() * planted.l0).clamp(max=0.5)
+    if not planted.hierarchy:
+        often = often[torch.randperm(n_atoms, generator=generator)]
+    given = often.clone()
+    if planted.hierarchy:  # the modifier silences children of silent parents: given its parent, a child is a coin
+        given[1::2] = 0.5
+    together = None
+    if planted.correlated:
+        scale = (planted.correlated / 10) ** 0.5
+        together = generate_random_low_rank_correlation_matrix(n_atoms, 10, scale, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # sae-lens' generator has none of its own
+        active = ActivationGenerator(n_atoms, given, correlation_matrix=together).sample(n) > 0
+    if planted.hierarchy:
+        active[:, 1::2] &= active[:, ::2][:, : n_atoms // 2]
+    values = planted.gap + (1 - planted.gap) * torch.rand(n, n_atoms, generator=generator, dtype=torch.float64)
+    return active * values
 
 
 def hardest_codes(units: Float[Tensor, "F d"], k: int, low: float, high: float) -> Float[Tensor, "n F"]:

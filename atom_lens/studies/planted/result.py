@@ -26,20 +26,40 @@ class Level(Result):
 
 
 class Mark(Result):
-    """A kind against the truth, means over seeds."""
+    """A dictionary under an encoder against the truth, means over seeds."""
 
     unit: str
+    encoder: str = Field(
+        description="`own`; `refit`: its choice of atoms, least-squares coefficients; `fixed`: a pursuit of as many "
+        "atoms for every row; `threshold`: a threshold-activated pursuit of the true mean L0"
+    )
     mcc: float = Field(description="mean coherence of planted atoms with their partners, planted metric")
     f1: float = Field(description="of supports")
     exact: float = Field(description="share of codes whose support is exactly the planted one")
     l0: float
+    r2: float = Field(description="held-out")
+    r2_aip: float = Field(description="held-out, under the metric of the training activations")
+
+    def above(self, truth: Mark) -> bool:
+        """Whether it explains more than the true atoms do: that is no success but a symptom."""
+        return self.r2 > truth.r2 + 0.005 or self.r2_aip > truth.r2_aip + 0.005
+
+
+class Learned(Result):
+    """What kinds find of atoms planted in one way."""
+
+    l0: float = Field(description="mean number of atoms that were planted in a row")
+    coherence: float = Field(description="the largest of two planted atoms, planted metric")
+    window: float = Field(description="by how much the threshold window is open at the largest K; below 0 it is shut")
+    truth: list[Mark] = Field(description="the planted atoms themselves: the ceiling")
+    marks: list[Mark]
 
 
 class PlantedFound(Result):
     """What planted.json holds."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     theorem: TheoremFound
     decay: dict[str, list[Level]] = Field(description="`noise` and `gap`")
-    learning: list[Mark] = []
+    learning: dict[str, Learned] = Field(default={}, description="by the name of the setting")
     versions: dict[str, str]

@@ -5,25 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from pydantic import Field, field_validator
-from sklearn.metrics import f1_score
-from torch import Tensor
+from pydantic import Field
 
-from atom_lens.dictionaries import Dictionary, Setup, Trained, find_kind, kinds
 from atom_lens.errors import AtomLensError
-from atom_lens.evidence.identity import match
-from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import load_section
 from atom_lens.recipe.recipe import Name
-from atom_lens.recipe.sections import Atoms, Training
+from atom_lens.recipe.sections import Training
 from atom_lens.storage.schema import Section, Seed
 from atom_lens.storage.versions import versions
 from atom_lens.studies.cells import check_new, result_folder
 from atom_lens.studies.planted.garden import (
-    Garden,
     Planted,
     check_planted,
     draw_codes,
@@ -33,11 +25,10 @@ from atom_lens.studies.planted.garden import (
     window,
     wrong_codes,
 )
-from atom_lens.studies.planted.result import Level, Mark, PlantedFound, TheoremFound
+from atom_lens.studies.planted.learning import Learning, learn
+from atom_lens.studies.planted.result import Level, PlantedFound, TheoremFound
 from atom_lens.studies.planted.show import show
 from atom_lens.studies.study import Study, recipe_command, register
-from atom_lens.studies.units import Unit
-from atom_lens.training.fit import fit_together
 
 study = register(Study(name="planted", result=PlantedFound, show=show))
 
@@ -52,30 +43,12 @@ class Theorem(Section):
     gap: list[float] = Field([1.0, 0.6, 0.3, 0.2, 0.1])
 
 
-class Learning(Section):
-    """Which SAEs have to find the atoms, from how much. `atoms` has the capacity and the target L0 of all units."""
-
-    planted: Planted = Planted.model_validate({"noise": 0.1})
-    atoms: Atoms
-    n: int = Field(20_000, ge=100)
-    l1: float = 5.0
-    units: list[Unit] = Field(default_factory=lambda: [one.name for one in kinds(Trained)], min_length=1)
-
-    @field_validator("units")
-    @classmethod
-    def _are_trained(cls, units: list[str]) -> list[str]:
-        for unit in units:
-            if not isinstance(find_kind(unit), Trained):
-                raise AtomLensError(f"learning.units has {unit!r}, allowed are units that are trained")
-        return units
-
-
 class PlantedRecipe(Section):
     """The study."""
 
     name: Name
     theorem: Theorem = Theorem.model_validate({})
-    learning: Learning | None = None
+    learning: dict[Name, Learning] = {}
     training: Training | None = None
     seed: Seed = 0
 
@@ -140,69 +113,28 @@ def decay(theorem: Theorem, seed: int) -> dict[str, list[Level]]:
     return found
 
 
-def learn(learning: Learning, training: Training, seed: int) -> list[Mark]:
-    """Train every unit on the planted activations and mark it: MCC under the planted metric, F1 of supports.
-
-    The metric that TSAEs train in is estimated from the activations, the planted one only marks. Half of the data is
-    held out; figures are means over seeds.
-    """
-    planted = learning.planted
-    garden = plant(planted, seed)
-    generator = torch.Generator().manual_seed(seed)
-    codes = draw_codes(2 * learning.n, len(garden.units), planted.k, planted.gap, 1.0, generator)
-    x = garden.activations(codes, planted.noise, generator).float()
-    x, heldout, truth = x[: learning.n], x[learning.n :], codes[learning.n :] != 0
-    setup = Setup(x, AtomicInnerProduct.estimate(x), learning.atoms, training.device)
-    levels = {"l0": learning.atoms.target_l0, "l1": learning.l1}
-    result = []
-    for unit in learning.units:
-        kind = find_kind(unit, Trained)
-        level = levels[kind.sparsity]
-        learners = {str(i): kind.start(setup, level, training.seed + i) for i in range(training.seeds)}
-        fit_together({"x": x}, learners, training)
-        marks = [_mark(kind.finish(one, setup.aip), garden, heldout, truth) for one in learners.values()]
-        result.append(Mark(unit=unit, **{key: float(np.mean([m[key] for m in marks])) for key in marks[0]}))
-    return result
-
-
-@torch.no_grad()
-def _mark(dictionary: Dictionary, garden: Garden, x: Float[Tensor, "n d"], truth: Tensor) -> dict[str, float]:
-    atoms = dictionary.W_dec.detach().double().cpu()
-    alive = atoms.norm(dim=1) > 0
-    found = match(garden.atoms, atoms[alive], garden.metric)
-    codes = torch.cat([dictionary.encode(rows.to(dictionary.W_dec.device)).cpu() for rows in x.split(4096)])
-    active = codes[:, alive] != 0
-    matched = active[:, found.partner.clamp(min=0)] & (found.partner >= 0)
-    return {
-        "mcc": float(found.coherence.mean()),
-        "f1": float(f1_score(truth.numpy(), matched.numpy(), average="micro")),
-        "exact": float((matched == truth).all(dim=1).double().mean()),
-        "l0": float(active.sum(dim=1).double().mean()),
-    }
-
-
 def planted(recipe: PlantedRecipe, out: str | Path = "runs") -> Path:
     """The theorem, its decay, and what trained SAEs find; returns ``out/<name>`` with planted.json and pictures.
 
     Raises:
         AtomLensError: before any work, what cannot be planted, drawn or trained.
     """
-    if recipe.learning is not None and recipe.training is None:
+    if recipe.learning and recipe.training is None:
         raise AtomLensError("key training is missing, learning needs it")
     if any(level < 0 for level in recipe.theorem.noise):
         raise AtomLensError(f"theorem.noise has {min(recipe.theorem.noise):g}, allowed is 0 or more")
     for level in recipe.theorem.gap:
         if not 0 < level <= 1:
             raise AtomLensError(f"theorem.gap has {level:g}, allowed is above 0 and up to 1")
-    for part in (recipe.theorem, recipe.learning):
-        if part is not None:
-            check_planted(part.planted)
+    for part in (recipe.theorem, *recipe.learning.values()):
+        check_planted(part.planted)
     folder = Path(out) / recipe.name
     check_new(folder)
-    learning = []
     theorem, falling = check_theorem(recipe.theorem, recipe.seed), decay(recipe.theorem, recipe.seed)
-    if recipe.learning is not None and recipe.training is not None:
-        learning = learn(recipe.learning, recipe.training, recipe.seed)
+    learning = {}
+    for name, setting in recipe.learning.items():
+        assert recipe.training is not None
+        learning[name] = learn(setting, recipe.training, recipe.seed)
     found = PlantedFound(theorem=theorem, decay=falling, learning=learning, versions=versions())
     with result_folder(folder) as work:
         study.keep(found, work)

@@ -5,10 +5,18 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 
 from atom_lens.dictionaries import kind
-from atom_lens.studies.planted.result import PlantedFound
+from atom_lens.studies.planted.result import Mark, PlantedFound
 from atom_lens.studies.study import Part
 from atom_lens.views.plot import ATOMS, Panel
 from atom_lens.views.table import Row, Table
+
+_ENCODERS = {"own": "own", "refit": "own atoms, refit", "fixed": "pursuit, fixed K", "threshold": "pursuit, threshold"}
+
+
+def _row(label: str, mark: Mark, above: bool) -> Row:
+    numbers = [mark.mcc, mark.f1, mark.exact]
+    r2 = [f"{mark.r2:.3f}" + "^" * above, f"{mark.r2_aip:.3f}"]
+    return Row(label, [_ENCODERS[mark.encoder], *(f"{one:.3f}" for one in numbers), f"{mark.l0:.2f}", *r2])
 
 
 def show(result: PlantedFound, name: str) -> list[Part]:
@@ -25,13 +33,16 @@ def show(result: PlantedFound, name: str) -> list[Part]:
     for what, levels in result.decay.items():
         rows = [Row(f"{one.level:g}", [f"{one.window:.3f}", f"{one.exact:.4f}"]) for one in levels]
         tables.append(Table(f"{name}: decay with {what}", [what, "window is open by", "codes read exactly"], rows))
-    if result.learning:
-        rows = [
-            Row(kind(one.unit).label, [f"{one.mcc:.3f}", f"{one.f1:.3f}", f"{one.exact:.3f}", f"{one.l0:.2f}"])
-            for one in result.learning
-        ]
-        heads = ["trained", "MCC (AIP)", "support F1", "codes exact", "L0"]
-        tables.append(Table(f"{name}: trained dictionaries against the truth", heads, rows))
+    for setting, found in result.learning.items():
+        ceiling = next(one for one in found.truth if one.encoder == "threshold")
+        rows = [_row("planted atoms", one, False) for one in found.truth]
+        rows += [_row(kind(one.unit).label, one, one.above(ceiling)) for one in found.marks]
+        heads = ["dictionary", "encoder", "MCC (AIP)", "support F1", "codes exact", "L0", "R²", "R² (AIP)"]
+        facts = [("planted L0", f"{found.l0:.2f}"), ("window is open by", f"{found.window:.3f}")]
+        notes = []
+        if any(one.above(ceiling) for one in found.marks):
+            notes.append("^ explains more than the planted atoms under the same pursuit: it fits the noise.")
+        tables.append(Table(f"{name}: {setting}, against the truth", heads, rows, facts=facts, notes=notes))
 
     def draw(axes: Axes, what: str) -> None:
         levels = result.decay[what]

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csc_array
 from torch import Tensor
 
+from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.tsae.sae import TSAE
 from atom_lens.evidence.certificates import atom_coherence, whitened_units
 from atom_lens.evidence.codes import active_rows, codes_of
@@ -26,7 +27,9 @@ _BARS = 16
 _NEIGHBOURS = 5
 
 
-def browse(atoms: TSAE, corpus: Corpus, heldout: Observation, identity: Float[Tensor, " F"] | None) -> dict[str, Any]:
+def browse(
+    atoms: Metered, corpus: Corpus, heldout: Observation, identity: Float[Tensor, " F"] | None
+) -> dict[str, Any]:
     """Columns of the browser, one entry per atom where nothing else is said.
 
     Args:
@@ -81,14 +84,14 @@ def neighbours(
     return torch.cat(found), torch.cat(values)
 
 
-def window_margin(atoms: TSAE, seen: Observation) -> Float[Tensor, " F"]:
+def window_margin(atoms: Metered, seen: Observation) -> Float[Tensor, " F"]:
     """How far each threshold is inside its identifiability window, in units of itself; below 0 outside, NaN if silent.
 
     The window is that of the report's certificates: each atom's own extremes on the split `seen`.
     """
     margin = torch.full((len(seen.alive),), torch.nan, dtype=torch.float64)
     alive = seen.alive
-    if not alive.any():
+    if not alive.any() or not isinstance(atoms, TSAE):  # other encoders have no such window
         return margin
     living = atoms.W_dec.detach().float()[alive]
     tau = atoms.threshold.detach()[alive].double() * atoms.aip.whiten(living).norm(dim=1)

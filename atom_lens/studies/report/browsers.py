@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from atom_lens.dictionaries.load import load_atoms
-from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.dictionaries.metered import Metered
 from atom_lens.errors import AtomLensError
 from atom_lens.evidence.measure import Observation, observe
 from atom_lens.evidence.results import Report
@@ -70,7 +70,7 @@ def _lens(recipe: Recipe, hooks: Iterable[str]) -> Lens | str | None:
         return f"Logit-lens words are left out: {_sentence(error)}."
 
 
-def _words(lens: Lens | str | None, hook: str, atoms: TSAE) -> dict[str, Any] | str:
+def _words(lens: Lens | str | None, hook: str, atoms: Metered) -> dict[str, Any] | str:
     if lens is None or not is_residual(hook):
         return (
             f"Logit-lens words are left out: hook {hook!r} is not in the residual stream, where the unembedding reads."

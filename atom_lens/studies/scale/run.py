@@ -17,9 +17,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from atom_lens.dictionaries import Learner
+from atom_lens.dictionaries import Learner, Setup, recipes_kind
 from atom_lens.dictionaries.nulls import shuffle_coordinates
-from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
 from atom_lens.errors import AtomLensError
 from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import observe
@@ -111,18 +110,20 @@ def _row(recipe: Recipe, split: SplitActivations, n: int) -> Row:
             here, heldout = shuffle_coordinates(here, generator), shuffle_coordinates(heldout, generator)
         data[name] = here, heldout, AtomicInnerProduct.estimate(here, recipe.metric.ridge, f"{n} {name}")
     learners: dict[str, Learner] = {}
+    kind = recipes_kind(recipe.atoms)
     for capacity in recipe.section(Scale).capacities:
         atoms = recipe.atoms.model_copy(update={"capacity": capacity})
         for seed in range(training.seeds):
             for name, (here, _, aip) in data.items():
-                learners[f"{name} {capacity} {seed}"] = tsae_learner(
-                    here, aip, atoms, training.device, seed=training.seed + seed, stream=name
-                )
+                aside = split.validation if name == "activations" else None
+                setup = Setup(here, aip, atoms, training.device, training.steps, aside, stream=name)
+                learner = kind.start(setup, atoms.target_l0, training.seed + seed)
+                learners[f"{name} {capacity} {seed}"] = learner
     fit_together({name: here for name, (here, *_) in data.items()}, learners, training)
     cells = []
     for name, (here, heldout, aip) in data.items():
         for capacity in recipe.section(Scale).capacities:
-            runs = [finish(learners[f"{name} {capacity} {seed}"], aip) for seed in range(training.seeds)]
+            runs = [kind.finish(learners[f"{name} {capacity} {seed}"], aip) for seed in range(training.seeds)]
             seen = [{"train": observe(run, here, aip), "heldout": observe(run, heldout, aip)} for run in runs]
             alive = [one["train"].alive for one in seen]
             same = None

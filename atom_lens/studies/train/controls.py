@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atom_lens.dictionaries import Learner
+from atom_lens.dictionaries import Learner, Setup, recipes_kind
+from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.nulls import TrainedNull, shuffle_coordinates
-from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
-from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.dictionaries.tsae.kinds import tsae_learner
 from atom_lens.evidence.identity import identity
 from atom_lens.geometry import AtomicInnerProduct, Ridge
 from atom_lens.recipe.sections import Atoms, Training, Wandb
@@ -34,7 +34,7 @@ class Fitted:
             where n is near F from the same ones. None for a single run.
     """
 
-    runs: list[TSAE]
+    runs: list[Metered]
     sparsity: list[Float[Tensor, " F"]]
     nulls: dict[str, TrainedNull]
     start_pw_mcc: float | None
@@ -47,6 +47,7 @@ class Fitted:
 def fit_with_controls(
     x: Float[Tensor | Rows, "n d"],
     heldout: Float[Tensor | Rows, "m d"],
+    validation: Float[Tensor | Rows, "k d"] | None,
     aip: AtomicInnerProduct,
     atoms: Atoms,
     training: Training,
@@ -56,19 +57,23 @@ def fit_with_controls(
     ridge: Ridge = "oas",
     checkpoint: Path | None = None,
 ) -> Fitted:
-    """Train `training.seeds` TSAEs and, unless `training.nulls` is off, the trained nulls, in one pass.
+    """Train `training.seeds` dictionaries and, unless `training.nulls` is off, the trained nulls, in one pass.
+
+    A frozen decoder is a null of TSAEs: random directions under another encoder are among the nulls of every report.
 
     Args:
         x, heldout: activations of the two splits, shape (n, d) and (m, d); only `x` is learned from.
+        validation: activations of neither split, on which a pursuit sets its threshold; None leaves it as trained.
         aip: the metric of `x`.
         atoms, training: of the recipe.
         metadata, wandb, run_name: as in `fit`.
         checkpoint: as in `fit_together`.
         ridge: of the metric of the shuffled activations.
     """
+    kind = recipes_kind(atoms)
+    setup = Setup(x, aip, atoms, training.device, training.steps, validation, metadata or {})
     learners: dict[str, Learner] = {
-        f"seed {i}": tsae_learner(x, aip, atoms, training.device, seed=training.seed + i, metadata=metadata)
-        for i in range(training.seeds)
+        f"seed {i}": kind.start(setup, atoms.target_l0, training.seed + i) for i in range(training.seeds)
     }
     start = None
     if training.seeds > 1:
@@ -80,16 +85,19 @@ def fit_with_controls(
         generator = torch.Generator().manual_seed(training.seed)
         rows, heldout_rows = shuffle_coordinates(x, generator), shuffle_coordinates(heldout, generator)
         streams["shuffled"] = rows
-        empty = {
-            "frozen": (x, heldout, aip),
-            "shuffled": (rows, heldout_rows, AtomicInnerProduct.estimate(rows, ridge, "shuffled coordinates")),
-        }
-        # A frozen decoder leaves everything to the encoder, so that one is free.
-        free = atoms.model_copy(update={"encoder": "free"})
+        alone = AtomicInnerProduct.estimate(rows, ridge, "shuffled coordinates")
         device, seed = training.device, training.seed
-        learners["frozen"] = tsae_learner(x, aip, free, device, seed=seed, freeze_decoder=True)
-        learners["shuffled"] = tsae_learner(rows, empty["shuffled"][2], atoms, device, seed=seed, stream="shuffled")
+        if atoms.architecture == "aip_tsae":
+            empty["frozen"] = (x, heldout, aip)
+            # A frozen decoder leaves everything to the encoder, so that one is free.
+            free = atoms.model_copy(update={"encoder": "free"})
+            learners["frozen"] = tsae_learner(x, aip, free, device, seed=seed, freeze_decoder=True)
+        empty["shuffled"] = (rows, heldout_rows, alone)
+        nothing = setup._replace(x=rows, aip=alone, calibration=None, metadata={}, stream="shuffled")
+        learners["shuffled"] = kind.start(nothing, atoms.target_l0, seed)
     sparsity = fit_together(streams, learners, training, wandb, run_name, checkpoint)
-    nulls = {name: TrainedNull(finish(learners[name], what[2]), *what) for name, what in empty.items()}
+    nulls = {name: TrainedNull(kind.finish(learners[name], what[2]), *what) for name, what in empty.items()}
     seeds = [name for name in learners if name not in nulls]
-    return Fitted([finish(learners[name], aip) for name in seeds], [sparsity[name] for name in seeds], nulls, start)
+    # What a recipe can train is ours, and has a metric.
+    runs = [cast("Metered", kind.finish(learners[name], aip)) for name in seeds]
+    return Fitted(runs, [sparsity[name] for name in seeds], nulls, start)

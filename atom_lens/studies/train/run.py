@@ -16,7 +16,8 @@ from torch import Tensor
 
 from atom_lens.activations.harvest import Harvest
 from atom_lens.activations.prompts.prompt import Prompt
-from atom_lens.dictionaries.tsae.sae import TSAE, model_metadata
+from atom_lens.dictionaries.metered import Metered
+from atom_lens.dictionaries.tsae.sae import model_metadata
 from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import observe
 from atom_lens.evidence.report import evaluate
@@ -84,7 +85,8 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
 
 def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, work: Path) -> None:
     assert recipe.atoms is not None and recipe.training is not None
-    x, heldout, subjects, *_ = split_activations(recipe, prompts, found, hook)
+    split = split_activations(recipe, prompts, found, hook)
+    x, heldout, subjects = split.x, split.heldout, split.subjects
     dropped = found.dropped[hook]
     logger.info(
         "%s: %d training and %d held-out activations, %d massive rows dropped", hook, len(x), len(heldout), dropped
@@ -104,6 +106,7 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
     fitted = fit_with_controls(
         x,
         heldout,
+        split.validation,
         aip,
         recipe.atoms,
         recipe.training,
@@ -184,7 +187,7 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 
 def save_atoms(
-    atoms: TSAE,
+    atoms: Metered,
     folder: Path,
     report: Result | None,
     sparsity: Float[Tensor, " F"],

@@ -1,0 +1,154 @@
+"""Which dictionaries find planted atoms, under which encoder: a new kind's first test, which R² cannot game."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, field_validator
+from sklearn.metrics import f1_score
+from torch import Tensor
+
+from atom_lens.dictionaries import Dictionary, Setup, Trained, find_kind, kinds
+from atom_lens.dictionaries.encoders import Refit, bias_of, under_pursuit
+from atom_lens.dictionaries.nulls import Pursuit
+from atom_lens.dictionaries.pursuit.sae import PursuitSAE
+from atom_lens.errors import AtomLensError
+from atom_lens.evidence.identity import match
+from atom_lens.evidence.measure import measure
+from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.recipe.sections import Atoms, Training
+from atom_lens.storage.schema import Section
+from atom_lens.studies.planted.garden import Garden, Planted, draw_codes, plant, varying_codes, window
+from atom_lens.studies.planted.result import Learned, Mark
+from atom_lens.studies.units import Unit
+from atom_lens.training.fit import fit_together
+
+_ASIDE = 8192  # rows on which thresholds of pursuits are set
+
+
+class Learning(Section):
+    """Which SAEs have to find the atoms, from how much. `atoms` has the capacity and the target L0 of all units.
+
+    `encoders` says whether their atoms are also marked under other encoders than their own.
+    """
+
+    planted: Planted = Planted.model_validate({"noise": 0.1})
+    atoms: Atoms
+    n: int = Field(20_000, ge=100)
+    l1: float = 5.0
+    units: list[Unit] = Field(default_factory=lambda: [one.name for one in kinds(Trained)], min_length=1)
+    encoders: bool = True
+
+    @field_validator("units")
+    @classmethod
+    def _are_trained(cls, units: list[str]) -> list[str]:
+        for unit in units:
+            if not isinstance(find_kind(unit), Trained):
+                raise AtomLensError(f"learning.units has {unit!r}, allowed are units that are trained")
+        return units
+
+
+def learn(learning: Learning, training: Training, seed: int) -> Learned:
+    """Train every unit on planted activations and mark it: MCC under the planted metric, F1 of supports, R².
+
+    The metric that dictionaries train in is estimated from the activations, the planted one only marks. As many rows
+    as are trained on are held out; figures are means over seeds.
+    """
+    planted, n = learning.planted, learning.n
+    garden = plant(planted, seed)
+    generator = torch.Generator().manual_seed(seed)
+    total = 2 * n + _ASIDE
+    if planted.l0 is None:
+        codes = draw_codes(total, len(garden.units), planted.k, planted.gap, 1.0, generator)
+    else:
+        codes = varying_codes(planted, total, seed)
+    x = garden.activations(codes, planted.noise, generator).float()
+    truth = codes != 0
+    aip = AtomicInnerProduct.estimate(x[:n])
+    marker = _Marker(garden, aip, x[n : 2 * n], truth[n : 2 * n], x[2 * n :])
+    setup = Setup(x[:n], aip, learning.atoms, training.device, training.steps, x[2 * n :])
+    levels = {"l0": learning.atoms.target_l0, "l1": learning.l1}
+    marks = []
+    for unit in learning.units:
+        kind = find_kind(unit, Trained)
+        learners = {str(i): kind.start(setup, levels[kind.sparsity], training.seed + i) for i in range(training.seeds)}
+        fit_together({"x": setup.x}, learners, training)
+        runs = [marker.marks(unit, kind.finish(one, aip), learning.encoders) for one in learners.values()]
+        marks += [_mean(several) for several in zip(*runs, strict=True)]
+    bias = (x[:n].double() - codes[:n] @ garden.atoms).mean(dim=0).float()
+    k = int(truth.sum(dim=1).max())
+    at = window(garden, planted.model_copy(update={"k": k}))
+    return Learned(
+        l0=marker.l0,
+        coherence=float((garden.units @ garden.units.T).fill_diagonal_(0).abs().max()),
+        window=float(at.upper - at.lower),
+        truth=list(marker.pursued("truth", garden.atoms.float(), bias)),
+        marks=marks,
+    )
+
+
+def _mean(marks: tuple[Mark, ...]) -> Mark:
+    names = {"unit", "encoder"}
+    numbers = {
+        key: float(np.mean([getattr(one, key) for one in marks])) for key in Mark.model_fields if key not in names
+    }
+    return Mark(unit=marks[0].unit, encoder=marks[0].encoder, **numbers)
+
+
+class _Marker:
+    """Marks dictionaries on held-out rows of which the codes are known."""
+
+    def __init__(
+        self,
+        garden: Garden,
+        aip: AtomicInnerProduct,
+        x: Float[Tensor, "n d"],
+        truth: Bool[Tensor, "n F"],
+        aside: Float[Tensor, "m d"],
+    ) -> None:
+        self.garden, self.aip, self.x, self.truth, self.aside = garden, aip, x, truth, aside
+        self.l0 = float(truth.sum(dim=1).double().mean())
+
+    def marks(self, unit: str, dictionary: Dictionary, encoders: bool) -> list[Mark]:
+        found = [self.mark(unit, "own", dictionary)]
+        if encoders:
+            bias = bias_of(dictionary)
+            found += [
+                self.mark(unit, "refit", Refit(dictionary, self.aip, bias)),
+                *self.pursued(unit, dictionary.W_dec, bias, threshold=not isinstance(dictionary, PursuitSAE)),
+            ]
+        return found
+
+    def pursued(
+        self, unit: str, atoms: Float[Tensor, "F d"], bias: Float[Tensor, " d"], threshold: bool = True
+    ) -> Iterator[Mark]:
+        """The same atoms under a pursuit of as many atoms for every row, and under one with a threshold."""
+        atoms, bias = atoms.detach().cpu(), bias.cpu()
+        atoms = atoms[atoms.norm(dim=1) > 0]
+        yield self.mark(unit, "fixed", Pursuit(atoms, bias, self.aip, max(1, round(self.l0))))
+        if threshold:
+            yield self.mark(unit, "threshold", under_pursuit(atoms, bias, self.aip, self.aside, self.l0))
+
+    @torch.no_grad()
+    def mark(self, unit: str, encoder: str, dictionary: Dictionary) -> Mark:
+        atoms = dictionary.W_dec.detach().double().cpu()
+        alive = atoms.norm(dim=1) > 0
+        found = match(self.garden.atoms, atoms[alive], self.garden.metric)
+        device = dictionary.W_dec.device
+        codes = torch.cat([dictionary.encode(rows.to(device)).cpu() for rows in self.x.split(4096)])
+        active = codes[:, alive] != 0
+        matched = active[:, found.partner.clamp(min=0)] & (found.partner >= 0)
+        figures = measure(dictionary, self.x, self.aip)
+        return Mark(
+            unit=unit,
+            encoder=encoder,
+            mcc=float(found.coherence.mean()),
+            f1=float(f1_score(self.truth.numpy(), matched.numpy(), average="micro")),
+            exact=float((matched == self.truth).all(dim=1).double().mean()),
+            l0=float(active.sum(dim=1).double().mean()),
+            r2=figures.r2,
+            r2_aip=figures.r2_aip,
+        )
