@@ -91,7 +91,8 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         "theorem.codes=600",
         "theorem.planted={width: 64, capacity: 128}",
         "learning={one: {planted: {width: 16, capacity: 16, k: 1, noise: 0.1}, atoms: {capacity: 16, target_l0: 1, "
-        "start: random, loss_norm: 0, noise: 0.1, l0_coefficient: 0.01, bandwidth: 0.2}, n: 2000, units: [tsae_tied, topk, topk_whitened, aip_pursuit]}}",
+        "start: random, loss_norm: 0, noise: 0.1, l0_coefficient: 0.01, bandwidth: 0.2}, n: 2000, "
+        "units: [tsae_tied, topk, topk_whitened, aip_pursuit]}}",
         "training.steps=800",
         "training.batch_size=128",
         "training.seeds=2",
