@@ -199,10 +199,12 @@ def swept(unit: str, points: list[tuple[float, float]]) -> list[Cell]:
 
 
 def test_matched_sparsity_interpolates_and_never_extrapolates() -> None:
-    cells = [*swept("topk", [(4, 0.4), (16, 0.8)]), *swept("relu", [(10, 0.5), (90, 0.9)]), *swept("gated", [(8, 0.3)])]
+    cells = [*swept("topk", [(4, 0.4), (16, 0.8)]), *swept("relu", [(10, 0.5), (90, 0.9)]), *swept("gated", [(7, 0.3)])]
+    cells += swept("aip_pursuit", [(8.2, 0.7)])
     rows = {row.unit: row for row in matched(cells, 8.0)}
     assert rows["topk"].r2 == pytest.approx(0.6) and rows["topk"].between == [4, 16]
     assert rows["relu"].between is None and rows["gated"].between is None
+    assert rows["aip_pursuit"].r2 == pytest.approx(0.7), "within 3% a point is the point"
     text = shown(a=at_hook(cells, matched=list(rows.values())))
     assert "at L0 8" in text and "No sweep crosses this L0: ReLU, gated." in text
     assert {row.unit: row for row in matched(cells, 16.0)}["topk"].r2 == pytest.approx(0.8)

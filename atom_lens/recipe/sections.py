@@ -55,8 +55,8 @@ class Pursuit(Section):
     """
 
     norm: float = Field(0.0, ge=0, le=1)
-    amortised: float = Field(0.6, ge=0, le=1)
-    cap: float = Field(3.0, ge=1)
+    amortised: float = Field(0.3, ge=0, le=1)
+    cap: float = Field(2.0, ge=1)
     prune: bool = False
     start: Literal["data", "random"] = "random"
     noise: float = Field(0.0, ge=0)

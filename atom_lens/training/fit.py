@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import wandb as wandb_client
@@ -18,9 +18,8 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 
 from atom_lens.activations.models import pick_device
-from atom_lens.dictionaries import Learner
-from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
-from atom_lens.dictionaries.tsae.sae import TSAE
+from atom_lens.dictionaries import Learner, Setup, recipes_kind
+from atom_lens.dictionaries.metered import Metered
 from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.sections import Atoms, Training, Wandb
@@ -162,12 +161,19 @@ def fit(
     metadata: Mapping[str, Any] | None = None,
     wandb: Wandb | None = None,
     run_name: str | None = None,
-) -> tuple[TSAE, Float[Tensor, " F"]]:
-    """Train one TSAE on activations `x`, shape (n, d), under the metric `aip`.
+    calibration: Float[Tensor | Rows, "m d"] | None = None,
+) -> tuple[Metered, Float[Tensor, " F"]]:
+    """Train one dictionary, the one that `atoms` describes, on activations `x`, shape (n, d), under the metric `aip`.
+
+    Args:
+        calibration: activations not trained on, shape (m, d), on which a pursuit sets its threshold; None leaves it as
+            trained.
 
     Returns:
         The atoms on raw activations, and the log10 firing frequency of each, shape (F,).
     """
-    learner = tsae_learner(x, aip, atoms, training.device, seed=training.seed, metadata=metadata)
-    sparsity = fit_together({"x": x}, {"tsae": learner}, training, wandb, run_name)
-    return finish(learner, aip), sparsity["tsae"]
+    kind = recipes_kind(atoms)
+    setup = Setup(x, aip, atoms, training.device, training.steps, calibration, metadata or {})
+    learner = kind.start(setup, atoms.target_l0, training.seed)
+    sparsity = fit_together({"x": x}, {"atoms": learner}, training, wandb, run_name)
+    return cast("Metered", kind.finish(learner, aip)), sparsity["atoms"]

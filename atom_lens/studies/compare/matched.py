@@ -19,8 +19,10 @@ def matched(cells: Sequence[Cell], l0: float) -> list[Matched]:
     for unit in dict.fromkeys(cell.unit for cell in cells):
         sweep = sorted(((_means(cell), _l0(cell)) for cell in cells if cell.unit == unit), key=lambda point: point[1])
         row = Matched(l0=l0, unit=unit)
-        for (lower, low), (upper, high) in pairwise(sweep):
-            if 0 < low <= l0 <= high:
+        # A point within 3% is the point: a threshold meets an L0 on other rows than those that it was set on.
+        near = [(point, at) for point, at in sweep if abs(at / l0 - 1) <= 0.03]
+        for (lower, low), (upper, high) in [(near[0], near[0])] if near else pairwise(sweep):
+            if near or 0 < low <= l0 <= high:
                 share = 0.0 if low == high else float(np.log(l0 / low) / np.log(high / low))
                 both = {key: lower[key] + share * (upper[key] - lower[key]) for key in lower if key in upper}
                 row = Matched(l0=l0, unit=unit, between=[low, high], **both)

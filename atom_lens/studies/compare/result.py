@@ -14,6 +14,12 @@ class Run(Result):
 
     train: Figures
     heldout: Figures
+    refit: Figures | None = Field(
+        default=None, description="held-out: the atoms that it chose, coefficients by least squares under the metric"
+    )
+    pursued: Figures | None = Field(
+        default=None, description="held-out: its atoms under a threshold-activated pursuit in the AIP, at its mean L0"
+    )
 
 
 class Cell(Kept):

@@ -18,12 +18,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from atom_lens.dictionaries import Dictionary, Drawn, Fixed, Learner, Setup, Trained, find_kind, kinds
+from atom_lens.dictionaries.encoders import Refit, bias_of, under_pursuit
 from atom_lens.dictionaries.nulls import Pursuit
+from atom_lens.dictionaries.pursuit.sae import PursuitSAE
 from atom_lens.errors import AtomLensError
 from atom_lens.evidence.bootstrap import intervals
 from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.identity import identity
-from atom_lens.evidence.measure import Observation, observe
+from atom_lens.evidence.measure import Observation, measure, observe
 from atom_lens.evidence.results import Figures, MetricAbout
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import load_recipe
@@ -38,10 +40,11 @@ from atom_lens.studies.compare.result import Cell, Comparison, Hook, Run
 from atom_lens.studies.compare.show import runs_table, show
 from atom_lens.studies.study import Study, recipe_command, register
 from atom_lens.studies.units import Features, Unit, measured_kinds, pretrained
-from atom_lens.tensors.rows import mean_row
+from atom_lens.tensors.rows import Rows, mean_row
 from atom_lens.training.fit import fit_together
 
 logger = logging.getLogger(__name__)
+_PURSUED = 64  # mean L0 beyond which other encoders take longer than the training
 
 
 class Compare(Section):
@@ -203,12 +206,32 @@ def _cell(
         seen = {"train": observe(dictionary, split.x, aip), "heldout": observe(dictionary, split.heldout, aip)}
         interval = {"interval": intervals(seen["heldout"], groups=split.subjects)}
         heldout = seen["heldout"].figures.model_copy(update=interval)
-        runs.append(Run(train=seen["train"].figures, heldout=heldout))
+        runs.append(Run(train=seen["train"].figures, heldout=heldout, **_encoded(dictionary, heldout, split, aip)))
         alive.append(seen["train"].alive)
     same = None
     if len(dictionaries) > 1 and all(mask.any() for mask in alive):
         same = identity([d.W_dec.detach().float() for d in dictionaries], aip, alive).figures
     return Cell(unit=unit, level=level, runs=runs, identity=same)
+
+
+def _encoded(
+    dictionary: Dictionary, own: Figures, split: SplitActivations, aip: AtomicInnerProduct
+) -> dict[str, Figures | None]:
+    """The atoms under other encoders, held-out: what is theirs, and what their encoder's."""
+    k = own.l0.mean
+    if not 1 <= k <= _PURSUED or own.l0.max > 4 * _PURSUED:
+        return {}
+    bias = bias_of(dictionary)
+    refit = Refit(dictionary, aip, bias)
+    if isinstance(dictionary, PursuitSAE) and dictionary.cfg.norm == 0:
+        return {"refit": None, "pursued": own.model_copy(update={"interval": None})}
+    pursued = under_pursuit(dictionary.W_dec.float(), bias, aip, _aside(split), k)
+    return {"refit": measure(refit, split.heldout, aip), "pursued": measure(pursued, split.heldout, aip)}
+
+
+def _aside(split: SplitActivations) -> Float[Tensor | Rows, "n d"]:
+    """Where thresholds are set: on rows that nothing was trained on, where the recipe asks for some."""
+    return split.x if split.validation is None else split.validation
 
 
 def _null_cell(null: Drawn, k: int, setup: Setup, split: SplitActivations, seed: int) -> Cell:
@@ -220,7 +243,8 @@ def _null_cell(null: Drawn, k: int, setup: Setup, split: SplitActivations, seed:
     train, heldout = (
         _best(observe(pursued, rows, setup.aip), euclidean.residual(rows)) for rows in (split.x, split.heldout)
     )
-    return Cell(unit=null.name, level=float(k), runs=[Run(train=train, heldout=heldout)])
+    encoded = _encoded(pursued, heldout, split, setup.aip)
+    return Cell(unit=null.name, level=float(k), runs=[Run(train=train, heldout=heldout, **encoded)])
 
 
 def _best(seen: Observation, residual: Float[Tensor, " n"]) -> Figures:

@@ -26,6 +26,7 @@ def show(result: Comparison, name: str) -> list[Part]:
     tables = [_over_hooks(result, name)] if len(result.hooks) > 1 else []
     for hook, found in result.hooks.items():
         tables += [_cells(found, f"{name} · {hook} of {result.model}"), *_matched(found, f"{name} · {hook}")]
+        tables += _encoders(found, f"{name} · {hook}")
     measured = {hook: [_measured(cell) for cell in found.cells] for hook, found in result.hooks.items()}
     planes = [
         Panel(
@@ -136,6 +137,26 @@ def _matched(found: Hook, title: str) -> list[Table]:
         notes = [f"No sweep crosses this L0: {', '.join(missing)}."] if missing else []
         tables.append(Table(f"{title}, at L0 {l0:g}", heads, rows, notes=notes))
     return tables
+
+
+def _encoders(found: Hook, title: str) -> list[Table]:
+    """Atoms under their own encoder, refitted, and under a pursuit, held-out: what is theirs, what the encoder's."""
+    cells = [cell for cell in found.cells if any(run.pursued for run in cell.runs)]
+    if not cells:
+        return []
+    ways = {"heldout": "own encoder", "refit": "own atoms, refit", "pursued": "threshold pursuit, AIP"}
+    rows = []
+    for cell in cells:
+        one, shown = kind(cell.unit), ["" if cell.level is None else f"{cell.level:g}"]
+        for way in ways:
+            measured = [figures for run in cell.runs if (figures := getattr(run, way)) is not None]
+            for key in LABELS:
+                mean = np.mean([getattr(figures, key) for figures in measured]) if measured else None
+                shown.append("" if mean is None else f"{mean:.3f}")
+        rows.append(Row(one.label, shown, one.role == "null"))
+    heads = ["dictionary", "asked", *[label for _ in ways for label in LABELS.values()]]
+    groups = [("", 2), *((label, len(LABELS)) for label in ways.values())]
+    return [Table(f"{title}, held-out, under other encoders", heads, rows, groups)]
 
 
 class Margin(NamedTuple):
