@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from atom_lens.dictionaries.tsae.search import Search
 from conftest import shifted
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
@@ -15,7 +16,6 @@ from atom_lens import AtomicInnerProduct, Prompt, evaluate, fit, harvest, load_a
 from atom_lens.activations.backends import BackendName
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.dictionaries.tsae.kinds import tsae_learner
-from atom_lens.dictionaries.tsae.search import Search
 from atom_lens.interventions.attribution import attribution, read
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.studies.planted.run import Learning, learn

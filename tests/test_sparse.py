@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from atom_lens.dictionaries.tsae.search import _SHARED, Search
 from conftest import shifted
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,6 @@ from sae_lens.saes.sae import TrainStepInput
 
 from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig
 from atom_lens.dictionaries import Learner
-from atom_lens.dictionaries.tsae.search import _SHARED, Search
 from atom_lens.dictionaries.tsae.sparse import Entries, sparse_decode, sparse_encode
 from atom_lens.recipe.sections import Training
 from atom_lens.training.fit import fit_together

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atom_lens.activations.models import pick_device
 from atom_lens.dictionaries import Learner
+from atom_lens.dictionaries.learning import Learning
 from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
 from atom_lens.dictionaries.tsae.sae import TSAE
 from atom_lens.errors import AtomLensError
@@ -27,7 +28,7 @@ from atom_lens.recipe.sections import Atoms, Training, Wandb
 from atom_lens.tensors import parallel
 from atom_lens.tensors.rows import Rows
 from atom_lens.training.checkpoint import Batches, Checkpoints
-from atom_lens.training.faster import fuse, whiten_once
+from atom_lens.training.faster import fuse
 
 
 def fit_together(
@@ -99,7 +100,9 @@ def _trained(
             {name: learner.stream for name, learner in learners.items()},
             batches,
         )
-        whiten_once(trainer.trainers, {name: (one.stream, one.whitening) for name, one in learners.items()})
+        for name, learner in learners.items():
+            if not isinstance(learner.sae, Learning):  # which whitens by itself
+                trainer.trainers[name].activation_scaler.whitening = learner.whitening
         for one in trainer.trainers.values():
             fuse(one)
         if checkpoint is not None:

@@ -33,7 +33,7 @@ def tsae_learner(
     metadata: Mapping[str, Any] | None = None,
     stream: str = "x",
 ) -> Learner:
-    """A TSAE at its start on activations `x`, under the metric `aip` (`TSAETraining.prepare`).
+    """A TSAE at its start on activations `x`, under the metric `aip` (`TSAETraining.begin`).
 
     Args:
         x: training activations, shape (n, d).
@@ -45,37 +45,28 @@ def tsae_learner(
         metadata: of the sae-lens config: model_name, hook_name, ...
         stream: where its activations will come from.
     """
-    config = TSAETrainingConfig(
-        d_in=aip.width,
-        d_sae=atoms.capacity,
+    config = TSAETrainingConfig.of(
+        atoms,
+        aip.width,
         device=pick_device(device),
-        target_l0=atoms.target_l0,
-        encoder=atoms.encoder,
-        start=atoms.start,
-        loss_norm=atoms.loss_norm,
-        l0_coefficient=atoms.l0_coefficient,
-        noise=atoms.noise,
-        revival=atoms.revival,
         freeze_decoder=freeze_decoder,
-        step=atoms.step,
-        encoder_product=atoms.encoder_product,
-        jumprelu_bandwidth=atoms.bandwidth,
+        ridge=aip.ridge,
+        seed=seed,
         metadata=SAEMetadata(**(metadata or {})),
     )
     # sae-lens draws initial weights from the global generator, to be overwritten: leave the user's as it was.
     with torch.random.fork_rng(devices=[]):
         sae = TSAETraining(config)
-    whitening = sae.whitening(aip)
-    y = (x if isinstance(x, Rows) else Rows(x)).through(whitening.matrix)
-    sae.prepare(y, aip, torch.Generator().manual_seed(seed))
-    return Learner(sae, stream, whitening)
+    sae.begin(x, aip, torch.Generator().manual_seed(seed))
+    return Learner(sae, stream, sae.scaler.whitening)
 
 
 def finish(learner: Learner, aip: AtomicInnerProduct) -> TSAE:
     """The trained atoms of a `tsae_learner`, on raw activations, with their metric."""
     assert isinstance(learner.sae, TSAETraining)
-    with torch.random.fork_rng(devices=[]):
-        return learner.sae.finish(aip)
+    atoms = learner.sae.finish()
+    atoms.aip = aip
+    return atoms
 
 
 def _start(encoder: str, setup: Setup, level: float, seed: int) -> Learner:

@@ -1,0 +1,191 @@
+"""Learning under a metric: sae-lens' trainers hand over raw activations, the dictionary learns in whitened ones.
+
+`atom_lens.fit` says what metric and start a dictionary has (`begin`). In sae-lens' own loop nobody does: there the
+first activations that come are kept, and tell both, before any is learned from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import TrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
+from torch import Tensor
+from typing_extensions import override
+
+from atom_lens.dictionaries.metered import METRIC, Metered, training_whitening
+from atom_lens.errors import AtomLensError
+from atom_lens.geometry import DEFAULT_RIDGE, AtomicInnerProduct
+from atom_lens.tensors.rows import Rows, scratch
+
+logger = logging.getLogger(__name__)
+
+_ABOUT = "aip_about"
+_PER_WIDTH = 32  # activations per direction of the metric, unless more are needed for a start
+
+if TYPE_CHECKING:
+    _Base = TrainingSAE[Any]
+else:
+    _Base = object
+
+
+@dataclass
+class LearningConfig:
+    """What sae-lens' own loop has to know besides; a mixin for training configurations.
+
+    Args:
+        first_activations: how many of the first activations tell the metric and the start; they are not learned from.
+            0 takes 32 per direction, and no fewer than there are atoms.
+        ridge: of the metric, relative to the mean eigenvalue of the second moment.
+        seed: of the start, and of noise while atoms learn.
+    """
+
+    first_activations: int = 0
+    ridge: float = DEFAULT_RIDGE
+    seed: int = 0
+
+
+class Learning(_Base):
+    """A mixin for training classes of sae-lens, before them in the order of bases.
+
+    They say how they start (`prepare`), how they learn from a batch (`learn`) and what they become (`finish`), the
+    first two in training coordinates (`training_whitening`). ``encode`` and ``decode`` act on raw activations.
+
+    Attributes:
+        aip: the metric; None until it is known.
+        scaler: into training coordinates and back; as it is until the metric is known.
+    """
+
+    aip: AtomicInnerProduct | None = None
+    scaler: ActivationScaler
+    _first: Float[Tensor, "n d"] | None = None
+    _seen = 0
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.scaler = ActivationScaler()
+
+    def prepare(self, y: Float[Tensor | Rows, "n d"], aip: AtomicInnerProduct, generator: torch.Generator) -> None:
+        """Start from activations `y` in training coordinates, shape (n, d), with what `generator` draws."""
+        raise NotImplementedError
+
+    def learn(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """A training step on a batch in training coordinates."""
+        raise NotImplementedError
+
+    def finish(self) -> Metered:
+        """What has been learned, for raw activations, with its metric."""
+        raise NotImplementedError
+
+    def begin(self, x: Float[Tensor | Rows, "n d"], aip: AtomicInnerProduct, generator: torch.Generator) -> None:
+        """Start from raw activations `x`, shape (n, d), under the metric `aip`."""
+        self._under(aip)
+        rows = x if isinstance(x, Rows) else Rows(x)
+        self.prepare(rows.through(training_whitening(aip).matrix), aip, generator)
+
+    def _under(self, aip: AtomicInnerProduct) -> None:
+        self.aip, self.scaler = aip, ActivationScaler(whitening=training_whitening(aip))
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        raw = step_input.sae_in
+        if self.aip is None:
+            return self._keep(raw)
+        scaler, self.scaler = self.scaler, ActivationScaler()  # a step of learning is in its coordinates throughout
+        try:
+            output = self.learn(replace(step_input, sae_in=scaler(raw)))
+        finally:
+            self.scaler = scaler
+        if step_input.is_logging_step:  # explained variance is that of activations as they are
+            output = replace(output, sae_in=raw, sae_out=scaler.unscale(output.sae_out))
+        return output
+
+    @torch.no_grad()
+    def _keep(self, x: Float[Tensor, "batch d"]) -> TrainStepOutput:
+        """Keep a batch and, if no more are needed, begin. Nothing is learned from it; every atom counts as alive."""
+        needed = self.first_activations
+        if self._first is None:
+            self._first = scratch(needed, self.cfg.d_in)
+        part = x[: needed - self._seen]
+        self._first[self._seen : self._seen + len(part)] = part.float().cpu()
+        self._seen += len(part)
+        if self._seen == needed:
+            where = self.cfg.metadata.dataset_path or "training"
+            source = f"first {needed} activations of {where}"
+            aip = AtomicInnerProduct.estimate(self._first, self.cfg.ridge, source)
+            self.begin(self._first, aip, torch.Generator().manual_seed(self.cfg.seed))
+            logger.info("%s: metric and start are set, training begins", source)
+            self._first = None
+        atoms = torch.arange(self.cfg.d_sae, device=x.device)
+        once = torch.stack([torch.zeros_like(atoms), atoms])
+        acts = torch.sparse_coo_tensor(once, x.new_ones(len(atoms)), (len(x), len(atoms)), is_coalesced=True)
+        loss = x.new_zeros((), requires_grad=True)  # of nothing: gradients are None, and no optimizer moves
+        return TrainStepOutput(x, torch.zeros_like(x), acts, acts, loss, {"mse_loss": loss})
+
+    @property
+    def first_activations(self) -> int:
+        """How many activations the metric and the start are taken from."""
+        return self.cfg.first_activations or max(self.cfg.d_sae, _PER_WIDTH * self.cfg.d_in)
+
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(self.scaler(x))
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return self.scaler.unscale(super().decode(feature_acts))
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Write what `finish` gives: a folder that sae-lens loads, with the metric beside it."""
+        return self.finish().save_model(path)
+
+    def inference_config(self) -> dict[str, Any]:
+        """The configuration of what this becomes.
+
+        Raises:
+            AtomLensError: the training ended before it began.
+        """
+        if self.aip is None and self._seen:
+            raise AtomLensError(
+                f"the training ended after {self._seen} activations, but the first {self.first_activations} only tell "
+                "metric and start: train on more, or lower first_activations"
+            )
+        config = self.cfg.get_inference_sae_cfg_dict()
+        if config["metadata"].get("model_from_pretrained_kwargs"):
+            # Programs hand them to whatever loads the model (docs/format.md). What sae-lens' runner puts there of
+            # itself says again what it does anyhow.
+            logger.info("left out of metadata: model_from_pretrained_kwargs")
+            config["metadata"]["model_from_pretrained_kwargs"] = {}
+        return config
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        for name, value in state_dict.items():
+            state_dict[name] = value.contiguous()
+        if self.aip is not None:
+            about = {"n": self.aip.n, "ridge": self.aip.ridge, "source": self.aip.source}
+            state_dict |= zip(METRIC, (self.aip.eigenvalues, self.aip.eigenvectors), strict=True)
+            state_dict[_ABOUT] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        if in_training(state_dict):
+            values, vectors = (state_dict.pop(name) for name in METRIC)
+            about = json.loads(bytes(state_dict.pop(_ABOUT).tolist()))
+            self._under(AtomicInnerProduct.from_eigen(values, vectors, **about))
+
+
+def in_training(state_dict: dict[str, Any]) -> bool:
+    """Whether weights were saved in the middle of a training: they act in training coordinates."""
+    return _ABOUT in state_dict

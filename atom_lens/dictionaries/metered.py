@@ -1,0 +1,113 @@
+"""What dictionaries with a metric have beyond sae-lens' SAEs: the metric itself, exact through `.to()`, and hook_z."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.training.activation_scaler import ActivationWhitening
+from torch import Tensor
+from typing_extensions import override
+
+from atom_lens.dictionaries.folder import AIP_FILENAME, check_atoms
+from atom_lens.errors import AtomLensError
+from atom_lens.geometry import AtomicInnerProduct
+from atom_lens.storage.sealed import sealed_folder
+
+HEADS = "hook_z"  # the one hook whose heads sae-lens merges, and its name for doing so
+METRIC = ("aip_eigenvalues", "aip_eigenvectors")
+
+if TYPE_CHECKING:
+    _Base = SAE[Any]
+else:
+    _Base = object
+
+
+class Metered(_Base):
+    """A mixin for classes of sae-lens' SAEs: `aip` is the metric that the atoms live in.
+
+    The metric is kept as two float64 buffers, its eigenvalues and eigenvectors; `.to(bfloat16)` moves and never rounds
+    it, for a metric in bfloat16 is off by 1e-3.
+    """
+
+    aip_eigenvalues: Tensor
+    aip_eigenvectors: Tensor
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        d = self.cfg.d_in
+        self.register_buffer("aip_eigenvalues", torch.ones(d, dtype=torch.float64, device=self.device))
+        self.register_buffer("aip_eigenvectors", torch.eye(d, dtype=torch.float64, device=self.device))
+
+    @property
+    def aip(self) -> AtomicInnerProduct:
+        """The metric these atoms were trained in."""
+        about = self.cfg.metadata.aip or {"n": 0, "ridge": 0.0, "source": "none: Euclidean"}
+        return AtomicInnerProduct.from_eigen(self.aip_eigenvalues, self.aip_eigenvectors, **about)
+
+    @aip.setter
+    def aip(self, aip: AtomicInnerProduct) -> None:
+        if aip.width != self.cfg.d_in:
+            raise AtomLensError(f"the metric has width {aip.width}, these atoms have d_in {self.cfg.d_in}")
+        self.aip_eigenvalues = aip.eigenvalues.to(self.W_dec.device)
+        self.aip_eigenvectors = aip.eigenvectors.to(self.W_dec.device)
+        self.cfg.metadata.aip = {"n": aip.n, "ridge": aip.ridge, "source": aip.source}
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Metered:
+        exact = {name: self._buffers.pop(name) for name in METRIC}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            assert value is not None
+            self.register_buffer(name, value.to(fn(value).device))
+        return self
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Write a folder that sae-lens loads, the metric beside it, and a manifest."""
+        path = Path(path)
+        with sealed_folder(path) as folder:
+            self.write_files(folder)
+        return path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
+
+    def write_files(self, folder: Path) -> None:
+        """Write config, weights and metric without a manifest; what could not be read back is an AtomLensError."""
+        if not self.cfg.metadata.aip:
+            self.aip = self.aip  # say in the config, too, that there is none
+        super().save_model(folder)
+        self.aip.save(folder / AIP_FILENAME)
+        check_atoms(folder)
+
+    @override
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        """Take heads apart, (..., n_heads, d_head), as well as side by side, (..., d_in), and give back the same."""
+        super().turn_on_forward_pass_hook_z_reshaping()
+        self.d_head = None
+        self.reshape_fn_in, self.reshape_fn_out = self._side_by_side, self._apart
+
+    def _side_by_side(self, x: Tensor) -> Tensor:
+        self.d_head = None if x.shape[-1] == self.cfg.d_in else x.shape[-1]
+        return x if self.d_head is None else x.flatten(-2)
+
+    @staticmethod
+    def _apart(x: Tensor, d_head: int | None) -> Tensor:
+        return x if d_head is None else x.unflatten(-1, (-1, d_head))
+
+
+def training_whitening(aip: AtomicInnerProduct) -> ActivationWhitening:
+    """The map into training coordinates: the eigenbasis of C, each direction scaled alike.
+
+    y = Vᵀx / sqrt(lambda d) is a rotation of S^{1/2} x / sqrt(d): inner products are the AIP's, an activation has mean
+    square norm 1, and weights of the loss by eigenvalues are diagonal.
+    """
+    scale = (aip.eigenvalues * aip.width).sqrt()
+    return ActivationWhitening(
+        mean=torch.zeros(aip.width, dtype=torch.float64),
+        matrix=(aip.eigenvectors / scale).cpu().contiguous(),
+        inverse_matrix=(aip.eigenvectors * scale).T.cpu().contiguous(),
+    )
