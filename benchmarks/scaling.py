@@ -27,7 +27,8 @@ from matplotlib.figure import Figure
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from atom_lens import AtomicInnerProduct, TSAETraining, stability
+from atom_lens import AtomicInnerProduct, stability
+from atom_lens.dictionaries.metered import training_whitening
 from atom_lens.dictionaries.nulls import Pursuit, data_atoms
 from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
 from atom_lens.evidence.measure import observe
@@ -143,7 +144,7 @@ def of_f(f: int, rounds: int) -> dict[str, Any]:
     )
     trainer = SAETrainer(settings, learner.sae, iter(()))
     fuse(trainer)
-    batch = x.through(TSAETraining.whitening(aip).matrix)[torch.arange(BATCH)]
+    batch = x.through(training_whitening(aip).matrix)[torch.arange(BATCH)]
     took = [seconds(lambda: trainer.step(batch)) for _ in range(rounds + 5)][5:]
     return {"F": f, "step_s": statistics.median(took), "quartiles_s": statistics.quantiles(took, n=4)[::2]}
 

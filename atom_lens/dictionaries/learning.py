@@ -173,17 +173,19 @@ class Learning(_Base):
         for name, value in state_dict.items():
             state_dict[name] = value.contiguous()
         if self.aip is not None:
+            # As bytes: sae-lens casts all that it loads to the dtype of the weights, which leaves bytes what they are.
+            metric = (self.aip.eigenvalues, self.aip.eigenvectors.contiguous())
+            state_dict |= {name: value.view(torch.uint8) for name, value in zip(METRIC, metric, strict=True)}
             about = {"n": self.aip.n, "ridge": self.aip.ridge, "source": self.aip.source}
-            state_dict |= zip(METRIC, (self.aip.eigenvalues, self.aip.eigenvectors), strict=True)
             state_dict[_ABOUT] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         if in_training(state_dict):
-            values, vectors = (state_dict.pop(name) for name in METRIC)
-            about = json.loads(bytes(state_dict.pop(_ABOUT).tolist()))
-            self._under(AtomicInnerProduct.from_eigen(values, vectors, **about))
+            found = [state_dict.pop(name).cpu().to(torch.uint8) for name in (*METRIC, _ABOUT)]
+            values, vectors = (value.view(torch.float64) for value in found[:2])
+            self._under(AtomicInnerProduct.from_eigen(values, vectors, **json.loads(bytes(found[2].tolist()))))
 
 
 def in_training(state_dict: dict[str, Any]) -> bool:

@@ -96,10 +96,12 @@ class TSAETrainingConfig(LearningConfig, JumpReLUTrainingSAEConfig):
         ):
             if getattr(self, name) != allowed:
                 raise AtomLensError(f"{name} is {getattr(self, name)!r}, allowed for {ARCHITECTURE} is {allowed!r}")
+        if self.step == "sparse" and self.dtype not in ("float32", "float64"):
+            raise AtomLensError(f"dtype is {self.dtype!r}, allowed with step 'sparse' are 'float32' and 'float64'")
 
 
 class TSAETraining(Learning, JumpReLUTrainingSAE):
-    """The TSAE while it trains: `begin`, or else the first activations, set metric and start; `finish` gives the `TSAE`."""
+    """The TSAE while it trains: `begin` or the first activations set metric and start, `finish` gives the `TSAE`."""
 
     cfg: TSAETrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     loss_weight: Tensor
