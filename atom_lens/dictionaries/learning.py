@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _ABOUT = "aip_about"
 _PER_WIDTH = 32  # activations per direction of the metric, unless more are needed for a start
+_MASSIVE = 10  # times the median norm: a harvest leaves such rows out
 
 if TYPE_CHECKING:
     _Base = TrainingSAE[Any]
@@ -118,17 +119,26 @@ class Learning(_Base):
         self._first[self._seen : self._seen + len(part)] = part.float().cpu()
         self._seen += len(part)
         if self._seen == needed:
-            where = self.cfg.metadata.dataset_path or "training"
-            source = f"first {needed} activations of {where}"
-            aip = AtomicInnerProduct.estimate(self._first, self.cfg.ridge, source)
-            self.begin(self._first, aip, torch.Generator().manual_seed(self.cfg.seed))
-            logger.info("%s: metric and start are set, training begins", source)
+            self._begin_with(self._first)
             self._first = None
         atoms = torch.arange(self.cfg.d_sae, device=x.device)
         once = torch.stack([torch.zeros_like(atoms), atoms])
         acts = torch.sparse_coo_tensor(once, x.new_ones(len(atoms)), (len(x), len(atoms)), is_coalesced=True)
         loss = x.new_zeros((), requires_grad=True)  # of nothing: gradients are None, and no optimizer moves
         return TrainStepOutput(x, torch.zeros_like(x), acts, acts, loss, {"mse_loss": loss})
+
+    def _begin_with(self, x: Float[Tensor, "n d"]) -> None:
+        source = f"first {len(x)} activations of {self.cfg.metadata.dataset_path or 'training'}"
+        norms = x.norm(dim=1)
+        if massive := int((norms > _MASSIVE * norms.median()).sum()):
+            logger.warning(
+                "%d of the %s have more than %d times the median norm, and the metric is mostly theirs: leave them out, "
+                "with exclude_special_tokens in sae-lens' runner",
+                *(massive, source, _MASSIVE),
+            )
+        aip = AtomicInnerProduct.estimate(x, self.cfg.ridge, source)
+        self.begin(x, aip, torch.Generator().manual_seed(self.cfg.seed))
+        logger.info("metric and start are those of the %s: training begins", source)
 
     @property
     def first_activations(self) -> int:
