@@ -1,4 +1,4 @@
-"""`aip_tsae` in sae-lens' own loop: its trainers, its runner and its command line, from first activations to a folder."""
+"""`aip_tsae` in sae-lens' own loop: its trainers, its runner and its command line, from activations to a folder."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ from atom_lens.training.checkpoint import Batches
 
 D, F, K, BATCH = 32, 128, 4, 256
 HOOK = "blocks.1.hook_resid_post"
+# As docs/training.md has it.
+COMMAND = "import runpy, atom_lens; runpy.run_module('sae_lens.llm_sae_training_runner', run_name='__main__')"
 
 
 def planted(n: int) -> torch.Tensor:
@@ -89,13 +91,17 @@ def measured(atoms: Any, x: torch.Tensor) -> tuple[float, float]:
         return faithfulness(x, atoms.decode(codes)), float((codes > 0).sum(1).double().mean())
 
 
-@pytest.mark.parametrize("step", ["sparse", "dense"])
-def test_a_trainer_trains_what_fit_does(step: Any, tmp_path: Path) -> None:
-    x = planted(24_000)
-    x, heldout = x[:20_000], x[20_000:]
-    aip = AtomicInnerProduct.estimate(x)
+@pytest.fixture(scope="module")
+def expected() -> float:
+    """Held-out explained variance of what `fit` makes of the same rows."""
+    x, heldout = planted(24_000).split(20_000)
     training = Training(steps=1500, batch_size=BATCH, device="cpu")
-    expected, _ = measured(fit(x, aip, Atoms(capacity=F, target_l0=K), training)[0], heldout)
+    return measured(fit(x, AtomicInnerProduct.estimate(x), Atoms(capacity=F, target_l0=K), training)[0], heldout)[0]
+
+
+@pytest.mark.parametrize("step", ["sparse", "dense"])
+def test_a_trainer_trains_what_fit_does(step: Any, expected: float, tmp_path: Path) -> None:
+    x, heldout = planted(24_000).split(20_000)
     trained = SAETrainer(settings(1504), sae(step=step), stream(x)).fit()
     trained.save_inference_model(tmp_path)
     atoms = load_atoms(tmp_path)
@@ -181,6 +187,14 @@ def test_rows_that_are_no_numbers_are_refused() -> None:
     x[7, 3] = torch.nan
     with pytest.raises(ValueError, match="x has 1 rows with NaN or infinite values"):
         SAETrainer(settings(20), sae(), stream(x)).fit()
+
+
+def test_massive_rows_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    x = planted(2048)
+    x[::100] *= 100
+    with caplog.at_level("WARNING"):
+        SAETrainer(settings(6), sae(first_activations=500), iter(x.split(BATCH))).fit()
+    assert "5 of the first 500 activations of training have more than 10 times the median norm" in caplog.text
 
 
 def test_a_dictionary_still_in_training_is_not_measured() -> None:
@@ -321,7 +335,8 @@ def test_the_runner_leaves_atoms(kind: str, hook: str, tiny: str, tmp_path: Path
     torch.save(atoms(x), tmp_path / "out.pt")
     script = (
         "import sys, torch; from sae_lens import SAE\n"
-        f"sae = SAE.load_from_disk({str(tmp_path / 'atoms')!r}); x, out = map(torch.load, {[str(tmp_path / n) for n in ('x.pt', 'out.pt')]!r})\n"
+        f"sae = SAE.load_from_disk({str(tmp_path / 'atoms')!r})\n"
+        f"x, out = torch.load({str(tmp_path / 'x.pt')!r}), torch.load({str(tmp_path / 'out.pt')!r})\n"
         "assert 'atom_lens' not in sys.modules and type(sae).__name__ == 'JumpReLUSAE', type(sae)\n"
         "if sae.cfg.reshape_activations == 'hook_z': x, out = x.unflatten(-1, (2, 8)), out.unflatten(-1, (2, 8))\n"
         "torch.testing.assert_close(sae(x), out, rtol=1e-5, atol=1e-5)\n"
@@ -383,6 +398,3 @@ def test_the_command_line(tiny: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     atoms = load_atoms(tmp_path / "atoms")
     assert atoms.aip.n == 300 and atoms.cfg.metadata.training_architecture_details["noise"] == 0.1
-
-
-COMMAND = "import runpy, atom_lens; runpy.run_module('sae_lens.llm_sae_training_runner', run_name='__main__')"  # docs/training.md

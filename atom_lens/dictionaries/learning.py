@@ -132,8 +132,8 @@ class Learning(_Base):
         norms = x.norm(dim=1)
         if massive := int((norms > _MASSIVE * norms.median()).sum()):
             logger.warning(
-                "%d of the %s have more than %d times the median norm, and the metric is mostly theirs: leave them out, "
-                "with exclude_special_tokens in sae-lens' runner",
+                "%d of the %s have more than %d times the median norm, and the metric is mostly theirs: leave them "
+                "out, with exclude_special_tokens in sae-lens' runner",
                 *(massive, source, _MASSIVE),
             )
         aip = AtomicInnerProduct.estimate(x, self.cfg.ridge, source)
