@@ -27,9 +27,11 @@ from matplotlib.figure import Figure
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from atom_lens import AtomicInnerProduct, TSAETraining, stability
+from atom_lens import AtomicInnerProduct, stability
+from atom_lens.dictionaries import Setup
 from atom_lens.dictionaries.nulls import Pursuit, data_atoms
-from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
+from atom_lens.dictionaries.registry import finish
+from atom_lens.dictionaries.tsae import kinds as tsae
 from atom_lens.evidence.measure import observe
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.tensors.rows import Rows, mean_row, scratch
@@ -117,12 +119,12 @@ def of_n(n: int) -> dict[str, Any]:
         start = time.perf_counter()
         aip = AtomicInnerProduct.estimate(x)
         took["metric"] = time.perf_counter() - start
-        learner = tsae_learner(x, aip, atoms)
+        learner = tsae.start(Setup(x, aip, atoms), atoms.target_l0, 0, atoms.encoder)
         took["start"] = time.perf_counter() - start - took["metric"]
         took["train"] = seconds(lambda: fit_together({"x": x}, {"tsae": learner}, training))
-        tsae = finish(learner, aip)
-        took["measure"] = seconds(lambda: observe(tsae, x, aip))
-        data = data_atoms(x, tsae.cfg.d_sae, mean_row(x).float(), torch.Generator().manual_seed(0))
+        trained = finish(learner, aip)
+        took["measure"] = seconds(lambda: observe(trained, x, aip))
+        data = data_atoms(x, trained.cfg.d_sae, mean_row(x).float(), torch.Generator().manual_seed(0))
         null = Pursuit(data, mean_row(x).float(), aip, 8)
         took["null"] = seconds(lambda: observe(null, x, aip))
     return {"n": n, "seconds": took, "MB": held.most, "file_MB": 4 * n * WIDTH / 1e6}
@@ -132,7 +134,8 @@ def of_f(f: int, rounds: int) -> dict[str, Any]:
     """Seconds of a sparse step at capacity F."""
     x = rows_of(20_000)
     aip = AtomicInnerProduct.estimate(x)
-    learner = tsae_learner(x, aip, Atoms.model_validate({"capacity": f, "target_l0": 8}))
+    atoms = Atoms.model_validate({"capacity": f, "target_l0": 8})
+    learner = tsae.start(Setup(x, aip, atoms), atoms.target_l0, 0, atoms.encoder)
     settings = SAETrainerConfig(
         total_training_samples=10**9,
         train_batch_size_samples=BATCH,
@@ -143,7 +146,7 @@ def of_f(f: int, rounds: int) -> dict[str, Any]:
     )
     trainer = SAETrainer(settings, learner.sae, iter(()))
     fuse(trainer)
-    batch = x.through(TSAETraining.whitening(aip).matrix)[torch.arange(BATCH)]
+    batch = x[torch.arange(BATCH)]
     took = [seconds(lambda: trainer.step(batch)) for _ in range(rounds + 5)][5:]
     return {"F": f, "step_s": statistics.median(took), "quartiles_s": statistics.quantiles(took, n=4)[::2]}
 

@@ -34,7 +34,6 @@ import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
-from sae_lens.training.activation_scaler import ActivationWhitening
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from torch.nn.functional import embedding_bag, mse_loss, normalize
@@ -107,14 +106,14 @@ def activations(kind: str, d: int, n: int = 16_000) -> tuple[Tensor, str]:
     return x[torch.randperm(len(x), generator=generator)].contiguous(), f"{len(x):,} rows, {about}"
 
 
-def by_sae_lens(setup: Setup, sae: Any, whitening: ActivationWhitening | None = None) -> Contestant:
+def by_sae_lens(setup: Setup, sae: Any) -> Contestant:
     """Steps of sae-lens' trainer, with what its `fit` estimates before the first: a scale, or a whitening."""
     # lr_end is of schedules that are not used, but it may not be None.
     settings = SAETrainerConfig(10**9, setup.batch, lr=setup.lr, lr_end=setup.lr / 10, device=setup.device)
     trainer = SAETrainer(settings, sae.to(setup.device), iter(()))
     scaler, chunks = trainer.activation_scaler, setup.rows.split(setup.batch)
-    if whitening is not None:
-        scaler.whitening = whitening
+    if isinstance(sae, TSAETraining):
+        pass  # it whitens by itself
     elif sae.cfg.normalize_activations == "covariance_whitening":
         scaler.estimate_whitening(setup.d, iter(chunks), len(chunks))
     else:
@@ -158,12 +157,10 @@ def of_ours(setup: Setup) -> Iterator[tuple[str, Contestant]]:
     for name, options in variants.items():
         options = {"encoder": setup.encoder, "device": setup.device, **options}
         sae = TSAETraining(TSAETrainingConfig(d_in=setup.d, d_sae=setup.f, target_l0=setup.l0, **options))
-        whitening = sae.whitening(aip)
-        y = (setup.rows.double() @ whitening.matrix).float()
-        sae.prepare(y, aip, torch.Generator().manual_seed(0))
+        sae.begin(setup.rows, aip, torch.Generator().manual_seed(0))
         if name == CONTROL:
             sae.b_dec.data.mul_(1 + 2**-23)
-        one = by_sae_lens(setup, sae, whitening)
+        one = by_sae_lens(setup, sae)
         fuse(one.trainer)
         yield name, one
 

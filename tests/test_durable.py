@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from crashing import Saved, made_atoms, save_and_die, train_run
+from learners import tsae_learner
 
 from atom_lens import AtomicInnerProduct, load_atoms, train
 from atom_lens.dictionaries import Learner, Setup, Trained, find_kind
-from atom_lens.dictionaries.tsae.kinds import tsae_learner
 from atom_lens.recipe.reading import check_recipe
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.storage.files import locked, sweep

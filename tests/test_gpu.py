@@ -8,14 +8,14 @@ from typing import Literal
 import pytest
 import torch
 from conftest import shifted
+from learners import tsae_learner
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from atom_lens import AtomicInnerProduct, Prompt, evaluate, fit, harvest, load_atoms, open_model, splice, stability
 from atom_lens.activations.backends import BackendName
 from atom_lens.activations.connect import wrap_backend
-from atom_lens.dictionaries.tsae.kinds import tsae_learner
-from atom_lens.dictionaries.tsae.search import Search
+from atom_lens.dictionaries.tsae.sparse import search
 from atom_lens.interventions.attribution import attribution, read
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.studies.planted.run import Learning, learn
@@ -53,7 +53,7 @@ def test_a_search_misses_none(generator: torch.Generator) -> None:
     x, directions = torch.randn(64, 4096, generator=generator), torch.randn(256, 4096, generator=generator)
     exact = x.double() @ directions.double().T
     cutoff = exact.amax(dim=0).float() * (1 - 2**-20)
-    entries, _ = Search("bfloat16")(x.cuda(), directions.cuda(), cutoff.cuda())
+    entries, _ = search(x.cuda(), directions.cuda(), cutoff.cuda(), "bfloat16")
     found = torch.zeros(exact.shape, dtype=torch.bool)
     found[entries.rows.cpu(), entries.columns.cpu()] = True
     assert found[exact > cutoff].all() and found.sum() < found.numel() / 2

@@ -119,11 +119,11 @@ def test_the_gradient_at_fixed_codes_is_that_of_the_loss(x: torch.Tensor, norm: 
     y = x.double() @ training_whitening(aip).matrix
     sae.prepare(y.float(), aip, torch.Generator().manual_seed(0))
     batch = TrainStepInput(y[:64], {}, None, 0, False)
-    sae.training_forward_pass(batch)  # sets the threshold
+    sae.learn(batch)  # sets the threshold
 
     def loss() -> torch.Tensor:
         threshold = sae.threshold.clone()
-        found = sae.training_forward_pass(batch).loss
+        found = sae.learn(batch).loss
         sae.threshold.copy_(threshold)
         return found
 
@@ -290,7 +290,7 @@ def test_splice(tiny: str, backend: str) -> None:
     """Edits, generation and gradients in a live model, one token at a time too."""
     live = open_model(backend, tiny)
     sae = PursuitSAE(PursuitSAEConfig(d_in=16, d_sae=40, max_iterations=5, metadata=SAEMetadata(hook_name=HOOK)))
-    plain, generated = live.logits(TOKENS), live.generate(TOKENS)
+    plain, generated = live.logits(TOKENS), live.generate(TOKENS, 3)
     with splice(live.model, sae, replace=True) as s:
         replaced = live.logits(TOKENS)
         s.ablate()
@@ -299,7 +299,7 @@ def test_splice(tiny: str, backend: str) -> None:
     with splice(live.model, sae) as s:  # what the atoms leave over stays: an edit that changes no code changes nothing
         s.scale(list(range(40)), 1.0)
         torch.testing.assert_close(live.logits(TOKENS), plain, rtol=1e-4, atol=1e-5)
-        assert torch.equal(live.generate(TOKENS), generated)
+        assert torch.equal(live.generate(TOKENS, 3), generated)
         s.scale(list(range(40)), torch.tensor(2.0, requires_grad=True))
         assert not torch.allclose(live.logits(TOKENS), plain)
     assert torch.equal(live.logits(TOKENS), plain)

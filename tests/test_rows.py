@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learners import tsae_learner
 
 from atom_lens import AtomicInnerProduct, evaluate
 from atom_lens.activations.harvest import _batches
 from atom_lens.dictionaries.nulls import shuffle_coordinates
-from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
+from atom_lens.dictionaries.registry import finish
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.tensors.rows import Rows, mean_row, scratch
 from atom_lens.tensors.tiles import over_tiles, pairs_of

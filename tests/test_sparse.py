@@ -13,8 +13,8 @@ from sae_lens.saes.sae import TrainStepInput
 
 from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig
 from atom_lens.dictionaries import Learner
-from atom_lens.dictionaries.tsae.search import _SHARED, Search
-from atom_lens.dictionaries.tsae.sparse import Entries, sparse_decode, sparse_encode
+from atom_lens.dictionaries.tsae import training
+from atom_lens.dictionaries.tsae.sparse import Entries, read_sparsely, search, sparse_decode, sparse_encode
 from atom_lens.recipe.sections import Training
 from atom_lens.training.fit import fit_together
 
@@ -55,30 +55,27 @@ def made(
     config = TSAETrainingConfig(d_in=12, d_sae=60, target_l0=3.0, jumprelu_bandwidth=0.2, step=step, **options)
     with torch.random.fork_rng(devices=[]):
         sae = TSAETraining(config)
-    y = (x.double() @ sae.whitening(aip).matrix).float()
-    sae.prepare(y, aip, torch.Generator().manual_seed(0))
-    return sae, y, aip
+    sae.begin(x, aip, torch.Generator().manual_seed(0))
+    return sae, x, aip
 
 
 @pytest.mark.parametrize("dead", [False, True])
-@pytest.mark.parametrize("mode", ["quadratic", "step"])
 @pytest.mark.parametrize("to_input", [False, True])
 @pytest.mark.parametrize("encoder", ["tied", "free"])
 @pytest.mark.parametrize("product", ["float32", "bfloat16"])
-def test_one_step_is_the_dense_one(product: Any, encoder: Any, to_input: bool, mode: Any, dead: bool) -> None:
+def test_one_step_is_the_dense_one(product: Any, encoder: Any, to_input: bool, dead: bool) -> None:
     found = []
     for step in ("dense", "sparse"):
-        sae, y, _ = made(
+        sae, x, _ = made(
             step,
             torch.Generator().manual_seed(1),
             encoder_product=product,
             encoder=encoder,
-            jumprelu_sparsity_loss_mode=mode,
             jumprelu_ste_to_input=to_input,
         )
         sae = sae.double().train()
         mask = (torch.arange(60) % 3 == 0) if dead else None
-        output = sae.training_forward_pass(TrainStepInput(y[:64].double(), {"l0": 0.3}, mask, 0, False))
+        output = sae.training_forward_pass(TrainStepInput(x[:64].double(), {"l0": 0.3}, mask, 0, False))
         output.loss.backward()
         grads = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
         found.append((output, grads, sae))
@@ -118,7 +115,7 @@ def test_a_search_misses_none(d: int, f: int, scale: float, at: float, close: bo
     lengths = x.norm(dim=1, keepdim=True) * directions.norm(dim=1)
     cutoff = exact[2].float() * (1 - 2**-20) if close else at * lengths.mean(dim=0) / d**0.5
     for precision, slack in (("float32", 1e-4), ("bfloat16", 0.011)):
-        entries, values = Search(precision)(x, directions, cutoff)
+        entries, values = search(x, directions, cutoff, precision)
         mask = torch.zeros(exact.shape, dtype=torch.bool)
         mask[entries.rows, entries.columns] = True
         torch.testing.assert_close(values.double(), exact[mask], rtol=1e-4, atol=1e-4 * float(lengths.max()))
@@ -127,38 +124,23 @@ def test_a_search_misses_none(d: int, f: int, scale: float, at: float, close: bo
         assert (exact + slack * lengths + 2**-12 * cutoff.abs() >= cutoff)[mask].all(), "what is found is near"
 
 
-def test_searches_share_their_memory() -> None:
-    """Of one shape they do; of another, and after the last is gone, they do not."""
-    x, cutoff = torch.randn(3, 4), torch.zeros(8)
-    one, two, other = (Search("bfloat16") for _ in range(3))
-    for search in (one, two):
-        search(x, torch.randn(8, 4), cutoff)
-    other(torch.randn(5, 4), torch.randn(8, 4), cutoff)
-    assert one._kept["product"] is two._kept["product"] and one._kept["product"] is not other._kept["product"]
-    before = len(_SHARED)
-    del one, two, search, other
-    assert len(_SHARED) == before - 3
-
-
 @pytest.mark.parametrize("encoder", ["tied", "free"])
 @pytest.mark.parametrize("product", ["float32", "bfloat16"])
 def test_training_is_the_same(product: Any, encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole training in float64 through sae-lens' trainer, dead atoms and a switch between both steps included."""
-    monkeypatch.setattr("atom_lens.dictionaries.tsae.training.DENSITY_LIMIT", 0.12)
+    monkeypatch.setattr(training, "DENSITY_LIMIT", 0.12)
     trained, sparsity, kinds = {}, {}, []
-    real = TSAETraining._sparse_forward_pass
 
-    def counting(self: TSAETraining, step_input: TrainStepInput) -> Any:
+    def counting(*arguments: Any) -> Any:
         kinds.append("sparse")
-        return real(self, step_input)
+        return read_sparsely(*arguments)
 
-    monkeypatch.setattr(TSAETraining, "_sparse_forward_pass", counting)
+    monkeypatch.setattr(training, "read_sparsely", counting)
     for step in ("dense", "sparse"):
-        sae, y, aip = made(step, torch.Generator().manual_seed(1), encoder=encoder, encoder_product=product)
+        sae, x, _ = made(step, torch.Generator().manual_seed(1), encoder=encoder, encoder_product=product)
         settings_ = Training(steps=80, batch_size=64, lr=3e-3, device="cpu", dead_after=5)
         sae = sae.double()
-        x = y.double() @ sae.whitening(aip).inverse_matrix
-        sparsity[step] = fit_together({"x": x}, {"tsae": Learner(sae, "x", sae.whitening(aip))}, settings_)["tsae"]
+        sparsity[step] = fit_together({"x": x.double()}, {"tsae": Learner(sae)}, settings_)["tsae"]
         trained[step] = sae
     assert 10 < len(kinds) < 80, "both kinds of step were taken"
     for name, value in trained["dense"].state_dict().items():
@@ -167,6 +149,17 @@ def test_training_is_the_same(product: Any, encoder: Any, monkeypatch: pytest.Mo
     assert torch.equal(sparsity["dense"], sparsity["sparse"])
 
 
-def test_what_cannot_be_sparse_is_refused() -> None:
-    with pytest.raises(ValueError, match="step is 'sparse', allowed with the tanh loss"):
-        TSAETrainingConfig(d_in=4, d_sae=8, target_l0=2.0, step="sparse", jumprelu_sparsity_loss_mode="tanh")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"jumprelu_sparsity_loss_mode": "tanh"},
+            "loss_mode is 'tanh', allowed for aip_tsae is 'quadratic'",
+        ),
+        ({"pre_act_loss_coefficient": 3e-6}, "pre_act_loss_coefficient is 3e-06, allowed for aip_tsae is None"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16', allowed with step 'sparse' are 'float32' and 'float64'"),
+    ],
+)
+def test_what_is_not_there_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TSAETrainingConfig(**{"d_in": 4, "d_sae": 8, "target_l0": 2.0, **change})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import shifted
+from learners import tsae_learner
 from sae_lens import SAE, JumpReLUSAE, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_class, get_sae_training_class
@@ -25,10 +25,12 @@ from atom_lens import (
     TSAETraining,
     TSAETrainingConfig,
     aip_converter,
+    evaluate,
     fit,
     load_atoms,
 )
-from atom_lens.dictionaries.tsae.kinds import finish, tsae_learner
+from atom_lens.dictionaries.metered import training_whitening
+from atom_lens.dictionaries.registry import finish
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.storage.sealed import seal
 from atom_lens.training.checkpoint import Batches
@@ -76,35 +78,25 @@ def test_tied_encoder_is_the_theorems(x: torch.Tensor) -> None:
 
 def test_training_space_is_the_metrics(x: torch.Tensor) -> None:
     aip = AtomicInnerProduct.estimate(x)
-    whitening = TSAETraining.whitening(aip)
+    whitening = training_whitening(aip)
     y = x.double() @ whitening.matrix
     torch.testing.assert_close(y @ whitening.inverse_matrix, x.double())
     torch.testing.assert_close(y @ y.T, aip.whiten(x) @ aip.whiten(x).T / 12)
 
 
-def test_folding_keeps_codes_and_reconstructions(x: torch.Tensor) -> None:
-    """The same atoms in whitened space (before the fold) and on raw activations (after)."""
+@pytest.mark.parametrize("encoder", ["tied", "free"])
+def test_folding_keeps_codes_and_reconstructions(x: torch.Tensor, encoder: Any) -> None:
+    """The same atoms in whitened space (while they learn) and on raw activations (after)."""
     aip = AtomicInnerProduct.estimate(x)
-    sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0, encoder="free"))
-    whitening = sae.whitening(aip)
-    y = (x.double() @ whitening.matrix).float()
-    sae.prepare(y, aip, torch.Generator().manual_seed(0))
-    sae.eval()  # without the noise of training
-    before = sae.encode(y)
-    reconstruction = sae.decode(before).double() @ whitening.inverse_matrix
-    sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
-    atoms = sae.finish(aip)
-    after = atoms.encode(x)
+    sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0, encoder=encoder))
+    sae.begin(x, aip, torch.Generator().manual_seed(0))
+    atoms = sae.finish()
+    before, after = sae.encode(x), atoms.encode(x)
     norms = (atoms.W_dec.norm(dim=1) - 1).abs()
     assert norms.max() < 1e-6
     assert torch.equal(before > 0, after > 0)
-    torch.testing.assert_close(atoms.decode(after).double(), reconstruction, rtol=1e-4, atol=1e-4)
-
-
-def test_finish_needs_the_fold(x: torch.Tensor) -> None:
-    sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0))
-    with pytest.raises(ValueError, match="whitening is not folded in yet"):
-        sae.finish(AtomicInnerProduct.estimate(x))
+    torch.testing.assert_close(atoms.decode(after), sae.decode(before), rtol=1e-4, atol=1e-4)
+    assert torch.equal(atoms.aip.metric, aip.metric)
 
 
 def test_same_seed_same_atoms(x: torch.Tensor) -> None:
@@ -179,10 +171,8 @@ def test_a_metric_of_another_width_is_refused(atoms: TSAE, generator: torch.Gene
 
 
 def test_checkpoint_from_the_middle_is_refused(x: torch.Tensor, tmp_path: Path) -> None:
-    aip = AtomicInnerProduct.estimate(x)
     sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0))
-    whitening = sae.whitening(aip)
-    sae.prepare((x.double() @ whitening.matrix).float(), aip, torch.Generator().manual_seed(0))
+    sae.begin(x, AtomicInnerProduct.estimate(x), torch.Generator().manual_seed(0))
     config = SAETrainerConfig(
         total_training_samples=640,
         train_batch_size_samples=64,
@@ -190,30 +180,29 @@ def test_checkpoint_from_the_middle_is_refused(x: torch.Tensor, tmp_path: Path) 
         n_checkpoints=1,
         checkpoint_path=str(tmp_path),
     )
-    trainer = SAETrainer(config, sae, (batch["x"] for batch in Batches({"x": x}, 64, seed=0)))
-    trainer.activation_scaler.whitening = whitening
-    trainer.fit()
+    SAETrainer(config, sae, (batch["x"] for batch in Batches({"x": x}, 64, seed=0))).fit()
     (checkpoint,) = tmp_path.iterdir()
-    assert json.loads((checkpoint / "cfg.json").read_text())["normalize_activations"] == "covariance_whitening"
     with pytest.raises(ValueError, match="checkpoint from the middle of training"):
         SAE.load_from_disk(checkpoint)
     resumed = TrainingSAE.load_from_disk(checkpoint)
-    assert isinstance(resumed, TSAETraining)
+    assert isinstance(resumed, TSAETraining) and resumed.aip is not None and sae.aip is not None
+    assert torch.equal(resumed.aip.metric, sae.aip.metric) and resumed.aip.n == 400
+    with pytest.raises(ValueError, match="the dictionary is still in training"):
+        evaluate(resumed, x, x, resumed.aip)
 
 
 def test_dead_atoms_get_a_gradient(x: torch.Tensor) -> None:
     aip = AtomicInnerProduct.estimate(x)
     sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0, encoder="free"))
-    y = (x.double() @ sae.whitening(aip).matrix).float()
-    sae.prepare(y, aip, torch.Generator().manual_seed(0))
+    sae.begin(x, aip, torch.Generator().manual_seed(0))
     sae.threshold.data[5] = 1e6
     dead = torch.zeros(40, dtype=torch.bool)
     dead[5] = True
-    output = sae.training_forward_pass(TrainStepInput(y, {"l0": 0.1}, dead, 0, False))
+    output = sae.training_forward_pass(TrainStepInput(x, {"l0": 0.1}, dead, 0, False))
     output.loss.backward()
     assert sae.W_dec.grad is not None and sae.W_enc.grad is not None
     assert sae.W_dec.grad[5].norm() > 0 and sae.W_enc.grad[:, 5].norm() > 0
-    without = sae.training_forward_pass(TrainStepInput(y, {"l0": 0.1}, None, 0, False))
+    without = sae.training_forward_pass(TrainStepInput(x, {"l0": 0.1}, None, 0, False))
     assert "revival_loss" in output.losses and "revival_loss" not in without.losses
 
 
@@ -222,9 +211,8 @@ def test_loss_weights_interpolate_between_the_norms(x: torch.Tensor) -> None:
     aip = AtomicInnerProduct.estimate(x)
     for alpha in (0.0, 1.0):
         sae = TSAETraining(TSAETrainingConfig(d_in=12, d_sae=40, target_l0=3.0, loss_norm=alpha))
-        whitening = sae.whitening(aip)
-        y = (x.double() @ whitening.matrix).float()
-        sae.prepare(y, aip, torch.Generator().manual_seed(0))
+        sae.begin(x, aip, torch.Generator().manual_seed(0))
+        y = sae.scaler(x)
         weighted = (y - y.mean(0)).square() * sae.loss_weight
         assert float(weighted.sum(1).mean()) == pytest.approx(1.0, rel=1e-4)
         norm = x - x.mean(0) if alpha else aip.whiten(x) - aip.whiten(x).mean(0)
@@ -235,9 +223,12 @@ def test_loss_weights_interpolate_between_the_norms(x: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_l0": 0.0}, "target_l0 is 0.0, allowed is a number above 0 and up to d_sae=40"),
-        ({"target_l0": 41.0}, "target_l0 is 41.0"),
-        ({"loss_norm": 2.0}, "loss_norm is 2.0, allowed is 0"),
+        ({"target_l0": None}, "target_l0 is missing, allowed is a number above 0 and up to d_sae=40"),
+        ({"target_l0": 0.0}, "aip_tsae: key target_l0 is 0.0, allowed is greater than 0"),
+        ({"target_l0": 41.0}, "target_l0 is 41.0, allowed is up to atoms.capacity=40"),
+        ({"loss_norm": 2.0}, "key loss_norm is 2.0, allowed is less than or equal to 1"),
+        ({"jumprelu_bandwidth": 0.0}, "aip_tsae: key bandwidth is 0.0, allowed is greater than 0"),
+        ({"normalize_activations": "covariance_whitening"}, "normalize_activations is 'covariance_whitening', allowed"),
     ],
 )
 def test_config_refuses(change: dict, message: str) -> None:
@@ -279,17 +270,16 @@ def test_starts(x: torch.Tensor) -> None:
     rows = torch.nn.functional.normalize(aip.whiten(x) - aip.whiten(x).mean(0), dim=1)
 
     def nearest(learner: Any) -> torch.Tensor:
-        whitened = learner.sae.W_dec.detach().double() @ learner.whitening.inverse_matrix @ aip.sqrt
+        whitened = learner.sae.W_dec.detach().double() @ learner.sae.scaler.whitening.inverse_matrix @ aip.sqrt
         return (torch.nn.functional.normalize(whitened, dim=1) @ rows.T).amax(dim=1)
 
     random = Atoms(capacity=40, target_l0=3.0, start="random")
     assert float(nearest(tsae_learner(x, aip, recipe)).min()) > 0.999
     assert float(nearest(tsae_learner(x, aip, random)).median()) < 0.95
     frozen = tsae_learner(x, aip, recipe, freeze_decoder=True)
-    before = [p.detach().clone() for p in (frozen.sae.W_dec, frozen.sae.W_enc)]
+    before = frozen.sae.W_dec.detach().clone()
     fit_together({"x": x}, {"frozen": frozen}, settings)
-    inverse = frozen.whitening.inverse_matrix.float() if frozen.whitening else torch.empty(0)
-    torch.testing.assert_close(frozen.sae.W_dec.detach(), before[0] @ inverse, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(frozen.sae.W_dec.detach(), before)
     assert float(nearest(tsae_learner(x, aip, recipe, freeze_decoder=True)).median()) < 0.95
 
 

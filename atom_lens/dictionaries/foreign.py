@@ -16,7 +16,8 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 
 from atom_lens.dictionaries.folder import check_metadata
-from atom_lens.dictionaries.tsae.sae import ARCHITECTURE, TSAE, WHITENED, TSAEConfig, model_metadata
+from atom_lens.dictionaries.metered import WHITENED
+from atom_lens.dictionaries.tsae.sae import ARCHITECTURE, TSAE, TSAEConfig, model_metadata
 from atom_lens.dictionaries.weights import WEIGHTS, State, Thresholds, jumprelu_weights, read_tensors
 from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import read_json, regular_file, shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from sae_lens import SAE
@@ -19,7 +19,13 @@ from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.storage.sealed import sealed_folder
 
 HEADS = "hook_z"  # the one hook whose heads sae-lens merges, and its name for doing so
+WHITENED = "covariance_whitening"  # sae-lens' mark of weights that live in whitened space
 METRIC = ("aip_eigenvalues", "aip_eigenvectors")
+TRAINED_IN = "aip_about"  # only in weights that were saved in the middle of a training
+_IN_TRAINING = (
+    "this is a checkpoint from the middle of training: its weights act on whitened activations and would be silently "
+    "wrong on raw ones; load the final atoms, or resume the training from it"
+)
 
 if TYPE_CHECKING:
     _Base = SAE[Any]
@@ -36,6 +42,14 @@ class Metered(_Base):
 
     aip_eigenvalues: Tensor
     aip_eigenvectors: Tensor
+    of_training: ClassVar[tuple[str, ...]] = ("loss_weight",)  # what a training that has not begun saves besides
+
+    def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
+        if cfg.normalize_activations == WHITENED:
+            raise AtomLensError(_IN_TRAINING)
+        if str(cfg.metadata.hook_name).endswith(f".{HEADS}"):
+            cfg.reshape_activations = HEADS
+        super().__init__(cfg, use_error_term)
 
     @override
     def initialize_weights(self) -> None:
@@ -82,6 +96,31 @@ class Metered(_Base):
         super().save_model(folder)
         self.aip.save(folder / AIP_FILENAME)
         check_atoms(folder)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        for name in METRIC:
+            del state_dict[name]
+        for name, value in state_dict.items():
+            state_dict[name] = value.contiguous()
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        if TRAINED_IN in state_dict:
+            raise AtomLensError(_IN_TRAINING)
+        for name in self.of_training:
+            state_dict.pop(name, None)
+        # Weights alone (a plain jumprelu or topk file) come without a metric; `load_atoms` adds it from the sidecar.
+        state_dict.setdefault("aip_eigenvalues", torch.ones(self.cfg.d_in, dtype=torch.float64))
+        state_dict.setdefault("aip_eigenvectors", torch.eye(self.cfg.d_in, dtype=torch.float64))
+
+    @torch.no_grad()
+    def leave_training(self, aip: AtomicInnerProduct) -> None:
+        """Take atoms and biases from training coordinates under `aip` to raw activations."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        whitening = training_whitening(aip)
+        self.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+        self.aip = aip
 
     @override
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:

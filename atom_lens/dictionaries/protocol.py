@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from atom_lens.dictionaries.tsae.sae import WHITENED
+from atom_lens.dictionaries.learning import Learning
+from atom_lens.dictionaries.metered import WHITENED
 from atom_lens.errors import AtomLensError
 
 
@@ -29,6 +30,8 @@ def check_folded(dictionary: Any, what: str) -> None:
     Raises:
         AtomLensError: its whitening is not folded into its weights.
     """
+    if isinstance(dictionary, Learning):
+        raise AtomLensError(f"{what} is still in training, its atoms lie in whitened space: take its finish()")
     if getattr(getattr(dictionary, "cfg", None), "normalize_activations", None) == WHITENED:
         raise AtomLensError(
             f"{what} is from the middle of a training: its weights act on whitened activations and would be wrong on "

@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from jaxtyping import Float
 from sae_lens import SAE, TrainingSAE
-from sae_lens.training.activation_scaler import ActivationWhitening
 from torch import Tensor
 
+from atom_lens.dictionaries.learning import Learning
+from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.protocol import Dictionary
 from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
@@ -58,12 +59,26 @@ class Setup(NamedTuple):
 
 @dataclass(frozen=True)
 class Learner:
-    """A dictionary about to be trained: which stream it reads, and its whitening unless that is to be estimated."""
+    """A dictionary about to be trained, and which stream it reads; `calibration` is that of its `Setup`."""
 
     sae: TrainingSAE[Any]
     stream: str = "x"
-    whitening: ActivationWhitening | None = None
     calibration: Float[Tensor | Rows, "m d"] | None = None
+
+    @classmethod
+    def begun(cls, make: Callable[[], Learning], setup: Setup, seed: int) -> Learner:
+        """What `make` gives, at its start on the activations of `setup`."""
+        # sae-lens draws initial weights from the global generator, to be overwritten: leave the user's as it was.
+        with torch.random.fork_rng(devices=[]):
+            sae = make()
+        sae.begin(setup.x, setup.aip, torch.Generator().manual_seed(seed))
+        return cls(sae, setup.stream, setup.calibration)
+
+
+def finish(learner: Learner, aip: AtomicInnerProduct) -> Metered:
+    """What a learner that was `begun` has become, on raw activations, with its metric."""
+    assert isinstance(learner.sae, Learning)
+    return learner.sae.finish()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,15 +59,16 @@ def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[s
             node[last] = read_yaml(value)
         except ValueError as error:
             raise AtomLensError(f"override {override!r} has a value that is not YAML: {error}") from error
-    return _checked(kind, data, str(path))
+    return checked(kind, data, str(path))
 
 
 def check_recipe(data: Any, where: str = "the recipe") -> Recipe:
     """A recipe from plain data; raises AtomLensError with one sentence about the first thing wrong."""
-    return _checked(recipe_type(), data, where)
+    return checked(recipe_type(), data, where)
 
 
-def _checked(kind: type[AnySection], data: Any, where: str) -> AnySection:
+def checked(kind: type[AnySection], data: Any, where: str) -> AnySection:
+    """`data` as a section; an AtomLensError says in one sentence what is wrong first, and `where`."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

@@ -63,20 +63,51 @@ class Pursuit(Section):
 
 
 class Atoms(Section):
-    """The dictionary. `capacity` is d_sae; what pursuits need is in `pursuit`, the rest is `TSAETrainingConfig`'s."""
+    """The dictionary, and what a TSAE is trained with: the one place for defaults and for what is allowed.
+
+    What pursuits and TopK in the AIP are made with instead is in `pursuit`.
+    """
 
     architecture: Literal["aip_tsae", "aip_topk", "aip_pursuit"] = "aip_tsae"
-    capacity: int = Field(ge=1)
-    target_l0: float = Field(gt=0)
-    encoder: Literal["tied", "free"] = "free"
-    start: Literal["data", "random"] = "data"
-    loss_norm: float = Field(0.75, ge=0, le=1)
-    l0_coefficient: float = Field(0.15, gt=0)
-    noise: float = Field(0.3, ge=0)
-    revival: float = Field(1 / 32, ge=0)
-    bandwidth: float = Field(0.05, gt=0)
-    step: Literal["dense", "sparse"] = "sparse"
-    encoder_product: Literal["float32", "bfloat16"] = "float32"
+    capacity: int = Field(ge=1, description="d_sae")
+    target_l0: float = Field(gt=0, description="wanted number of active atoms of every activation")
+    encoder: Literal["tied", "free"] = Field(
+        "free", description="tied keeps W_enc = D S as in the identifiability theorem, free learns it"
+    )
+    start: Literal["data", "random"] = Field(
+        "data", description="first atoms: centred training activations, or directions uniform under the metric"
+    )
+    loss_norm: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="the residual is weighted by the eigenvalues of C to this power: 0 is the AIP norm, 1 Euclidean",
+    )
+    l0_coefficient: float = Field(
+        0.15, gt=0, description="weight of 2 (K - target_l0)^2 / target_l0 beside a share of variance"
+    )
+    noise: float = Field(
+        0.3,
+        ge=0,
+        description="expected square norm of the Gaussian noise on what the encoder reads in training, as a share of "
+        "the activation's; keeps thresholds and codes as they are on activations never seen",
+    )
+    revival: float = Field(
+        1 / 32, ge=0, description="weight of the loss in which dead atoms explain what the living leave over"
+    )
+    bandwidth: float = Field(
+        0.05, gt=0, description="width of the straight-through window, in norms of a whitened activation"
+    )
+    step: Literal["dense", "sparse"] = Field(
+        "sparse",
+        description="sparse goes through active entries and those in the window only: the same up to rounding, and "
+        "faster while few are active; the SAE's forward hooks do not fire then, and codes are sparse tensors",
+    )
+    encoder_product: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of sparse steps: bfloat16 looks for entries in that precision, missing none, and computes those "
+        "found in the precision of the weights",
+    )
     pursuit: Pursuit = Pursuit.model_validate({})
 
     @model_validator(mode="after")

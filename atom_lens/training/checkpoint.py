@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atom_lens.dictionaries.tsae.training import TSAETraining
+from atom_lens.dictionaries.learning import Learning
 from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import regular_file, replacing
 from atom_lens.tensors.rows import Rows
@@ -167,7 +167,7 @@ def _state(trainer: Any) -> dict[str, Any]:
     scaler = trainer.activation_scaler
     return {
         "weights": dict(trainer.sae.state_dict()),
-        "noise": trainer.sae.generator.get_state() if isinstance(trainer.sae, TSAETraining) else None,
+        "noise": trainer.sae.generator.get_state() if isinstance(trainer.sae, Learning) else None,
         "optimizer": trainer.optimizer.state_dict(),
         "lr_scheduler": trainer.lr_scheduler.state_dict(),
         "coefficients": {name: one.state_dict() for name, one in trainer.coefficient_schedulers.items()},
@@ -181,7 +181,7 @@ def _restore(trainer: Any, state: dict[str, Any]) -> None:
     sae: TrainingSAE[Any] = trainer.sae
     device = sae.device
     sae.load_state_dict(state["weights"])
-    if isinstance(sae, TSAETraining):
+    if isinstance(sae, Learning):
         sae.generator.set_state(state["noise"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])

@@ -1,59 +1,11 @@
-"""What a step of sae-lens' trainer does more often than it has to: whitening, and going through the weights."""
+"""What a step of sae-lens' trainer does more often than it has to: going through the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
 from sae_lens.training.sae_trainer import SAETrainer
-from torch import Tensor
-from typing_extensions import override
-
-
-class _Whitened:
-    """One whitening, and the last batch that went through it."""
-
-    def __init__(self, stream: str, whitening: ActivationWhitening) -> None:
-        self.stream, self.whitening = stream, whitening
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def of(self, batch: Tensor) -> Tensor:
-        if self._last is None or self._last[0] is not batch:
-            self._last = batch, ActivationScaler(whitening=self.whitening).scale(batch)
-        return self._last[1]
-
-
-class _SharedScaler(ActivationScaler):
-    """A scaler that whitens through a `_Whitened`, until its own whitening is folded into the weights."""
-
-    def __init__(self, shared: _Whitened) -> None:
-        super().__init__(whitening=shared.whitening)
-        self.shared = shared
-
-    @override
-    def scale(self, acts: Tensor) -> Tensor:
-        return super().scale(acts) if self.whitening is None else self.shared.of(acts)
-
-
-def whiten_once(
-    trainers: Mapping[str, SAETrainer[Any, Any]], whitenings: Mapping[str, tuple[str, ActivationWhitening | None]]
-) -> None:
-    """Give trainers their whitening; those that have the same one on the same stream have each batch whitened once.
-
-    Args:
-        trainers: by name.
-        whitenings: by name, the stream and the whitening, or None where the trainer is to estimate its own.
-    """
-    known: list[_Whitened] = []
-    for name, (stream, whitening) in whitenings.items():
-        if whitening is None:
-            continue
-        same = [one for one in known if one.stream == stream and torch.equal(one.whitening.matrix, whitening.matrix)]
-        shared = same[0] if same else _Whitened(stream, whitening)
-        known += [] if same else [shared]
-        trainers[name].activation_scaler = _SharedScaler(shared)
 
 
 def fuse(trainer: SAETrainer[Any, Any]) -> None:

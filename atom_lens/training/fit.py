@@ -26,7 +26,7 @@ from atom_lens.recipe.sections import Atoms, Training, Wandb
 from atom_lens.tensors import parallel
 from atom_lens.tensors.rows import Rows
 from atom_lens.training.checkpoint import Batches, Checkpoints
-from atom_lens.training.faster import fuse, whiten_once
+from atom_lens.training.faster import fuse
 
 
 def fit_together(
@@ -98,7 +98,6 @@ def _trained(
             {name: learner.stream for name, learner in learners.items()},
             batches,
         )
-        whiten_once(trainer.trainers, {name: (one.stream, one.whitening) for name, one in learners.items()})
         for one in trainer.trainers.values():
             fuse(one)
         if checkpoint is not None:

@@ -19,7 +19,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from typing_extensions import override
 
-from atom_lens.dictionaries.metered import HEADS, Metered
+from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.pursuit.nearest import Nearest
 from atom_lens.dictionaries.pursuit.omp import Codes, pursue
 from atom_lens.errors import AtomLensError
@@ -65,6 +65,7 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
     with which it joins a code, in training coordinates, where an activation has mean square norm 1 (`pursuit_map`).
     """
 
+    of_training = (*Metered.of_training, "W_enc", "b_enc", "learned", "norm_weight", "pursuit_weight")
     threshold: torch.nn.Parameter
     _ready: tuple[tuple[int, ...], Nearest, Tensor, Tensor] | None = None
 
@@ -81,11 +82,6 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
         if name != "W_enc":  # sae-lens gives every SAE an encoder matrix
             super().__setattr__(name, value)
 
-    def __init__(self, cfg: PursuitSAEConfig, use_error_term: bool = False) -> None:
-        if str(cfg.metadata.hook_name).endswith(f".{HEADS}"):
-            cfg.reshape_activations = HEADS
-        super().__init__(cfg, use_error_term)
-
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -95,6 +91,14 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         for name, value in state_dict.items():  # the metric is a part of the encoder, and saved with it
             state_dict[name] = value.contiguous()
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        """Take atoms and bias from whitened space to raw activations; there is no encoder to be taken."""
+        back = unwhitening_matrix.to(self.device)
+        self.W_dec.copy_(self.W_dec.to(back.dtype) @ back)
+        self.b_dec.copy_(self.b_dec.to(back.dtype) @ back + mean.to(back))
 
     @override
     @torch.no_grad()

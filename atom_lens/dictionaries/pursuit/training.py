@@ -7,6 +7,7 @@ with respect to atoms is the one at fixed codes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -21,13 +22,11 @@ from atom_lens.activations.models import pick_device
 from atom_lens.dictionaries.aip_topk import (
     AIPTopKTraining,
     AIPTopKTrainingConfig,
-    finish,
-    share_of_variance,
-    start_learner,
 )
+from atom_lens.dictionaries.learning import loss_weight
 from atom_lens.dictionaries.pursuit.omp import Codes, pursue
 from atom_lens.dictionaries.pursuit.sae import ARCHITECTURE, PursuitSAE, PursuitSAEConfig, calibrated
-from atom_lens.dictionaries.registry import Learner, Setup, Trained, register
+from atom_lens.dictionaries.registry import Learner, Setup, Trained, finish, register
 from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.tensors.rows import Rows
@@ -73,17 +72,19 @@ class PursuitTrainingConfig(AIPTopKTrainingConfig):
 
 
 class PursuitTraining(AIPTopKTraining):
-    """The pursuit dictionary in training coordinates. Call `prepare` before training; `finish` after."""
+    """The pursuit dictionary while it trains: `begin` or the first activations set metric and start."""
 
     cfg: PursuitTrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    threshold: Tensor
+    threshold: Tensor  # of each atom, all the same
+    learned: Tensor  # steps of learning
     norm_weight: Tensor
     pursuit_weight: Tensor
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float64, device=self.device))
+        self.register_buffer("threshold", torch.zeros(self.cfg.d_sae, dtype=torch.float64, device=self.device))
+        self.register_buffer("learned", torch.zeros((), dtype=torch.int64))
         for name in ("norm_weight", "pursuit_weight"):
             self.register_buffer(name, torch.ones(self.cfg.d_in, dtype=torch.float32, device=self.device))
 
@@ -95,9 +96,8 @@ class PursuitTraining(AIPTopKTraining):
     @torch.no_grad()
     def prepare(self, y: Float[Tensor | Rows, "n d"], aip: AtomicInnerProduct, generator: torch.Generator) -> None:
         super().prepare(y, aip, generator)
-        weight = (aip.eigenvalues / aip.eigenvalues[-1]).to(self.W_dec) ** self.cfg.norm
-        self.norm_weight.copy_(weight.sqrt())
-        self.pursuit_weight.copy_(share_of_variance(y, weight))
+        self.norm_weight.copy_((aip.eigenvalues / aip.eigenvalues[-1]) ** (self.cfg.norm / 2))
+        self.pursuit_weight.copy_(loss_weight(y, aip, self.cfg.norm))
 
     @torch.no_grad()
     def pursued(self, y: Float[Tensor, "n d"], tau: float) -> Codes:
@@ -109,15 +109,16 @@ class PursuitTraining(AIPTopKTraining):
         return Codes(codes.support, codes.values / norms[codes.support, 0], codes.count)
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if step_input.n_training_steps < self.cfg.amortised_steps:
-            return super().training_forward_pass(step_input)
+    def learn(self, step_input: TrainStepInput) -> TrainStepOutput:
+        self.learned += 1
+        if self.learned <= self.cfg.amortised_steps:
+            return super().learn(step_input)
         self.project()
         x = step_input.sae_in
-        if float(self.threshold) == 0:
+        if float(self.threshold[0]) == 0:
             start = calibrated(lambda tau: float(self.pursued(x, tau).count.double().mean()), self.cfg.k)
             self.threshold.fill_(start)
-        codes = self.pursued(x, float(self.threshold))
+        codes = self.pursued(x, float(self.threshold[0]))
         found = float(codes.count.double().mean())
         self.threshold.mul_(1 + _PACE * max(-1.0, min(1.0, found / self.cfg.k - 1)))
         out = embedding_bag(codes.support, self.W_dec, per_sample_weights=codes.values, mode="sum") + self.b_dec
@@ -129,28 +130,20 @@ class PursuitTraining(AIPTopKTraining):
         )
         return TrainStepOutput(x, out, acts, acts, loss, {"mse_loss": loss})
 
+    @override
     @torch.no_grad()
-    def finish(self, aip: AtomicInnerProduct, calibration: Float[Tensor | Rows, "n d"] | None = None) -> PursuitSAE:
-        """The atoms on raw activations, with their metric; the threshold set on `calibration`, raw activations."""
-        cfg = self.cfg.get_inference_sae_cfg_dict()
-        cfg["normalize_activations"] = "none"
-        sae = PursuitSAE(PursuitSAEConfig.from_dict(cfg)).to(self.W_dec.device)
-        sae.W_dec.copy_(self.W_dec)
-        sae.b_dec.copy_(self.b_dec)
-        sae.aip = aip
-        sae.threshold.fill_(float(self.threshold))
-        sae.fold_W_dec_norm()
-        if calibration is not None:
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.randperm(len(calibration), generator=generator)[:_CALIBRATION_ROWS]
-            sae.calibrate(calibration[drawn.to(calibration.device)].to(self.W_dec), self.cfg.k)
-        return sae
+    def finish(self) -> PursuitSAE:
+        atoms = cast("PursuitSAE", super().finish())
+        atoms.fold_W_dec_norm()
+        return atoms
 
 
 def _start(setup: Setup, level: float, seed: int) -> Learner:
     asked = setup.atoms.pursuit
     config = PursuitTrainingConfig(
         d_in=setup.aip.width,
+        ridge=setup.aip.ridge,
+        seed=seed,
         d_sae=setup.atoms.capacity,
         k=level,
         device=pick_device(setup.device),
@@ -163,7 +156,16 @@ def _start(setup: Setup, level: float, seed: int) -> Learner:
         amortised_steps=round(asked.amortised * setup.steps),
         metadata=SAEMetadata(**setup.metadata),
     )
-    return start_learner(PursuitTraining, config, setup, seed)
+    return Learner.begun(lambda: PursuitTraining(config), setup, seed)
+
+
+def _finish(learner: Learner, aip: AtomicInnerProduct) -> PursuitSAE:
+    atoms, rows = finish(learner, aip), learner.calibration
+    assert isinstance(atoms, PursuitSAE)
+    if rows is not None:
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_ROWS]
+        atoms.calibrate(rows[drawn.to(rows.device)].to(atoms.W_dec), learner.sae.cfg.k)
+    return atoms
 
 
 register(
@@ -175,7 +177,7 @@ register(
         marker="*",
         least=1.0,
         start=_start,
-        finish=finish,
+        finish=_finish,
     )
 )
 SAE_TRAINING_CLASS_REGISTRY.pop(ARCHITECTURE, None)  # a notebook may reload this module

@@ -1,6 +1,6 @@
 """TSAE: the threshold-activated sparse autoencoder in the atomic inner product, as an sae-lens architecture.
 
-sae-lens' JumpReLU SAE on raw activations, with the metric beside it; `tsae_training` trains it (theory.md section 3).
+sae-lens' JumpReLU SAE on raw activations, with the metric beside it; `training` trains it (theory.md section 3).
 Importing this module registers the architecture ``aip_tsae``.
 """
 
@@ -9,20 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.registry import (
-    SAE_CLASS_REGISTRY,
-    register_sae_class,
-)
+from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from typing_extensions import override
 
-from atom_lens.dictionaries.metered import HEADS, METRIC, Metered
-from atom_lens.errors import AtomLensError
+from atom_lens.dictionaries.metered import Metered
 
 ARCHITECTURE = "aip_tsae"
-WHITENED = "covariance_whitening"  # sae-lens' mark of weights that live in whitened space
 
 
 def model_metadata() -> dict[str, Any]:
@@ -53,29 +47,7 @@ class TSAE(Metered, JumpReLUSAE):
     ``W_dec`` holds one atom per row, of unit Euclidean norm; coherence does not depend on the norm.
     """
 
-    def __init__(self, cfg: JumpReLUSAEConfig, use_error_term: bool = False) -> None:
-        if cfg.normalize_activations == WHITENED:
-            raise AtomLensError(
-                "this is a checkpoint from the middle of training: its weights act on whitened activations and "
-                "would be silently wrong on raw ones; load the final atoms, or resume the training from it"
-            )
-        if str(cfg.metadata.hook_name).endswith(f".{HEADS}"):
-            cfg.reshape_activations = HEADS
-        super().__init__(cfg, use_error_term)
-
-    @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        for name in METRIC:
-            del state_dict[name]
-        for name, value in state_dict.items():
-            state_dict[name] = value.contiguous()
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        # Weights alone (a plain jumprelu file) come without a metric; `load_atoms` adds it from the sidecar.
-        d = self.cfg.d_in
-        state_dict.setdefault("aip_eigenvalues", torch.ones(d, dtype=torch.float64))
-        state_dict.setdefault("aip_eigenvectors", torch.eye(d, dtype=torch.float64))
+    of_training = (*Metered.of_training, "density")
 
 
 # A second registration is an error in sae-lens, and a notebook may reload this module: the newest classes count.

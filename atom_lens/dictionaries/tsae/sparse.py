@@ -1,24 +1,139 @@
-"""Products over the few entries of a code that matter: the training step without its dense backward pass.
+"""The fast way of reading a batch: at the few entries of a code that matter, without a dense backward pass.
 
 Of the gradients of a threshold SAE, only active entries and those inside the straight-through window are not zero. The
-encoder's forward product has to be dense, to find them; everything after it is sparse (docs/performance.md).
+encoder's forward product has to be dense, to find them (`search`); everything after it is sparse (docs/performance.md).
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int16
+from jaxtyping import BFloat16, Bool, Float, Int
+from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from typing_extensions import override
+
+if TYPE_CHECKING:
+    from atom_lens.dictionaries.tsae.training import TSAETraining
+
+_REVIVED = 64  # dead atoms that speak at once
 
 with warnings.catch_warnings():
     # torch says once that compressed rows are beta; tests hold them against dense products.
     warnings.simplefilter("ignore", UserWarning)
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.long), torch.tensor([]), (1, 1))
+
+
+class Read(NamedTuple):
+    """What a batch is read as: all that the loss is made of, and the codes and pre-activations behind it."""
+
+    out: Float[Tensor, "batch d"]
+    l0: Float[Tensor, " batch"]  # active atoms, with the straight-through gradient
+    codes: Tensor
+    pre: Tensor
+    revived: Float[Tensor, "batch d"] | None = None  # what the strongest dead atoms would add
+
+
+def strongest(candidates: Float[Tensor, "batch dead"]) -> torch.return_types.topk:
+    """Of pre-activations of dead atoms, those that would speak."""
+    return candidates.topk(min(_REVIVED, candidates.shape[1]), dim=1)
+
+
+def read_sparsely(sae: TSAETraining, y: Float[Tensor, "batch d"], dead: Bool[Tensor, " F"] | None) -> Read:
+    """What a dense step reads from `y`, with gradients at the entries where they are not zero.
+
+    `Read.codes` and `Read.pre` are sparse, of active entries and of all that were gone through.
+    """
+    directions = sae.W_dec if sae.cfg.encoder == "tied" else sae.W_enc.T
+    with torch.no_grad():
+        seen = sae.process_sae_in(y)
+        cutoff = sae.threshold - sae.bandwidth / 2 - sae.b_enc  # adding b_enc would copy a matrix
+        entries, found = search(seen, directions, cutoff.to(seen), sae.cfg.encoder_product)
+        found = found + sae.b_enc[entries.columns]
+
+    def pre(found: Tensor, at: Entries) -> Tensor:
+        b_dec = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
+        return sparse_encode(found, seen, directions, sae.b_enc, b_dec, at)
+
+    # sae-lens' own estimators, on the entries in a row instead of the whole matrix.
+    values, threshold = pre(found, entries)[None], sae.threshold.to(found)[entries.columns]
+    estimator = (threshold, sae.bandwidth, sae.cfg.jumprelu_ste_to_input)
+    codes = JumpReLU.apply(values, *estimator)[0]
+    active = Step.apply(values, *estimator)[0]
+    l0 = active.new_zeros(len(y)).index_add(0, entries.rows, active)
+    out = sparse_decode(codes, sae.W_dec, entries) + sae.b_dec
+    places, size = torch.stack([entries.rows, entries.columns]), (len(y), sae.cfg.d_sae)
+    fired = codes.detach() > 0
+    feature_acts = torch.sparse_coo_tensor(places[:, fired], codes.detach()[fired], size, is_coalesced=True)
+    hidden_pre = torch.sparse_coo_tensor(places, found, size, is_coalesced=True)
+    if dead is None:
+        return Read(out, l0, feature_acts, hidden_pre)
+    at, candidates = _revived(seen, directions, sae.b_enc, dead)
+    return Read(out, l0, feature_acts, hidden_pre, sparse_decode(pre(candidates, at), sae.W_dec, at))
+
+
+@torch.no_grad()
+def _revived(seen: Tensor, directions: Tensor, b_enc: Tensor, dead: Tensor) -> tuple[Entries, Tensor]:
+    """Where the strongest dead atoms would speak, and their pre-activations there."""
+    index = dead.nonzero()[:, 0]
+    found = torch.addmm(b_enc[index], seen, directions[index].T)
+    mask = torch.zeros(len(seen), len(dead), dtype=torch.bool, device=seen.device)
+    places = strongest(found)
+    mask[torch.arange(len(seen), device=seen.device)[:, None], index[places.indices]] = places.values > 0
+    at = Entries.where(mask)
+    column = torch.empty_like(dead, dtype=torch.long)
+    column[index] = torch.arange(len(index), device=index.device)
+    return at, found[at.rows, column[at.columns]]
+
+
+@torch.no_grad()
+def search(
+    x: Float[Tensor, "batch d"], directions: Float[Tensor, "F d"], cutoff: Float[Tensor, " F"], precision: str
+) -> tuple[Entries, Float[Tensor, " nnz"]]:
+    """All entries of x directionsᵀ above `cutoff`, and their values.
+
+    In "bfloat16" the product is of that precision, and some more entries are found that are just below; values are in
+    the precision of the weights all the same.
+    """
+    if precision == "bfloat16":
+        left, right = _bounds(x, directions, cutoff)
+        entries = Entries.where(left @ right.T > 0)
+        return entries, sampled_product(x, directions, entries)
+    product = x @ directions.T
+    entries = Entries.where(product > cutoff)
+    return entries, product[entries.rows, entries.columns]
+
+
+def _bounds(
+    x: Float[Tensor, "batch d"], directions: Float[Tensor, "F d"], cutoff: Float[Tensor, " F"]
+) -> tuple[BFloat16[Tensor, "batch wide"], BFloat16[Tensor, "F wide"]]:
+    """Factors of a product that is above zero wherever x directionsᵀ is above `cutoff`, whatever rounding takes.
+
+    With x = x^ + dx and w = w^ + dw, of which x^ and w^ have 8 bits, x w - x^ w^ is at most |dx| |w| + |x^| |dw|
+    (Cauchy-Schwarz), |dw| at most 2⁻⁸ |w|, and sums in float32 are off by at most 2⁻²³ d |x^| |w| in any order.
+    A GPU may round partial sums to 8 bits as well. This margin and the cutoff (in two parts, 16 bits) are three
+    columns more.
+    """
+    d = x.shape[1]
+    wide = 16 * math.ceil((d + 3) / 16)
+    above = 1 + 2**-7  # of what it is rounded from
+    sums = 2**-23 * d + (2**-7 if x.is_cuda else 0)
+    rounded = x.bfloat16()
+    left = rounded.new_zeros(len(x), wide)
+    left[:, :d] = rounded
+    left[:, d] = above * ((x - rounded).norm(dim=1) + (2**-8 + sums) * rounded.to(x).norm(dim=1))
+    left[:, d + 1 : d + 3] = 1
+    right = left.new_zeros(len(directions), wide)
+    right[:, :d] = directions
+    right[:, d] = above * directions.norm(dim=1)
+    below = -(cutoff - (2**-15 + sums) * cutoff.abs())
+    right[:, d + 1] = below
+    right[:, d + 2] = below - right[:, d + 1]
+    return left, right
 
 
 class Entries(NamedTuple):
@@ -31,9 +146,9 @@ class Entries(NamedTuple):
     by_column: Int[Tensor, " nnz"]
 
     @classmethod
-    def where(cls, mask: Bool[Tensor, "batch F"] | Int16[Tensor, "batch F"]) -> Entries:
-        """The places at which `mask` is not zero."""
-        rows, columns = _nonzero(mask)
+    def where(cls, mask: Bool[Tensor, "batch F"]) -> Entries:
+        """The places at which `mask` is true."""
+        rows, columns = mask.nonzero(as_tuple=True)
         return cls(
             rows,
             columns,
@@ -54,18 +169,6 @@ class Entries(NamedTuple):
     def transposed_times(self, values: Float[Tensor, " nnz"], dense: Float[Tensor, "batch d"]) -> Float[Tensor, "F d"]:
         """The same matrix transposed, times `dense`."""
         return _sums(self.rows[self.by_column], self.column_starts, values[self.by_column], dense)
-
-
-def _nonzero(mask: Bool[Tensor, "batch F"] | Int16[Tensor, "batch F"]) -> tuple[Tensor, Tensor]:
-    """Rows and columns; on a CPU by words of 8 bytes first: most are empty, which makes it four times faster."""
-    width, together = mask.shape[1], 8 // mask.itemsize
-    if mask.is_cuda or width % together:
-        rows, columns = mask.nonzero(as_tuple=True)
-        return rows, columns
-    words = mask.view(torch.int64).flatten().nonzero()[:, 0]
-    word, within = mask.view(-1, together)[words].nonzero(as_tuple=True)
-    place = words[word] * together + within
-    return place // width, place % width
 
 
 def _starts(index: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " starts"]:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from atom_lens.dictionaries import Dictionary, Drawn, Fixed, Learner, Setup, Trained, find_kind, kinds
 from atom_lens.dictionaries.encoders import Refit, bias_of, under_pursuit
+from atom_lens.dictionaries.learning import Learning
+from atom_lens.dictionaries.metered import WHITENED
 from atom_lens.dictionaries.nulls import Pursuit
 from atom_lens.dictionaries.pursuit.sae import PursuitSAE
 from atom_lens.errors import AtomLensError
@@ -192,9 +194,9 @@ def _trained(kind: Trained, level: float, setup: Setup, split: SplitActivations,
 def _start(learner: Learner, aip: AtomicInnerProduct) -> Float[Tensor, "F d"]:
     """Initial atoms as directions of raw activations."""
     weights = learner.sae.W_dec.detach().double().cpu()
-    whitening = learner.whitening
-    if whitening is None and learner.sae.cfg.normalize_activations == "covariance_whitening":
+    if learner.sae.cfg.normalize_activations == WHITENED:
         return aip.unwhiten(weights)  # random directions stay random under any whitening of the same data
+    whitening = learner.sae.scaler.whitening if isinstance(learner.sae, Learning) else None
     return weights if whitening is None else weights @ whitening.inverse_matrix
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from atom_lens.dictionaries import Learner, Setup, recipes_kind
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.nulls import TrainedNull, shuffle_coordinates
-from atom_lens.dictionaries.tsae.kinds import tsae_learner
+from atom_lens.dictionaries.tsae import kinds as tsae
 from atom_lens.evidence.identity import identity
 from atom_lens.geometry import AtomicInnerProduct, Ridge
 from atom_lens.recipe.sections import Atoms, Training, Wandb
@@ -86,12 +86,12 @@ def fit_with_controls(
         rows, heldout_rows = shuffle_coordinates(x, generator), shuffle_coordinates(heldout, generator)
         streams["shuffled"] = rows
         alone = AtomicInnerProduct.estimate(rows, ridge, "shuffled coordinates")
-        device, seed = training.device, training.seed
+        seed = training.seed
         if atoms.architecture == "aip_tsae":
             empty["frozen"] = (x, heldout, aip)
             # A frozen decoder leaves everything to the encoder, so that one is free.
-            free = atoms.model_copy(update={"encoder": "free"})
-            learners["frozen"] = tsae_learner(x, aip, free, device, seed=seed, freeze_decoder=True)
+            alone_with_it = setup._replace(calibration=None, metadata={})
+            learners["frozen"] = tsae.start(alone_with_it, atoms.target_l0, seed, "free", freeze_decoder=True)
         empty["shuffled"] = (rows, heldout_rows, alone)
         nothing = setup._replace(x=rows, aip=alone, calibration=None, metadata={}, stream="shuffled")
         learners["shuffled"] = kind.start(nothing, atoms.target_l0, seed)
