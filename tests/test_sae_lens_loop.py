@@ -1,4 +1,4 @@
-"""`aip_tsae` in sae-lens' own loop: its trainers, its runner and its command line, from activations to a folder."""
+"""Our architectures in sae-lens' own loop: its trainers, runner and command line, from activations to a folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,13 @@ from transformer_lens import HookedTransformerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from atom_lens import (
-    TSAE,
     AtomicInnerProduct,
-    TSAETraining,
-    TSAETrainingConfig,
     evaluate,
     faithfulness,
     fit,
     load_atoms,
 )
+from atom_lens.dictionaries.learning import Learning
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.training.checkpoint import Batches
 
@@ -50,18 +49,33 @@ HOOK = "blocks.1.hook_resid_post"
 COMMAND = "import runpy, atom_lens; runpy.run_module('sae_lens.llm_sae_training_runner', run_name='__main__')"
 
 
-def planted(n: int) -> torch.Tensor:
-    """K of F random directions with coefficients of 0.5 to 1.5, noise, and a mean beside which they are small."""
+def planted(n: int, d: int = D, f: int = F, k: int = K) -> torch.Tensor:
+    """k of f random directions with coefficients of 0.5 to 1.5, noise, and a mean beside which they are small."""
     generator = torch.Generator().manual_seed(0)
-    atoms = torch.nn.functional.normalize(torch.randn(F, D, generator=generator), dim=1)
-    index = torch.rand(n, F, generator=generator).topk(K).indices
-    codes = 0.5 + torch.rand(n, K, generator=generator)
+    atoms = torch.nn.functional.normalize(torch.randn(f, d, generator=generator), dim=1)
+    index = torch.rand(n, f, generator=generator).topk(k).indices
+    codes = 0.5 + torch.rand(n, k, generator=generator)
     x = torch.nn.functional.embedding_bag(index, atoms, per_sample_weights=codes, mode="sum")
-    return x + 0.02 * torch.randn(n, D, generator=generator) + 3 * torch.randn(D, generator=generator)
+    return x + 0.02 * torch.randn(n, d, generator=generator) + 3 * torch.randn(d, generator=generator)
 
 
-def sae(**options: Any) -> TSAETraining:
-    return TSAETraining(TSAETrainingConfig(**{"d_in": D, "d_sae": F, "target_l0": float(K), **options}))
+PLAIN = {"aip_tsae": "JumpReLUSAE", "aip_topk": "TopKSAE", "aip_pursuit": "PursuitSAE"}
+ARCHITECTURES = tuple(PLAIN)
+
+
+def config_of(architecture: str, l0: int, **options: Any) -> Any:
+    """A training configuration that asks for that L0."""
+    asked = {
+        "aip_tsae": {"target_l0": float(l0)},
+        "aip_topk": {"k": l0},
+        "aip_pursuit": {"k": float(l0), "max_iterations": 2 * l0},
+    }
+    return get_sae_training_class(architecture)[1](**{**asked[architecture], **options})
+
+
+def sae(architecture: str = "aip_tsae", k: int = K, **options: Any) -> Any:
+    config = config_of(architecture, k, **{"d_in": D, "d_sae": F, **options})
+    return get_sae_training_class(architecture)[0](config)
 
 
 def settings(steps: int, **options: Any) -> SAETrainerConfig:
@@ -158,7 +172,7 @@ def test_several_at_once_are_each_alone() -> None:
         assert torch.equal(found.W_dec, expected.W_dec) and torch.equal(found.threshold, expected.threshold)
 
 
-def seeded(**options: Any) -> TSAETraining:
+def seeded(**options: Any) -> Any:
     torch.manual_seed(0)
     return sae(**options)
 
@@ -208,16 +222,62 @@ def test_a_dictionary_still_in_training_is_not_measured() -> None:
 # --- what sae-lens asks of every architecture -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoder", ["tied", "free"])
-def test_configurations_go_round(encoder: Any) -> None:
-    config = TSAETrainingConfig(d_in=D, d_sae=F, target_l0=3.0, encoder=encoder, seed=7, first_activations=99)
+@pytest.mark.parametrize(
+    ("architecture", "options", "plain"),
+    [
+        ("aip_tsae", {"encoder": "tied"}, "jumprelu"),
+        ("aip_tsae", {"encoder": "free"}, "jumprelu"),
+        ("aip_topk", {"start": "data"}, "topk"),
+        ("aip_pursuit", {"norm": 0.5, "prune": True}, "aip_pursuit"),
+    ],
+)
+def test_configurations_go_round(architecture: str, options: dict[str, Any], plain: str) -> None:
+    config = config_of(architecture, 3, d_in=D, d_sae=F, seed=7, first_activations=99, **options)
     again = TrainingSAEConfig.from_dict(config.to_dict())
-    assert type(again) is get_sae_training_class("aip_tsae")[1] and again.to_dict() == config.to_dict()
+    assert type(again) is get_sae_training_class(architecture)[1] and again.to_dict() == config.to_dict()
     inference = config.get_inference_sae_cfg_dict()
     atoms = SAEConfig.from_dict(inference)
-    assert type(atoms) is get_sae_class("aip_tsae")[1]
-    assert atoms.to_dict() == {**inference, "architecture": "jumprelu"}, "as any tool of sae-lens reads it"
+    assert type(atoms) is get_sae_class(architecture)[1]
+    assert atoms.to_dict() == {**inference, "architecture": plain}, "as any tool of sae-lens reads it"
     json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("aip_topk", {"loss_norm": 2.0}, "loss_norm is 2.0, allowed is 0"),
+        ("aip_topk", {"start": "zero"}, "start is 'zero', allowed are 'data' and 'random'"),
+        ("aip_topk", {"noise": -1.0}, "noise is -1.0, allowed is 0 or more"),
+        ("aip_topk", {"normalize_activations": "layer_norm"}, "'layer_norm', allowed for aip_topk is 'none'"),
+        ("aip_pursuit", {"norm": -0.1}, "norm is -0.1, allowed is 0"),
+        ("aip_pursuit", {"k": 9.0}, "k is 9, allowed is 1 to max_iterations=6"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(architecture: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(architecture, 3, d_in=D, d_sae=F, **options)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "least"), [("aip_topk", {}, 0.65), ("aip_pursuit", {"amortised_steps": 200}, 0.9)]
+)
+def test_a_trainer_trains_pursuits_too(
+    architecture: Any, options: dict[str, Any], least: float, tmp_path: Path
+) -> None:
+    """As well as `fit` does; a pursuit meets its mean L0 on rows it has not seen, and explains far more of them."""
+    x, heldout = planted(8_000, D // 2, F // 4, K // 2).split(6_000)
+    recipe = Atoms(architecture=architecture, capacity=F // 4, target_l0=K // 2)
+    training = Training(steps=600, batch_size=BATCH, lr=3e-3, device="cpu")
+    expected, _ = measured(fit(x, AtomicInnerProduct.estimate(x), recipe, training)[0], heldout)
+    one = sae(architecture, K // 2, d_in=D // 2, d_sae=F // 4, first_activations=2048, **options)
+    trained = SAETrainer(replace(settings(608), lr=3e-3), one, stream(x)).fit()
+    trained.save_inference_model(tmp_path)
+    atoms = load_atoms(tmp_path)
+    r2, l0 = measured(atoms, heldout)
+    assert r2 > expected - 0.02 and r2 > least and abs(l0 / (K // 2) - 1) < 0.1
+    assert atoms.aip.source == "first 2048 activations of training"
+    assert measured(trained.eval(), heldout) == pytest.approx((r2, l0), rel=1e-2), "as it stands, too"
+    assert torch.equal(SAE.load_from_disk(tmp_path)(heldout), atoms(heldout))
 
 
 def random_weights(one: Any) -> Any:
@@ -239,33 +299,38 @@ def test_folding_the_norm_of_atoms() -> None:
     torch.testing.assert_close(two.decode(two.encode(x)), one.decode(one.encode(x)))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_saved_and_loaded_before_training(tmp_path: Path) -> None:
+def test_saved_and_loaded_before_training(architecture: str, tmp_path: Path) -> None:
     """Weights as sae-lens drew them are a dictionary without a metric, for training, inference and plain sae-lens."""
-    one, x = random_weights(sae()), torch.randn(8, D)
+    one, x = random_weights(sae(architecture)), torch.randn(8, D)
     one.save_model(tmp_path / "training")
     again, atoms = TrainingSAE.load_from_disk(tmp_path / "training"), SAE.load_from_disk(tmp_path / "training")
-    assert type(again) is TSAETraining and type(atoms) is TSAE and again.cfg.to_dict() == one.cfg.to_dict()
+    assert type(again) is get_sae_training_class(architecture)[0] and type(atoms) is get_sae_class(architecture)[0]
+    assert again.cfg.to_dict() == one.cfg.to_dict()
     for name, value in one.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     one.save_inference_model(tmp_path / "inference")
-    for other in (again, atoms, SAE.load_from_disk(tmp_path / "inference"), load_atoms(tmp_path / "inference")):
+    others = [again, atoms, SAE.load_from_disk(tmp_path / "inference"), load_atoms(tmp_path / "inference")]
+    for other in others[1:] if architecture == "aip_pursuit" else others:
+        one = atoms if architecture == "aip_pursuit" else one  # whose encoder is no pursuit before it has a threshold
         torch.testing.assert_close(other.encode(x), one.encode(x))
         torch.testing.assert_close(other(x), one(x))
     assert load_atoms(tmp_path / "inference").aip.source == "none: Euclidean"
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_what_is_saved_in_training_goes_on(tmp_path: Path) -> None:
+def test_what_is_saved_in_training_goes_on(architecture: str, tmp_path: Path) -> None:
     """Contiguous, with the exact metric; loading it twice takes nothing from the state that is loaded."""
-    one, x = sae(dtype="float32"), planted(2000)
+    one, x = sae(architecture, dtype="float32"), planted(2000)
     one.begin(x, AtomicInnerProduct.estimate(x, source="here"), torch.Generator().manual_seed(0))
     state = one.state_dict()
     one.process_state_dict_for_saving(state)
     assert all(value.is_contiguous() for value in state.values())
     one.save_model(tmp_path)
     again = TrainingSAE.load_from_disk(tmp_path)
-    assert isinstance(again, TSAETraining) and again.aip is not None and one.aip is not None
+    assert isinstance(again, Learning) and again.aip is not None and one.aip is not None
     assert again.aip.source == "here" and torch.equal(again.aip.metric, one.aip.metric)
     assert torch.equal(again.encode(x), one.encode(x))
     with pytest.raises(ValueError, match="checkpoint from the middle of training"):
@@ -282,9 +347,12 @@ def texts(n: int = 400) -> Dataset:
     return Dataset.from_dict({"tokens": torch.randint(3, 50, (n, 16), generator=generator).tolist()})
 
 
-def runner(folder: Path, steps: int = 12, hook: str = HOOK, **options: Any) -> LanguageModelSAERunnerConfig[Any]:
+def runner(
+    folder: Path, steps: int = 12, hook: str = HOOK, architecture: str = "aip_tsae", **options: Any
+) -> LanguageModelSAERunnerConfig[Any]:
+    more = {"amortised_steps": 4} if architecture == "aip_pursuit" else {}
     return LanguageModelSAERunnerConfig(
-        sae=TSAETrainingConfig(d_in=16, d_sae=32, target_l0=2.0, first_activations=300),
+        sae=config_of(architecture, 2, d_in=16, d_sae=32, first_activations=300, **more),
         model_name="tiny",
         hook_name=hook,
         dataset_path="texts",
@@ -321,10 +389,20 @@ def bridge(tiny: str) -> SAETransformerBridge:
     return made
 
 
-@pytest.mark.parametrize(("kind", "hook"), [("hooked", HOOK), ("bridge", HOOK), ("hooked", "blocks.1.attn.hook_z")])
-def test_the_runner_leaves_atoms(kind: str, hook: str, tiny: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "kind", "hook"),
+    [
+        ("aip_tsae", "hooked", HOOK),
+        ("aip_tsae", "bridge", HOOK),
+        ("aip_tsae", "hooked", "blocks.1.attn.hook_z"),
+        ("aip_topk", "hooked", "blocks.1.attn.hook_z"),
+        ("aip_pursuit", "bridge", HOOK),
+        ("aip_pursuit", "hooked", "blocks.1.attn.hook_z"),
+    ],
+)
+def test_the_runner_leaves_atoms(architecture: str, kind: str, hook: str, tiny: str, tmp_path: Path) -> None:
     model: Any = hooked() if kind == "hooked" else bridge(tiny)
-    run = LanguageModelSAETrainingRunner(runner(tmp_path, hook=hook), texts(), model)
+    run = LanguageModelSAETrainingRunner(runner(tmp_path, hook=hook, architecture=architecture), texts(), model)
     trained = run.run()
     atoms, x = load_atoms(tmp_path / "atoms"), run.activations_store.next_batch().squeeze(1)
     assert atoms.aip.n == 300 and atoms.aip.source == "first 300 activations of texts"
@@ -334,27 +412,29 @@ def test_the_runner_leaves_atoms(kind: str, hook: str, tiny: str, tmp_path: Path
     torch.save(x, tmp_path / "x.pt")
     torch.save(atoms(x), tmp_path / "out.pt")
     script = (
-        "import sys, torch; from sae_lens import SAE\n"
+        f"import sys, torch{', atom_lens' if architecture == 'aip_pursuit' else ''}; from sae_lens import SAE\n"
         f"sae = SAE.load_from_disk({str(tmp_path / 'atoms')!r})\n"
         f"x, out = torch.load({str(tmp_path / 'x.pt')!r}), torch.load({str(tmp_path / 'out.pt')!r})\n"
-        "assert 'atom_lens' not in sys.modules and type(sae).__name__ == 'JumpReLUSAE', type(sae)\n"
+        f"assert type(sae).__name__ == {PLAIN[architecture]!r}, type(sae)\n"
+        f"assert ('atom_lens' in sys.modules) is {architecture == 'aip_pursuit'}\n"
         "if sae.cfg.reshape_activations == 'hook_z': x, out = x.unflatten(-1, (2, 8)), out.unflatten(-1, (2, 8))\n"
         "torch.testing.assert_close(sae(x), out, rtol=1e-5, atol=1e-5)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_the_runner_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["aip_tsae", "aip_pursuit"])
+def test_the_runner_goes_on_from_a_checkpoint(architecture: str, tmp_path: Path) -> None:
     """With the metric and the start that it had; such a checkpoint is no dictionary."""
-    config = runner(tmp_path, n_checkpoints=1)
+    config = runner(tmp_path, n_checkpoints=1, architecture=architecture)
     LanguageModelSAETrainingRunner(config, texts(), hooked()).run()
     (checkpoint,) = Path(str(config.checkpoint_path)).iterdir()
     with pytest.raises(ValueError, match="checkpoint from the middle of training"):
         SAE.load_from_disk(checkpoint)
     saved = TrainingSAE.load_from_disk(checkpoint)
-    again = runner(tmp_path / "again", resume_from_checkpoint=str(checkpoint))
+    again = runner(tmp_path / "again", resume_from_checkpoint=str(checkpoint), architecture=architecture)
     resumed = LanguageModelSAETrainingRunner(again, texts(), hooked())
-    assert isinstance(saved, TSAETraining) and saved.aip is not None
+    assert isinstance(saved, Learning) and saved.aip is not None
     resumed.run()
     atoms = load_atoms(tmp_path / "again" / "atoms")
     assert torch.equal(atoms.aip.metric, saved.aip.metric) and atoms.aip.source == saved.aip.source

@@ -109,6 +109,15 @@ class PursuitTraining(AIPTopKTraining):
         return Codes(codes.support, codes.values / norms[codes.support, 0], codes.count)
 
     @override
+    def encode(self, x: Tensor) -> Tensor:
+        if float(self.threshold[0]) == 0:
+            return super().encode(x)
+        y = self.scaler(self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype))))
+        codes = self.pursued(y.reshape(-1, y.shape[-1]), float(self.threshold[0])).dense(self.cfg.d_sae)
+        codes = codes * self.W_dec.norm(dim=1)  # `decode` of a TopK divides by it
+        return self.hook_sae_acts_post(codes.to(self.dtype).reshape(*y.shape[:-1], -1))
+
+    @override
     def learn(self, step_input: TrainStepInput) -> TrainStepOutput:
         self.learned += 1
         if self.learned <= self.cfg.amortised_steps:
@@ -134,7 +143,8 @@ class PursuitTraining(AIPTopKTraining):
     @torch.no_grad()
     def finish(self) -> PursuitSAE:
         atoms = cast("PursuitSAE", super().finish())
-        atoms.fold_W_dec_norm()
+        if self.aip is not None:
+            atoms.fold_W_dec_norm()
         return atoms
 
 

@@ -27,8 +27,16 @@ class Cell(Kept):
 
     unit: str = Field(description="name of the kind, or of pretrained features")
     level: float | None = Field(description="what was asked of it: K, a target L0 or an L1 weight; None for nothing")
+    lr: float | None = Field(default=None, description="of its training; None for what is not trained here")
     runs: list[Run] = Field(min_length=1)
     identity: IdentityFigures | None = None
+
+
+class Rate(Kept):
+    """The learning rate of a kind at one hook: the one with the highest explained variance on validation rows."""
+
+    lr: float
+    validation: dict[str, float] = Field(description="R² + R² (AIP) on validation rows by learning rate, one seed")
 
 
 class Matched(Result):

@@ -38,7 +38,7 @@ from atom_lens.storage.schema import Positive, Section
 from atom_lens.storage.versions import versions
 from atom_lens.studies.cells import claimed, kept, splits
 from atom_lens.studies.compare.matched import matched
-from atom_lens.studies.compare.result import Cell, Comparison, Hook, Run
+from atom_lens.studies.compare.result import Cell, Comparison, Hook, Rate, Run
 from atom_lens.studies.compare.show import runs_table, show
 from atom_lens.studies.study import Study, recipe_command, register
 from atom_lens.studies.units import Features, Unit, measured_kinds, pretrained
@@ -53,7 +53,8 @@ class Compare(Section):
     """Units side by side. Each unit is swept over `l0` or `l1`, as the registry of kinds says.
 
     `matched` are L0 on held-out activations at which the units are set side by side, between two points of a sweep.
-    `features` are measured at the hook that they were made for.
+    `features` are measured at the hook that they were made for. With several `lr`, each trained kind takes the one that
+    explains most of the validation rows at the middle of its sweep, from one seed; without any, `training.lr`.
     """
 
     units: list[Unit] = Field(
@@ -62,6 +63,7 @@ class Compare(Section):
     l0: list[Positive] = Field([4.0, 8.0, 16.0], min_length=1)
     l1: list[Positive] = Field([2.0, 5.0, 12.0], min_length=1)
     matched: list[Positive] = []
+    lr: list[Positive] = []
     features: list[Features] = []
 
     @model_validator(mode="after")
@@ -98,6 +100,10 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
     atoms, _ = recipe.to_train("compare")
     if (most := max(recipe.section(Compare).l0)) > atoms.capacity:
         raise AtomLensError(f"compare.l0 has {most:g}, allowed is up to atoms.capacity={atoms.capacity}")
+    if len(recipe.section(Compare).lr) > 1 and not recipe.split.validation:
+        raise AtomLensError(
+            "compare.lr has several values and split.validation is 0, allowed is a share above 0 to choose among them on"
+        )
     homes = {features.name: _home(features, recipe) for features in recipe.section(Compare).features}
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
@@ -124,7 +130,7 @@ def _compare(recipe: Recipe, folder: Path, homes: Mapping[str, str | None]) -> N
         here = [features for features in asked.features if homes[features.name] in (None, hook)]
         cells = [
             kept(folder / "cells" / hook / f"{key}.json", Cell, make, _says)
-            for key, make in _cells(recipe, split, aip, here)
+            for key, make in _cells(recipe, split, aip, here, folder / "cells" / hook)
         ]
         hooks[hook] = Hook(
             n=len(split.x),
@@ -145,7 +151,7 @@ def _says(cell: Cell) -> str:
 
 
 def _cells(
-    recipe: Recipe, split: SplitActivations, aip: AtomicInnerProduct, here: Sequence[Features]
+    recipe: Recipe, split: SplitActivations, aip: AtomicInnerProduct, here: Sequence[Features], folder: Path
 ) -> Iterator[tuple[str, Callable[[], Cell]]]:
     """(name, what measures it), nulls first; `here` are the features of this hook."""
     assert recipe.atoms is not None and recipe.training is not None
@@ -158,8 +164,10 @@ def _cells(
             yield f"{null.name}-{k}", partial(_null_cell, null, k, setup, split, training.seed)
     for one in map(find_kind, asked.units):
         if isinstance(one, Trained):
-            for level in getattr(asked, one.sparsity):
-                yield f"{one.name}-{level:g}", partial(_trained, one, level, setup, split, training)
+            levels = sorted(getattr(asked, one.sparsity))
+            own = _with_rate(one, levels[len(levels) // 2], setup, split, training, asked.lr, folder)
+            for level in levels:
+                yield f"{one.name}-{level:g}", partial(_trained, one, level, setup, split, own)
         elif isinstance(one, Fixed) and one.sparsity is None:
             yield one.name, partial(_fixed, one, None, setup, split)
         elif isinstance(one, Fixed):
@@ -177,6 +185,34 @@ def _fixed(kind: Fixed, k: int | None, setup: Setup, split: SplitActivations) ->
     return _cell(kind.name, None if k is None else float(k), [dictionary], split, setup.aip)
 
 
+def _with_rate(
+    kind: Trained,
+    level: float,
+    setup: Setup,
+    split: SplitActivations,
+    training: Training,
+    rates: Sequence[float],
+    folder: Path,
+) -> Training:
+    """`training` at the learning rate that suits a kind, chosen on validation rows."""
+    if len(rates) < 2:
+        return training.model_copy(update={"lr": rates[0]}) if rates else training
+
+    def choose() -> Rate:
+        scores = {}
+        for lr in rates:
+            learner = kind.start(setup, level, training.seed)
+            fit_together({"x": split.x}, {"one": learner}, training.model_copy(update={"lr": lr}))
+            assert split.validation is not None
+            seen = observe(kind.finish(learner, setup.aip), split.validation, setup.aip).figures
+            scores[lr] = seen.r2 + seen.r2_aip
+        best = max(scores, key=lambda lr: scores[lr])
+        return Rate(lr=best, validation={f"{lr:g}": score for lr, score in scores.items()})
+
+    chosen = kept(folder / "rates" / f"{kind.name}.json", Rate, choose, lambda rate: f"learning rate {rate.lr:g}")
+    return training.model_copy(update={"lr": chosen.lr})
+
+
 def _trained(kind: Trained, level: float, setup: Setup, split: SplitActivations, training: Training) -> Cell:
     """All seeds of one kind at one sparsity, from one pass over the activations."""
     learners = {str(i): kind.start(setup, level, training.seed + i) for i in range(training.seeds)}
@@ -184,7 +220,7 @@ def _trained(kind: Trained, level: float, setup: Setup, split: SplitActivations,
     starts = [_start(learner, setup.aip) for learner in learners.values()]
     fit_together({"x": split.x}, learners, training)
     dictionaries = [kind.finish(learner, setup.aip) for learner in learners.values()]
-    cell = _cell(kind.name, level, dictionaries, split, setup.aip)
+    cell = _cell(kind.name, level, dictionaries, split, setup.aip).model_copy(update={"lr": training.lr})
     if cell.identity is None:
         return cell
     same = cell.identity.model_copy(update={"pw_mcc_start": identity(starts, setup.aip).pw_mcc})

@@ -160,7 +160,7 @@ def _encoders(found: Hook, title: str) -> list[Table]:
 
 
 class Margin(NamedTuple):
-    """How far a TSAE that is at least as stable is above a baseline's point; None where no TSAE is as stable."""
+    """How far the best of ours that is at least as stable is above a baseline's point; None where none is as stable."""
 
     unit: str
     level: float | None
@@ -170,7 +170,7 @@ class Margin(NamedTuple):
 
 
 def margins(found: Hook) -> list[Margin]:
-    """For each point of a trained baseline at q* >= 0.5, the best held-out R² of TSAEs of no smaller q*, less its own.
+    """For each point of a trained baseline at q* >= 0.5, the best held-out R² of ours of no smaller q*, less its own.
 
     Nothing is interpolated. Below q* = 0.5 codes are dense and R² is no merit: neurons have 1.
     """
@@ -189,17 +189,17 @@ def margins(found: Hook) -> list[Margin]:
 
 
 def verdict(found: Hook) -> str:
-    """In a few words: how many baseline points a TSAE beats in both, and where one does not."""
+    """In a few words: how many baseline points one of ours beats in both, and where one does not."""
     points = margins(found)
     if not points:
         return f"No baseline reached q* {_LEAST_Q}: there is nothing to beat."
     beaten = [point for point in points if point.margin is not None and point.margin >= 0]
-    text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below a TSAE at least as stable"
+    text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below one of ours that is at least as stable"
     for point in points:
         asked = "" if point.level is None else f" at {point.level:g}"
         name = f"{kind(point.unit).label}{asked} (q* {point.q_star:.3f}, R² {point.r2:.3f})"
         if point.margin is None:
-            text += f"; {name} is more stable than any TSAE"
+            text += f"; {name} is more stable than any of ours"
         elif point.margin < 0:
             text += f"; {name} is above by {-point.margin:.3f}"
     return text + "."
@@ -207,7 +207,7 @@ def verdict(found: Hook) -> str:
 
 def runs_table(result: Comparison) -> Table:
     """One row per hook, kind, sparsity, seed and split, for a spreadsheet."""
-    heads = ["hook", "unit", "asked", "run", "split", "n", "r2", "r2_low", "r2_high", "r2_aip", "q_star", "l0"]
+    heads = ["hook", "unit", "asked", "lr", "run", "split", "n", "r2", "r2_low", "r2_high", "r2_aip", "q_star", "l0"]
     heads += ["l0_p998", "empty_codes", "dead_atoms", "pw_mcc", "above_09"]
     rows = []
     for hook, found in result.hooks.items():
@@ -216,7 +216,17 @@ def runs_table(result: Comparison) -> Table:
             for number, run in enumerate(cell.runs):
                 for split, f in (("train", run.train), ("heldout", run.heldout)):
                     low, high = f.interval["r2"] if f.interval else ("", "")
-                    values = [cell.unit, "" if cell.level is None else cell.level, number, split, f.n, f.r2, low, high]
+                    values = [
+                        cell.unit,
+                        "" if cell.level is None else cell.level,
+                        "" if cell.lr is None else cell.lr,
+                        number,
+                        split,
+                        f.n,
+                        f.r2,
+                        low,
+                        high,
+                    ]
                     values += [f.r2_aip, f.q_star, f.l0.mean, f.l0.p998, f.empty_codes, f.dead_atoms, *same]
                     rows.append(Row(hook, [str(one) for one in values]))
     return Table("", heads, rows)

@@ -152,7 +152,8 @@ def _scan(recipe: Recipe, backend: Backend, prompts: Sequence[Prompt], splits: d
     assert recipe.training is not None
     settings, seed = recipe.section(Intervene), recipe.training.seed
     sides = [
-        set.intersection(*(set(rows) for rows in side)) for side in zip(*(s[3:] for s in splits.values()), strict=True)
+        set.intersection(*(set(rows) for rows in side))
+        for side in zip(*((s.prompts, s.heldout_prompts) for s in splits.values()), strict=True)
     ]
     train = _known(recipe, backend, prompts, sides[0], 2 * settings.scan)
     facts = _known(recipe, backend, prompts, sides[1], settings.facts)
