@@ -172,7 +172,7 @@ def test_margins_ask_for_both_figures() -> None:
     text = verdict(found)
     assert text.startswith("Of 4 baseline points with q* >= 0.5, 1 lie below")
     assert "TopK at 2 (q* 0.800, R² 0.650) is above by 0.100" in text
-    assert "TopK at 1 (q* 0.950, R² 0.100) is more stable than any TSAE" in text
+    assert "TopK at 1 (q* 0.950, R² 0.100) is more stable than any of ours" in text
     assert "mine (q* 0.650, R² 0.800) is above by 0.100" in text
     assert "TSAE, free (ours)" in shown(a=found)
     assert "nothing to beat" in verdict(at_hook([cell("relu", 1, 0.3, 0.9)]))

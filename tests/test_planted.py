@@ -91,7 +91,8 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         "theorem.codes=600",
         "theorem.planted={width: 64, capacity: 128}",
         "learning={one: {planted: {width: 16, capacity: 16, k: 1, noise: 0.1}, atoms: {capacity: 16, target_l0: 1, "
-        "start: random, loss_norm: 0, noise: 0.1, l0_coefficient: 0.01, bandwidth: 0.2}, n: 2000, "
+        "start: random, loss_norm: 0, noise: 0.1, l0_coefficient: 0.01, bandwidth: 0.2, pursuit: {amortised: 0.6}}, "
+        "n: 2000, "
         "units: [tsae_tied, topk, topk_whitened, aip_pursuit]}}",
         "training.steps=800",
         "training.batch_size=128",
@@ -114,7 +115,7 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         "threshold",
     }
     assert all(row["mcc"] == pytest.approx(1, abs=1e-6) and row["f1"] > 0.99 for row in learned["truth"])
-    assert marks["aip_pursuit"]["mcc"] > 0.95 and marks["aip_pursuit"]["f1"] > 0.95
+    assert marks["aip_pursuit"]["mcc"] > 0.9 and marks["aip_pursuit"]["f1"] > 0.95
     # One atom at a time, hidden behind a map of condition 1000: easy with a metric, and not without.
     assert marks["tsae_tied"]["mcc"] > 0.85 > 0.75 > marks["topk"]["mcc"]
     assert 0 <= marks["topk"]["f1"] < marks["tsae_tied"]["f1"] <= 1

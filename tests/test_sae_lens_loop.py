@@ -277,7 +277,8 @@ def test_a_trainer_trains_pursuits_too(
     assert r2 > expected - 0.02 and r2 > least and abs(l0 / (K // 2) - 1) < 0.1
     assert atoms.aip.source == "first 2048 activations of training"
     assert measured(trained.eval(), heldout) == pytest.approx((r2, l0), rel=1e-2), "as it stands, too"
-    assert torch.equal(SAE.load_from_disk(tmp_path)(heldout), atoms(heldout))
+    plain = SAE.load_from_disk(tmp_path)  # which rounds the metric of a pursuit to float32
+    assert float((plain(heldout) - atoms(heldout)).norm() / heldout.norm()) < 1e-3
 
 
 def random_weights(one: Any) -> Any:

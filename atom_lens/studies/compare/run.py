@@ -102,7 +102,7 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
         raise AtomLensError(f"compare.l0 has {most:g}, allowed is up to atoms.capacity={atoms.capacity}")
     if len(recipe.section(Compare).lr) > 1 and not recipe.split.validation:
         raise AtomLensError(
-            "compare.lr has several values and split.validation is 0, allowed is a share above 0 to choose among them on"
+            "compare.lr has several values and split.validation is 0, allowed is a share above 0 to choose on"
         )
     homes = {features.name: _home(features, recipe) for features in recipe.section(Compare).features}
     folder = Path(out) / recipe.name
@@ -165,7 +165,7 @@ def _cells(
     for one in map(find_kind, asked.units):
         if isinstance(one, Trained):
             levels = sorted(getattr(asked, one.sparsity))
-            own = _with_rate(one, levels[len(levels) // 2], setup, split, training, asked.lr, folder)
+            own = _with_rate(one, levels[len(levels) // 2], setup, training, asked.lr, folder)
             for level in levels:
                 yield f"{one.name}-{level:g}", partial(_trained, one, level, setup, split, own)
         elif isinstance(one, Fixed) and one.sparsity is None:
@@ -186,13 +186,7 @@ def _fixed(kind: Fixed, k: int | None, setup: Setup, split: SplitActivations) ->
 
 
 def _with_rate(
-    kind: Trained,
-    level: float,
-    setup: Setup,
-    split: SplitActivations,
-    training: Training,
-    rates: Sequence[float],
-    folder: Path,
+    kind: Trained, level: float, setup: Setup, training: Training, rates: Sequence[float], folder: Path
 ) -> Training:
     """`training` at the learning rate that suits a kind, chosen on validation rows."""
     if len(rates) < 2:
@@ -202,9 +196,9 @@ def _with_rate(
         scores = {}
         for lr in rates:
             learner = kind.start(setup, level, training.seed)
-            fit_together({"x": split.x}, {"one": learner}, training.model_copy(update={"lr": lr}))
-            assert split.validation is not None
-            seen = observe(kind.finish(learner, setup.aip), split.validation, setup.aip).figures
+            fit_together({"x": setup.x}, {"one": learner}, training.model_copy(update={"lr": lr}))
+            assert setup.calibration is not None
+            seen = observe(kind.finish(learner, setup.aip), setup.calibration, setup.aip).figures
             scores[lr] = seen.r2 + seen.r2_aip
         best = max(scores, key=lambda lr: scores[lr])
         return Rate(lr=best, validation={f"{lr:g}": score for lr, score in scores.items()})

@@ -194,7 +194,7 @@ def verdict(found: Hook) -> str:
     if not points:
         return f"No baseline reached q* {_LEAST_Q}: there is nothing to beat."
     beaten = [point for point in points if point.margin is not None and point.margin >= 0]
-    text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below one of ours that is at least as stable"
+    text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below one of ours as stable"
     for point in points:
         asked = "" if point.level is None else f" at {point.level:g}"
         name = f"{kind(point.unit).label}{asked} (q* {point.q_star:.3f}, R² {point.r2:.3f})"
@@ -221,12 +221,8 @@ def runs_table(result: Comparison) -> Table:
                         "" if cell.level is None else cell.level,
                         "" if cell.lr is None else cell.lr,
                         number,
-                        split,
-                        f.n,
-                        f.r2,
-                        low,
-                        high,
                     ]
+                    values += [split, f.n, f.r2, low, high]
                     values += [f.r2_aip, f.q_star, f.l0.mean, f.l0.p998, f.empty_codes, f.dead_atoms, *same]
                     rows.append(Row(hook, [str(one) for one in values]))
     return Table("", heads, rows)
