@@ -190,8 +190,17 @@ def killed_after(seconds: float, target: Callable[..., None], *arguments: Any) -
     return process.exitcode != 0
 
 
-def test_kill_9_at_random_moments(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """50 kills, one after another in the same runs: each run folder is whole and right, or goes on and ends right."""
+STREAMED: dict[str, Any] = {
+    "positions": "all",
+    "stream": {"context_size": 8, "metric_tokens": 200, "heldout_tokens": 60, "buffer_size": 64},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, STREAMED], ids=["prompts", "stream"])
+def test_kill_9_at_random_moments(recipe: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
+    """25 kills, one after another in the same runs: each run folder is whole and right, or goes on and ends right."""
+    recipe = {**recipe, **changes}
     draw = random.Random(0)
     cache = os.environ["ATOM_LENS_CACHE"]
     assert not killed_after(120, train_run, recipe, str(tmp_path / "first"), cache)
@@ -200,7 +209,7 @@ def test_kill_9_at_random_moments(recipe: dict[str, Any], tmp_path: Path) -> Non
     usual = time.monotonic() - start
     expected = weights_of(tmp_path / "reference" / "tiny")
     kills = finished = 0
-    while kills < 50:
+    while kills < 25:
         out = tmp_path / f"killed{finished}"
         while not (out / "tiny").exists():
             kills += killed_after(draw.uniform(0, usual), train_run, recipe, str(out), cache)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.connect import open_backend, wrap_backend
 from atom_lens.activations.hooks import expand_hooks
 from atom_lens.activations.models import DTYPES, cache_folder, find_model
-from atom_lens.activations.positions import Positions, check_prompts, tokens_to_read
+from atom_lens.activations.positions import Positions, Read, check_prompts, tokens_to_read
 from atom_lens.activations.prompts.prompt import Prompt, as_prompts
 from atom_lens.activations.store import Allocate, Stored, in_memory, store_key, stored
 from atom_lens.errors import AtomLensError
@@ -37,6 +37,7 @@ class Harvest(Mapping[str, Tensor]):
         views: hook -> the same rows, none read yet.
         rows: hook -> (n, 2), the prompt and the token that each row was read at.
         dropped: hook -> number of rows left out for their massive norm.
+        limits: hook -> the largest norm that a row may have.
         seconds: time the harvest took.
         from_store: True when nothing was run because the activations were on disk.
         prepend_bos: whether a beginning-of-sequence token stood before the prompts.
@@ -46,6 +47,7 @@ class Harvest(Mapping[str, Tensor]):
         self.views: dict[str, Rows] = {}
         self.rows: dict[str, Tensor] = {}
         self.dropped: dict[str, int] = {}
+        self.limits: dict[str, float] = {}
         self.seconds = 0.0
         self.from_store = False
         self.prepend_bos = False
@@ -66,7 +68,8 @@ class Harvest(Mapping[str, Tensor]):
         """Take in all rows of a hook but the massive ones."""
         # First tokens and BOS (theory.md section 1).
         norms = x.norm(dim=1)
-        massive = norms > (massive_ratio or torch.inf) * norms.median()
+        self.limits[hook] = (massive_ratio or torch.inf) * float(norms.median())
+        massive = norms > self.limits[hook]
         self.dropped[hook] = int(massive.sum())
         self.views[hook] = Rows(x) if not massive.any() else Rows(x, (~massive).nonzero()[:, 0])
         self.rows[hook] = rows[~massive]
@@ -160,33 +163,45 @@ def _run(
     hooks = expand_hooks(patterns, backend.hooks, backend.n_layers)
     reads = tokens_to_read(backend.tokenizer, prompts, max_tokens=min(max_tokens, backend.n_ctx), **rules)
     rows = torch.tensor([(read.prompt, token) for read in reads for token in read.tokens])
-    first_row = torch.tensor([0, *(len(read.tokens) for read in reads)]).cumsum(0).tolist()
+    with tqdm(total=len(reads), desc="Harvest", unit="prompt") as bar:
+        values = read_activations(backend, reads, hooks, allocate, batch_tokens, bar.update)
+    return rows, values, reads[0].ids[0] == backend.tokenizer.bos_token_id
 
+
+def read_activations(
+    backend: Backend,
+    reads: Sequence[Read],
+    hooks: Sequence[str],
+    allocate: Allocate = in_memory,
+    batch_tokens: int | None = None,
+    done: Callable[[int], Any] = lambda prompts: None,
+) -> dict[str, Float[Tensor, "n _"]]:
+    """hook -> what it gives at all tokens of `reads`, in their order; `done` hears of every batch of prompts."""
+    first_row = torch.tensor([0, *(len(read.tokens) for read in reads)]).cumsum(0).tolist()
     values: dict[str, Tensor] = {}
     budget = batch_tokens or (1024 if backend.device.type == "cpu" else 16_384)
-    with tqdm(total=len(reads), desc="Harvest", unit="prompt") as bar:
-        batches = _batches([len(read.ids) for read in reads], budget)
-        # Into files each process writes the rows that are its own; in memory it would be left without the others'.
-        for batch in batches if allocate is in_memory else parallel.mine(batches):
-            longest = len(reads[batch[0]].ids)
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            # Padding on the right: under a causal mask no real token sees it, and positions count from 0.
-            for row, i in enumerate(batch):
-                ids[row, : len(reads[i].ids)] = torch.tensor(reads[i].ids)
-                mask[row, : len(reads[i].ids)] = 1
-            at = torch.tensor([(row, token) for row, i in enumerate(batch) for token in reads[i].tokens])
-            to = torch.tensor([first_row[i] + k for i in batch for k in range(len(reads[i].tokens))])
-            kept = backend.run(ids.to(backend.device), mask.to(backend.device), hooks, partial(_rows_at, at))
-            if not values:  # after a real batch: what is no activation is refused in the shape it has there
-                _check_causal(backend, hooks)
-            for hook in hooks:
-                x = _rows_of(hook, kept)
-                if hook not in values:
-                    values[hook] = allocate(hook, len(rows), x.shape[1])
-                values[hook][to] = x
-            bar.update(len(batch))
-    return rows, values, reads[0].ids[0] == backend.tokenizer.bos_token_id
+    batches = _batches([len(read.ids) for read in reads], budget)
+    # Into files each process writes the rows that are its own; in memory it would be left without the others'.
+    for batch in batches if allocate is in_memory else parallel.mine(batches):
+        longest = len(reads[batch[0]].ids)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        # Padding on the right: under a causal mask no real token sees it, and positions count from 0.
+        for row, i in enumerate(batch):
+            ids[row, : len(reads[i].ids)] = torch.tensor(reads[i].ids)
+            mask[row, : len(reads[i].ids)] = 1
+        at = torch.tensor([(row, token) for row, i in enumerate(batch) for token in reads[i].tokens])
+        to = torch.tensor([first_row[i] + k for i in batch for k in range(len(reads[i].tokens))])
+        kept = backend.run(ids.to(backend.device), mask.to(backend.device), hooks, partial(_rows_at, at))
+        if not values:  # after a real batch: what is no activation is refused in the shape it has there
+            _check_causal(backend, hooks)
+        for hook in hooks:
+            x = _rows_of(hook, kept)
+            if hook not in values:
+                values[hook] = allocate(hook, first_row[-1], x.shape[1])
+            values[hook][to] = x
+        done(len(batch))
+    return values
 
 
 def _check_causal(backend: Backend, hooks: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, Literal, NamedTuple, get_args
 
 from atom_lens.activations.prompts.prompt import Prompt
@@ -84,8 +84,11 @@ def tokens_to_read(
     max_tokens: int,
     prepend_bos: bool = True,
     unique: bool = False,
+    without: Set[int] = frozenset(),
 ) -> list[Read]:
-    """Tokenise `prompts` and find what to read of each; with `unique`, each token prefix once over all prompts.
+    """Tokenise `prompts` and find what to read of each.
+
+    With `unique`, each token prefix is read once over all prompts; the prefixes `without` are not read at all.
 
     Raises:
         AtomLensError: a tokenizer without character offsets, or what `select_tokens` refuses.
@@ -95,7 +98,10 @@ def tokens_to_read(
     texts = [prompt.text for prompt in prompts]
     for index, (ids, offsets) in enumerate(tokenised(tokenizer, texts, prepend_bos)):
         tokens = select_tokens(prompts[index], offsets, positions, max_tokens)
-        if unique:
+        if without:
+            known = list(prefixes(ids[: tokens[-1] + 1]))
+            tokens = [token for token in tokens if known[token] not in without]
+        if unique and tokens:
             tokens = _not_seen(ids, tokens, seen)
         if tokens:
             # The models are causal: what follows the last token read cannot change it.
@@ -135,11 +141,18 @@ def _with_blanks(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[in
     return found
 
 
+def prefixes(ids: Iterable[int]) -> Iterator[int]:
+    """Of every token, what tells its prefix, itself included, from others."""
+    prefix = 0
+    for token in ids:
+        prefix = hash((prefix, token))
+        yield prefix
+
+
 def _not_seen(ids: list[int], tokens: list[int], seen: set[int]) -> list[int]:
     """Those of `tokens` whose prefix of `ids` is not in `seen`, which they are added to."""
-    new, prefix, wanted = [], 0, set(tokens)
-    for token in range(tokens[-1] + 1):
-        prefix = hash((prefix, ids[token]))
+    new, wanted = [], set(tokens)
+    for token, prefix in enumerate(prefixes(ids[: tokens[-1] + 1])):
         if token in wanted and prefix not in seen:
             seen.add(prefix)
             new.append(token)

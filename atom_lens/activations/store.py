@@ -44,7 +44,7 @@ def store_key(
         "format": _FORMAT,
         "model": source.fingerprint,
         "revision": source.revision,
-        "prompts": [asdict(prompt) for prompt in prompts],
+        "prompts": [_read_of(prompt) for prompt in prompts],
         "hooks": list(hooks),
         "positions": positions,
         "dtype": str(dtype),
@@ -54,6 +54,11 @@ def store_key(
         "unique": unique,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _read_of(prompt: Prompt) -> dict[str, Any]:
+    """What activations depend on: not the document that a text was cut from."""
+    return {name: value for name, value in asdict(prompt).items() if name != "document"}
 
 
 # Rows, activations by hook, and what is known about them.

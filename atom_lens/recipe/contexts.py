@@ -13,13 +13,13 @@ from atom_lens.activations.positions import tokenised
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.errors import AtomLensError
 from atom_lens.recipe.recipe import Recipe
-from atom_lens.recipe.split import harvest_for, heldout_rows
+from atom_lens.recipe.split import harvest_for, prompts_of, sides
 from atom_lens.tensors.rows import Rows
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The activations of a recipe at one hook, in the order of its prompts, and where each was read.
+    """Training and held-out activations of a recipe at one hook, in the order of its prompts, and where each was read.
 
     Attributes:
         x: shape (n, d).
@@ -52,7 +52,7 @@ def corpus(recipe: Recipe, hook: str) -> Corpus:
     Raises:
         AtomLensError: the hook is not one of the recipe's.
     """
-    prompts = recipe.prompts.read()
+    prompts = prompts_of(recipe)
     found = harvest_for(recipe, prompts)
     if hook not in found:
         raise AtomLensError(f"hook is {hook!r}, allowed are the recipe's: {', '.join(found)}")
@@ -60,7 +60,7 @@ def corpus(recipe: Recipe, hook: str) -> Corpus:
     tokenizer = load_tokenizer(find_model(recipe.model.name, recipe.model.revision))
     texts = [prompt.text for prompt in prompts]
     offsets = [characters for _, characters in tokenised(tokenizer, texts, recipe.prepend_bos)]
-    places = torch.tensor([[prompt, *offsets[prompt][token]] for prompt, token in rows.tolist()])
     groups = [prompts[prompt].group for prompt in rows[:, 0].tolist()]
-    out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed)
-    return Corpus(found.views[hook], prompts, places, out)
+    out, aside = sides(recipe, groups)
+    places = torch.tensor([[prompt, *offsets[prompt][token]] for prompt, token in rows[~aside].tolist()])
+    return Corpus(found.views[hook].select(~aside), prompts, places, out[~aside])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, model_validator
 
 from atom_lens.activations.models import pick_device
 from atom_lens.activations.positions import Positions
@@ -13,7 +13,7 @@ from atom_lens.activations.prompts import SOURCES
 from atom_lens.activations.prompts.source import Source
 from atom_lens.activations.prompts.standard_library import PythonDocs
 from atom_lens.errors import AtomLensError
-from atom_lens.recipe.sections import Atoms, Metric, Model, Split, Training, Wandb
+from atom_lens.recipe.sections import Atoms, Metric, Model, Split, Streaming, Training, Wandb
 from atom_lens.storage.schema import Section
 
 if TYPE_CHECKING:
@@ -41,12 +41,19 @@ class Recipe(Section):
     massive_ratio: float | None = Field(10.0, gt=1)
     prepend_bos: bool = True
     max_tokens: int = Field(1024, ge=1)
+    stream: Streaming | None = None
     split: Split = Split.model_validate({})
     metric: Metric = Metric()
     atoms: Atoms | None = None
     training: Training | None = None
     wandb: Wandb = Wandb()
     other_text: Prompts = PythonDocs(limit=300)
+
+    @model_validator(mode="after")
+    def _streams_read_all(self) -> Recipe:
+        if self.stream is not None and self.positions != "all":
+            raise AtomLensError(f"key positions is {self.positions!r}, allowed is 'all' in a recipe with stream")
+        return self
 
     def section(self, kind: type[T] | Any) -> T:
         """The section that a study has registered as `kind`.

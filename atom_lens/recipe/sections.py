@@ -23,7 +23,7 @@ class Model(Section):
 
 
 class Split(Section):
-    """Held-out data, and what choices are made on. No subject lies on two sides.
+    """Held-out data, and what choices are made on. No subject lies on two sides, and no document of running text.
 
     `validation` is a share of the subjects that are not held out: nothing is trained on them. Thresholds of pursuits
     are set there, and learning rates are chosen there.
@@ -32,6 +32,21 @@ class Split(Section):
     heldout: float = Field(0.2, gt=0, lt=1)
     validation: float = Field(0.0, ge=0, lt=1)
     seed: Seed = 0
+
+
+class Streaming(Section):
+    """Running text: the prompts are documents, and a model reads all their tokens while dictionaries are trained.
+
+    The first `metric_tokens` of the training documents are kept on disk, like the activations of any other recipe, and
+    so are `heldout_tokens` of the documents that are held out. They tell the metric and the first atoms, reports are
+    measured on them, and studies that train many dictionaries train on them. What `train` reads after them is not kept:
+    it passes through a buffer of `buffer_size` activations of each hook in memory.
+    """
+
+    context_size: int = Field(128, ge=2)
+    metric_tokens: int = Field(1_000_000, ge=1)
+    heldout_tokens: int = Field(65_536, ge=2)
+    buffer_size: int = Field(65_536, ge=2)
 
 
 class Metric(Section):

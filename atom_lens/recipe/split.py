@@ -13,6 +13,7 @@ from atom_lens.activations.harvest import Harvest, harvest
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.errors import AtomLensError
 from atom_lens.recipe.recipe import Recipe
+from atom_lens.recipe.running import beginnings, document_side
 from atom_lens.tensors.checks import Labels, checked_seed, labels
 from atom_lens.tensors.rows import Rows
 
@@ -40,8 +41,13 @@ def heldout_rows(groups: Labels, share: float, seed: int) -> Bool[Tensor, " n"]:
     return torch.tensor([group in chosen for group in names])
 
 
+def prompts_of(recipe: Recipe) -> list[Prompt]:
+    """The prompts whose activations a recipe keeps; of running text the contexts of its first documents."""
+    return recipe.prompts.read() if recipe.stream is None else beginnings(recipe)
+
+
 def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
-    """The activations that a recipe asks for."""
+    """The activations that a recipe asks for, at those of `prompts_of`."""
     return harvest(
         recipe.model.name,
         prompts,
@@ -54,8 +60,23 @@ def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
         massive_ratio=recipe.massive_ratio,
         prepend_bos=recipe.prepend_bos,
         unique=True,
-        max_tokens=recipe.max_tokens,
+        max_tokens=recipe.max_tokens if recipe.stream is None else recipe.stream.context_size,
     )
+
+
+def sides(recipe: Recipe, groups: Sequence[str]) -> tuple[Bool[Tensor, " n"], Bool[Tensor, " n"]]:
+    """The held-out rows, and those for validation, of the subject or document of every row."""
+    split = recipe.split
+    if recipe.stream is not None:
+        at = {group: document_side(recipe, group) for group in set(groups)}
+        found = [at[group] for group in groups]
+        return torch.tensor([side == "heldout" for side in found]), torch.tensor([s == "validation" for s in found])
+    out = heldout_rows(groups, split.heldout, split.seed)
+    aside = torch.zeros_like(out)
+    if split.validation:
+        rest = (~out).nonzero()[:, 0]
+        aside[rest[heldout_rows([groups[i] for i in rest.tolist()], split.validation, split.seed)]] = True
+    return out, aside
 
 
 class SplitActivations(NamedTuple):
@@ -77,7 +98,7 @@ def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest,
     """Train and held-out activations at one hook, split by subject."""
     which = found.rows[hook][:, 0]
     groups = [prompts[i].group for i in which.tolist()]
-    out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed)
+    out, aside = sides(recipe, groups)
     x = found.views[hook]
     d = x.shape[1]
     if int(out.sum()) < 2:
@@ -86,11 +107,6 @@ def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest,
             "at least 2 are needed"
         )
     subjects = [groups[i] for i in out.nonzero()[:, 0].tolist()]
-    aside = torch.zeros_like(out)
-    if recipe.split.validation:
-        rest = (~out).nonzero()[:, 0]
-        chosen = heldout_rows([groups[i] for i in rest.tolist()], recipe.split.validation, recipe.split.seed)
-        aside[rest[chosen]] = True
     own = ~out & ~aside
     if int(own.sum()) < d and recipe.metric.ridge != "oas":
         raise AtomLensError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from atom_lens.errors import AtomLensError
@@ -21,7 +22,7 @@ def read_text(path: str | Path) -> str:
         AtomLensError: it is not such text; the message says at which line and byte.
     """
     raw = Path(path).read_bytes()
-    encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), "utf-8-sig")
+    encoding = _encoding(raw)
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
@@ -31,6 +32,25 @@ def read_text(path: str | Path) -> str:
     if (at := text.find("\0")) >= 0:
         raise AtomLensError(f"{str(path)!r} is not text: a NUL stands in line {len(lines_of(text[:at]))}")
     return text
+
+
+def lines_in(path: str | Path) -> Iterator[str]:
+    """The lines of `read_text`, one at a time, for files that do not fit in memory; the same errors."""
+    with open(path, "rb") as file:
+        encoding = _encoding(file.read(4))
+    try:
+        with open(path, encoding=encoding) as text:
+            for line in text:
+                if "\0" in line:
+                    read_text(path)  # which says where
+                yield line.removesuffix("\n")
+    except UnicodeDecodeError:
+        read_text(path)
+        raise
+
+
+def _encoding(start: bytes) -> str:
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
 
 
 def lines_of(text: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from atom_lens.errors import AtomLensError
 from atom_lens.recipe.reading import dump_recipe
 from atom_lens.recipe.recipe import Recipe
-from atom_lens.recipe.split import SplitActivations, harvest_for, split_activations
+from atom_lens.recipe.split import SplitActivations, harvest_for, prompts_of, split_activations
 from atom_lens.storage.files import locked, new_folder, replacing, sweep
 from atom_lens.storage.schema import Result
 from atom_lens.storage.text import read_text
@@ -93,7 +93,7 @@ def kept(path: Path, kind: type[AnyKept], make: Callable[[], AnyKept], says: Cal
 
 def splits(recipe: Recipe, folder: Path) -> Iterator[tuple[str, SplitActivations]]:
     """Each hook with its activations of both splits; a study ends with the activations that it began with, or not."""
-    prompts = recipe.prompts.read()
+    prompts = prompts_of(recipe)
     found = harvest_for(recipe, prompts)
     same_activations(folder, found.views)
     for hook in found:

@@ -16,14 +16,15 @@ from atom_lens.evidence.results import Report
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.recipe import Recipe
-from atom_lens.recipe.split import harvest_for, heldout_rows, split_activations
+from atom_lens.recipe.running import document_side
+from atom_lens.recipe.split import harvest_for, prompts_of, sides, split_activations
 from atom_lens.storage.files import check_writable, shown
 from atom_lens.storage.terminal import say
 from atom_lens.studies.train.show import report_table
 
 logger = logging.getLogger(__name__)
 # What decides which subjects a recipe reads, and which of them it holds out.
-_READ = {"model", "prompts", "hooks", "positions", "massive_ratio", "prepend_bos", "max_tokens", "split"}
+_READ = {"model", "prompts", "hooks", "positions", "massive_ratio", "prepend_bos", "max_tokens", "split", "stream"}
 
 
 def recipe_beside(path: str | Path) -> Path:
@@ -62,7 +63,7 @@ def evaluate_folder(
     atoms = open_dictionary(folder)
     has_metric = isinstance(atoms, Metered) and atoms.aip.n > 0
     hook = str(atoms.cfg.metadata.hook_name)
-    prompts = recipe.prompts.read()
+    prompts = prompts_of(recipe)
     found = harvest_for(recipe, prompts)
     if hook not in found:
         raise AtomLensError(f"the atoms' hook {hook!r} is not among the recipe's, allowed are {', '.join(found)}")
@@ -96,12 +97,12 @@ def check_split(folder: Path, recipe: Recipe) -> None:
         return
     if own.model_dump(include=_READ) == recipe.model_dump(include=_READ):
         return
-    prompts = recipe.prompts.read()
+    prompts = prompts_of(recipe)
     try:
-        before = own.prompts.read()
+        before = list(own.prompts.documents())
         if {prompt.group for prompt in prompts}.isdisjoint(prompt.group for prompt in before):
             return
-        theirs = _sides(own, before)
+        theirs = _sides(own, before) if own.stream is None else _documents(own, before)
     except (ValueError, OSError) as error:
         logger.warning("subjects held out now may have trained these atoms, whose own cannot be read: %s", error)
         return
@@ -118,10 +119,17 @@ def _sides(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, tuple[set[str
     found: dict[str, tuple[set[str], set[str]]] = {}
     for hook, rows in harvest_for(recipe, prompts).rows.items():
         groups = [prompts[prompt].group for prompt in rows[:, 0].tolist()]
-        out = heldout_rows(groups, recipe.split.heldout, recipe.split.seed).tolist()
-        heldout = set(compress(groups, out))
+        heldout = set(compress(groups, sides(recipe, groups)[0].tolist()))
         found[hook] = heldout, set(groups) - heldout
     return found
+
+
+def _documents(recipe: Recipe, documents: Sequence[Prompt]) -> dict[str, tuple[set[str], set[str]]]:
+    """`_sides` of a recipe that streams, which has read all its documents and not only those that are kept."""
+    groups = {document.group for document in documents}
+    heldout = {group for group in groups if document_side(recipe, group) == "heldout"}
+    hooks = harvest_for(recipe, prompts_of(recipe))
+    return dict.fromkeys(hooks, (heldout, groups - heldout))
 
 
 def command(

@@ -82,7 +82,7 @@ def shift(recipe: Recipe, out: str | Path = "runs") -> Path:
             raise AtomLensError(f"domain {name!r}: {error}") from error
     splits: dict[str, dict[str, SplitActivations]] = {}
     for name, domain in domains.items():
-        own = recipe.model_copy(update={"prompts": domain.prompts, "positions": domain.positions})
+        own = recipe.model_copy(update={"prompts": domain.prompts, "positions": domain.positions, "stream": None})
         prompts = texts[name]
         found = harvest_for(own, prompts)
         for hook in found:

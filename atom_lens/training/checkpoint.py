@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,26 @@ logger = logging.getLogger(__name__)
 _FORMAT = "atom_lens.checkpoint.1"
 
 
+@runtime_checkable
+class BatchSource(Protocol):
+    """Endless batches, by the names of their streams, that can be put back where they were."""
+
+    checkpoints: Checkpoints | None
+
+    @property
+    def about(self) -> dict[str, Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
+
+    def __next__(self) -> dict[str, Float[Tensor, "batch _"]]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
 class Batches:
     """Endless batches, the same rows of every stream, each row once per epoch; a batch may straddle two epochs.
 
@@ -49,6 +69,14 @@ class Batches:
         self._reader = ThreadPoolExecutor(1)
         self._ahead: tuple[Tensor, Future[dict[str, Tensor]]] | None = None
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """Tells the activations from others."""
+        return {"streams": {name: fingerprint(x) for name, x in self.streams.items()}}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.streams.values())))
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
 
@@ -57,8 +85,7 @@ class Batches:
         if self.checkpoints is not None:
             self.checkpoints.keep_if_due()
         while len(self.left) < self.batch_size:
-            n = len(next(iter(self.streams.values())))
-            self.left = torch.cat([self.left, torch.randperm(n, generator=self.generator)])
+            self.left = torch.cat([self.left, torch.randperm(len(self), generator=self.generator)])
         rows, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
         known = self._ahead is not None and torch.equal(self._ahead[0], rows)
         batch = self._ahead[1].result() if self._ahead is not None and known else self._read(rows)
@@ -71,6 +98,15 @@ class Batches:
     def _read(self, rows: Tensor) -> dict[str, Tensor]:
         return {name: x[rows.to(x.device)] for name, x in self.streams.items()}
 
+    def state(self) -> dict[str, Any]:
+        """All that the batches to come depend on."""
+        return {"left": self.left, "generator": self.generator.get_state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.left = state["left"]
+        self.generator.set_state(state["generator"])
+
 
 class Checkpoints:
     """Checkpoints of one training in one file, replaced whole every so often.
@@ -78,17 +114,16 @@ class Checkpoints:
     Args:
         path: of the file.
         trainer: of all learners.
-        batches: that it reads.
+        batches: that it reads: has `about`, `state` and `restore`.
         minutes: between two checkpoints; 0 keeps one before every step.
         about: what the training is; only the same goes on.
     """
 
     def __init__(
-        self, path: Path, trainer: MultiSAETrainer, batches: Batches, minutes: float, about: Mapping[str, Any]
+        self, path: Path, trainer: MultiSAETrainer, batches: BatchSource, minutes: float, about: Mapping[str, Any]
     ) -> None:
         self.path, self.trainer, self.batches, self.seconds = path, trainer, batches, 60 * minutes
-        streams = {name: fingerprint(x) for name, x in batches.streams.items()}
-        self.about = json.loads(json.dumps({**about, "streams": streams}))
+        self.about = json.loads(json.dumps({**about, **batches.about}))
         self.here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": trainer.cfg.device}
         self.last = time.monotonic()
 
@@ -106,7 +141,7 @@ class Checkpoints:
         """Write the file."""
         tensors: dict[str, Tensor] = {}
         learners = {name: _state(trainer) for name, trainer in self.trainer.trainers.items()}
-        state = {"left": self.batches.left, "generator": self.batches.generator.get_state(), "learners": learners}
+        state = {**self.batches.state(), "learners": learners}
         text = json.dumps({"format": _FORMAT, "about": self.about, "here": self.here, "state": _packed(state, tensors)})
         with replacing(self.path) as temporary:
             save_file(tensors, temporary, {"atom_lens": text, "sha256": _digest(text, tensors)})
@@ -142,8 +177,7 @@ class Checkpoints:
         if found["here"] != self.here:
             logger.warning("the checkpoint is of %s, here is %s: the last bits may differ", found["here"], self.here)
         state = _unpacked(found["state"], tensors)
-        self.batches.left = state["left"]
-        self.batches.generator.set_state(state["generator"])
+        self.batches.restore(state)
         for name, trainer in self.trainer.trainers.items():
             _restore(trainer, state["learners"][name])
         one = next(iter(self.trainer.trainers.values()))

@@ -25,12 +25,12 @@ from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.sections import Atoms, Training, Wandb
 from atom_lens.tensors import parallel
 from atom_lens.tensors.rows import Rows
-from atom_lens.training.checkpoint import Batches, Checkpoints
+from atom_lens.training.checkpoint import Batches, BatchSource, Checkpoints
 from atom_lens.training.faster import fuse
 
 
 def fit_together(
-    streams: Mapping[str, Float[Tensor | Rows, "n _"]],
+    streams: Mapping[str, Float[Tensor | Rows, "n _"]] | BatchSource,
     learners: Mapping[str, Learner],
     training: Training,
     wandb: Wandb | None = None,
@@ -43,6 +43,7 @@ def fit_together(
 
     Args:
         streams: activations by name, the same number of rows each, kept where they are; batches move to the device.
+            Or what gives batches of them.
         learners: by name; their SAEs are trained in place.
         training: steps, batch size, learning rate; its seed orders the rows.
         wandb: where the trainer logs to.
@@ -65,7 +66,7 @@ def fit_together(
 
 
 def _trained(
-    streams: Mapping[str, Float[Tensor | Rows, "n _"]],
+    streams: Mapping[str, Float[Tensor | Rows, "n _"]] | BatchSource,
     learners: Mapping[str, Learner],
     training: Training,
     wandb: Wandb | None,
@@ -76,8 +77,7 @@ def _trained(
     device = pick_device(training.device)
     for learner in learners.values():
         learner.sae.to(device)
-    n = len(next(iter(streams.values())))
-    batches = Batches(streams, training.batch_size, training.seed)
+    batches = Batches(streams, training.batch_size, training.seed) if isinstance(streams, Mapping) else streams
     with _wandb_run(wandb, run_name) as logging:
         trainer = MultiSAETrainer(
             SAETrainerConfig(
@@ -91,7 +91,7 @@ def _trained(
                 dead_feature_window=training.dead_after,
                 # One window over the whole run would count the untrained start; the last tenth is what is reported.
                 feature_sampling_window=max(1, training.steps // 10 * 9) if training.steps >= 10 else training.steps,
-                n_batches_for_norm_estimate=max(1, n // training.batch_size),
+                n_batches_for_norm_estimate=max(1, len(batches) // training.batch_size),
                 logger=logging,
             ),
             {name: learner.sae for name, learner in learners.items()},

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.prompts.source import Source
 from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import parse_json, shown
-from atom_lens.storage.text import existing, lines_of, read_text
+from atom_lens.storage.text import existing, lines_in
 
 _FIELDS = ("text", "template", "subject", "answer")
 
 
 class TextFile(Source):
-    """One prompt for each non-empty line of a text file."""
+    """One prompt for each non-empty line of a text file, or of all files that `path` (with * and ?) stands for."""
 
     source: Literal["text"] = "text"
     path: str
     limit: int | None = Field(None, ge=1)
 
     def read(self) -> list[Prompt]:
-        lines = lines_of(read_text(existing(self.path)))
-        return [Prompt(line) for line in lines if line.strip()][: self.limit]
+        return list(self.documents())
+
+    @override
+    def documents(self) -> Iterator[Prompt]:
+        lines = (line for file in _files(self.path) for line in lines_in(file))
+        return islice((Prompt(line) for line in lines if line.strip()), self.limit)
 
 
 class JsonLines(Source):
-    """JSON lines with `text` or `template`, `subject`, `answer`; `columns` says how the file calls them."""
+    """JSON lines with `text` or `template`, `subject`, `answer`; `columns` says how the files call them.
+
+    `path` may stand for several files, with * and ?.
+    """
 
     source: Literal["jsonl"] = "jsonl"
     path: str
@@ -39,7 +48,12 @@ class JsonLines(Source):
     limit: int | None = Field(None, ge=1)
 
     def read(self) -> list[Prompt]:
-        return _from_rows(_json_lines(existing(self.path)), self.columns, self.limit)
+        return list(self.documents())
+
+    @override
+    def documents(self) -> Iterator[Prompt]:
+        rows = (row for file in _files(self.path) for row in _json_lines(file))
+        return _from_rows(rows, self.columns, self.limit)
 
 
 class HubDataset(Source):
@@ -57,10 +71,17 @@ class HubDataset(Source):
     limit: int | None = Field(None, ge=1)
 
     def read(self) -> list[Prompt]:
+        return list(self._rows(streaming=False))
+
+    @override
+    def documents(self) -> Iterator[Prompt]:
+        return self._rows(streaming=True)
+
+    def _rows(self, streaming: bool) -> Iterator[Prompt]:
         from datasets import load_dataset
 
         try:
-            rows = load_dataset(self.path, self.config, split=self.split)
+            rows = load_dataset(self.path, self.config, split=self.split, streaming=streaming)
         except Exception as error:
             raise AtomLensError(
                 f"the data set {self.path!r} (split {self.split!r}) could not be loaded: {error}"
@@ -70,7 +91,7 @@ class HubDataset(Source):
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(lines_of(read_text(path)), 1):
+    for number, line in enumerate(lines_in(path), 1):
         if line.strip():
             where = f"{path} line {number}"
             try:
@@ -80,23 +101,33 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
-def _from_rows(rows: Iterable[tuple[str, Any]], columns: dict[str, str], limit: int | None) -> list[Prompt]:
+def _files(path: str) -> list[Path]:
+    """The files that a path stands for, in the order of their names.
+
+    Raises:
+        AtomLensError: there is none.
+    """
+    found = [] if Path(path).expanduser().is_file() else sorted(map(Path, glob(str(Path(path).expanduser()))))
+    return [file for file in found if file.is_file()] or [existing(path)]
+
+
+def _from_rows(rows: Iterable[tuple[str, Any]], columns: dict[str, str], limit: int | None) -> Iterator[Prompt]:
     """Prompts of `rows`, each with where it stands."""
     unknown = set(columns) - set(_FIELDS)
     if unknown:
         raise AtomLensError(f"columns has {sorted(unknown)}, allowed are {', '.join(_FIELDS)}")
-    made: list[Prompt] = []
-    missing = set(columns)
+    made, missing = 0, set(columns)
     for where, row in islice(rows, limit):
         fields = {name: _reach(row, columns.get(name, name)) for name in _FIELDS}
         try:
-            made.append(_from_fields(fields, row))
+            prompt = _from_fields(fields, row)
         except ValueError as error:
             raise AtomLensError(f"{where}: {error}") from error
+        made += 1
         missing -= {name for name, value in fields.items() if value is not None}
+        yield prompt
     for name in sorted(missing if made else ()):
-        raise AtomLensError(f"columns.{name} is {columns[name]!r}, which none of the {len(made)} rows has")
-    return made
+        raise AtomLensError(f"columns.{name} is {columns[name]!r}, which none of the {made} rows has")
 
 
 def _from_fields(fields: dict[str, Any], row: dict[str, Any]) -> Prompt:

@@ -18,12 +18,14 @@ class Prompt:
         subject: the entity the prompt is about; it must occur in `text` unless `span` says where it is.
         span: character range [start, end) of the subject; found from `subject` (its first occurrence) if None.
         answer: the true continuation, where it is known.
+        document: what the text is a part of, where it is one.
     """
 
     text: str
     subject: str | None = None
     span: tuple[int, int] | None = None
     answer: str | None = None
+    document: str | None = None
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -45,8 +47,8 @@ class Prompt:
 
     @property
     def group(self) -> str:
-        """What must not lie on both sides of a split: the subject, or the whole text where there is none."""
-        return self.subject or (self.text[slice(*self.span)] if self.span else self.text)
+        """What must not lie on both sides of a split: the document or the subject, else the whole text."""
+        return self.document or self.subject or (self.text[slice(*self.span)] if self.span else self.text)
 
     @classmethod
     def fill(cls, template: str, subject: str, answer: str | None = None) -> Prompt:

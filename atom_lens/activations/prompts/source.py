@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.storage.schema import Section
 
@@ -16,3 +18,7 @@ class Source(Section):
             AtomLensError: they cannot be read; one sentence that says where and why.
         """
         raise NotImplementedError
+
+    def documents(self) -> Iterator[Prompt]:
+        """The prompts one by one, for sources of more text than fits in memory; as `read` gives them."""
+        return iter(self.read())

@@ -27,7 +27,7 @@ from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.interventions.causal import Evaluation, Swaps, known, swaps
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.recipe import Recipe
-from atom_lens.recipe.split import SplitActivations, harvest_for, split_activations
+from atom_lens.recipe.split import SplitActivations, harvest_for, prompts_of, split_activations
 from atom_lens.storage.versions import versions
 from atom_lens.studies.cells import claimed, kept
 from atom_lens.studies.evaluate import check_split
@@ -55,7 +55,7 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
         raise AtomLensError(f"intervene.l0 has {most:g}, allowed is up to atoms.capacity={atoms.capacity}")
     if recipe.positions not in ("subject_last", "last"):
         raise AtomLensError(f"positions is {recipe.positions!r}, intervene allows subject_last and last")
-    prompts = recipe.prompts.read()
+    prompts = prompts_of(recipe)
     if any(prompt.answer is None or prompt.subject is None for prompt in prompts):
         raise AtomLensError(f"prompts of recipe {recipe.name!r} lack a subject or an answer, intervene needs both")
     settings = recipe.section(Intervene)

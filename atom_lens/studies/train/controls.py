@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor
 from atom_lens.dictionaries import Learner, Setup, recipes_kind
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.nulls import TrainedNull, shuffle_coordinates
+from atom_lens.dictionaries.registry import Trained
 from atom_lens.dictionaries.tsae import kinds as tsae
 from atom_lens.evidence.identity import identity
 from atom_lens.geometry import AtomicInnerProduct, Ridge
-from atom_lens.recipe.sections import Atoms, Training, Wandb
+from atom_lens.recipe.sections import Atoms, Training
+from atom_lens.recipe.split import SplitActivations
 from atom_lens.tensors.rows import Rows
-from atom_lens.training.fit import fit_together
 
 
 @dataclass(frozen=True)
@@ -39,65 +39,85 @@ class Fitted:
     nulls: dict[str, TrainedNull]
     start_pw_mcc: float | None
 
-    @property
-    def trained(self) -> int:
-        return len(self.runs) + len(self.nulls)
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be trained at one hook: `training.seeds` dictionaries and, unless they are off, the trained nulls.
+
+    Attributes:
+        kind: of all of them.
+        aip: the metric of the activations.
+        learners: by name, at their start.
+        streams: the activations that they read, by the names of their streams.
+        empty: of each trained null what it is measured on: training and held-out activations, and their metric.
+        start_pw_mcc: as in `Fitted`.
+    """
+
+    kind: Trained
+    aip: AtomicInnerProduct
+    learners: dict[str, Learner]
+    streams: dict[str, Tensor | Rows]
+    empty: dict[str, tuple[Tensor | Rows, Tensor | Rows, AtomicInnerProduct]]
+    start_pw_mcc: float | None
+
+    def finished(self, sparsity: Mapping[str, Float[Tensor, " F"]]) -> Fitted:
+        """What the learners have become; `sparsity` is that of `fit_together`."""
+        nulls = {
+            name: TrainedNull(self.kind.finish(self.learners[name], what[2]), *what)
+            for name, what in self.empty.items()
+        }
+        seeds = [name for name in self.learners if name not in nulls]
+        # What a recipe can train is ours, and has a metric.
+        runs = [cast("Metered", self.kind.finish(self.learners[name], self.aip)) for name in seeds]
+        return Fitted(runs, [sparsity[name] for name in seeds], nulls, self.start_pw_mcc)
 
 
-def fit_with_controls(
-    x: Float[Tensor | Rows, "n d"],
-    heldout: Float[Tensor | Rows, "m d"],
-    validation: Float[Tensor | Rows, "k d"] | None,
+def plan(
+    split: SplitActivations,
     aip: AtomicInnerProduct,
     atoms: Atoms,
     training: Training,
     metadata: Mapping[str, Any] | None = None,
-    wandb: Wandb | None = None,
-    run_name: str | None = None,
     ridge: Ridge = "oas",
-    checkpoint: Path | None = None,
-) -> Fitted:
-    """Train `training.seeds` dictionaries and, unless `training.nulls` is off, the trained nulls, in one pass.
+    stream: str = "x",
+) -> Plan:
+    """Dictionaries and trained nulls of a hook, at their start.
 
     A frozen decoder is a null of TSAEs: random directions under another encoder are among the nulls of every report.
 
     Args:
-        x, heldout: activations of the two splits, shape (n, d) and (m, d); only `x` is learned from.
-        validation: activations of neither split, on which a pursuit sets its threshold; None leaves it as trained.
-        aip: the metric of `x`.
+        split: activations; a pursuit sets its threshold on those for validation, or leaves it as trained.
+        aip: the metric of the training activations.
         atoms, training: of the recipe.
-        metadata, wandb, run_name: as in `fit`.
-        checkpoint: as in `fit_together`.
+        metadata: of the atoms.
         ridge: of the metric of the shuffled activations.
+        stream: the name of the activations; that of the shuffled ones ends in "shuffled".
     """
-    kind = recipes_kind(atoms)
-    setup = Setup(x, aip, atoms, training.device, training.steps, validation, metadata or {})
-    learners: dict[str, Learner] = {
-        f"seed {i}": kind.start(setup, atoms.target_l0, training.seed + i) for i in range(training.seeds)
-    }
+    kind, x, seed = recipes_kind(atoms), split.x, training.seed
+    setup = Setup(x, aip, atoms, training.device, training.steps, split.validation, metadata or {}, stream)
+    learners = {f"seed {i}": kind.start(setup, atoms.target_l0, seed + i) for i in range(training.seeds)}
     start = None
     if training.seeds > 1:
         # In training coordinates the AIP is Euclidean.
         start = identity([learner.sae.W_dec.detach().clone() for learner in learners.values()]).pw_mcc
-    streams: dict[str, Tensor | Rows] = {"x": x}
+    streams: dict[str, Tensor | Rows] = {stream: x}
     empty: dict[str, Any] = {}
     if training.nulls:
-        generator = torch.Generator().manual_seed(training.seed)
-        rows, heldout_rows = shuffle_coordinates(x, generator), shuffle_coordinates(heldout, generator)
-        streams["shuffled"] = rows
+        generator = torch.Generator().manual_seed(seed)
+        rows, heldout_rows = shuffle_coordinates(x, generator), shuffle_coordinates(split.heldout, generator)
+        shuffled = shuffled_name(stream)
+        streams[shuffled] = rows
         alone = AtomicInnerProduct.estimate(rows, ridge, "shuffled coordinates")
-        seed = training.seed
+        nothing = setup._replace(calibration=None, metadata={})
         if atoms.architecture == "aip_tsae":
-            empty["frozen"] = (x, heldout, aip)
+            empty["frozen"] = (x, split.heldout, aip)
             # A frozen decoder leaves everything to the encoder, so that one is free.
-            alone_with_it = setup._replace(calibration=None, metadata={})
-            learners["frozen"] = tsae.start(alone_with_it, atoms.target_l0, seed, "free", freeze_decoder=True)
+            learners["frozen"] = tsae.start(nothing, atoms.target_l0, seed, "free", freeze_decoder=True)
         empty["shuffled"] = (rows, heldout_rows, alone)
-        nothing = setup._replace(x=rows, aip=alone, calibration=None, metadata={}, stream="shuffled")
-        learners["shuffled"] = kind.start(nothing, atoms.target_l0, seed)
-    sparsity = fit_together(streams, learners, training, wandb, run_name, checkpoint)
-    nulls = {name: TrainedNull(kind.finish(learners[name], what[2]), *what) for name, what in empty.items()}
-    seeds = [name for name in learners if name not in nulls]
-    # What a recipe can train is ours, and has a metric.
-    runs = [cast("Metered", kind.finish(learners[name], aip)) for name in seeds]
-    return Fitted(runs, [sparsity[name] for name in seeds], nulls, start)
+        learners["shuffled"] = kind.start(nothing._replace(x=rows, aip=alone, stream=shuffled), atoms.target_l0, seed)
+    return Plan(kind, aip, learners, streams, empty, start)
+
+
+def shuffled_name(stream: str) -> str:
+    """The name of a stream with its coordinates shuffled."""
+    return "shuffled" if stream == "x" else f"{stream} shuffled"

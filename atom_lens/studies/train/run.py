@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxtyping import Float
 from sae_lens.constants import SPARSITY_FILENAME
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from atom_lens.activations.harvest import Harvest
 from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.activations.stream import Stream
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.tsae.sae import model_metadata
 from atom_lens.evidence.identity import identity
@@ -25,18 +26,20 @@ from atom_lens.evidence.results import Report
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import dump_recipe, load_recipe
 from atom_lens.recipe.recipe import Recipe
+from atom_lens.recipe.running import stream_of
 from atom_lens.recipe.sections import Atoms, Training
-from atom_lens.recipe.split import harvest_for, split_activations
+from atom_lens.recipe.split import SplitActivations, harvest_for, prompts_of, split_activations
 from atom_lens.storage.files import new_folder
 from atom_lens.storage.schema import Result
 from atom_lens.storage.sealed import LOG, sealed_folder, verify
 from atom_lens.studies.study import Study, recipe_command, register
-from atom_lens.studies.train.controls import fit_with_controls
+from atom_lens.studies.train.controls import Fitted, Plan, plan, shuffled_name
 from atom_lens.studies.train.folder import CHECKPOINT, checkpoint_file, run_folder, same_activations
 from atom_lens.studies.train.result import RunReport
 from atom_lens.studies.train.show import report_table, show
 from atom_lens.tensors import parallel
-from atom_lens.training.fit import encoder_seconds
+from atom_lens.training.fit import encoder_seconds, fit_together
+from atom_lens.training.mixing import Mixing
 
 logger = logging.getLogger(__name__)
 IDENTITY_FILENAME = "identity.safetensors"
@@ -62,38 +65,99 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
     folder = Path(out) / recipe.name
     recipe.to_train("train")
     with parallel.processes(), run_folder(folder, dump_recipe(recipe)) as work:
-        prompts = recipe.prompts.read()
+        prompts = prompts_of(recipe)
         found = harvest_for(recipe, prompts)
         same_activations(work, found.views)
         with _logging_to(work / LOG) if parallel.rank() == 0 else nullcontext():
             logger.info(
                 "harvest: %d prompts, %d hooks%s", len(prompts), len(found), ", from the store" * found.from_store
             )
+            todo = []
             for hook in found:
                 if parallel.agreed((work / hook).is_dir):
                     verify(work / hook)
                 else:
-                    _one_hook(recipe, prompts, found, hook, work)
-                if parallel.rank() == 0:
-                    for checkpoint in work.glob(f"{glob.escape(hook)}*{CHECKPOINT}"):
-                        checkpoint.unlink()
+                    todo.append(hook)
+            # A model that runs during the training serves all hooks at once, those that are done included: the
+            # checkpoint is of all.
+            for hooks in [[hook] for hook in todo] if recipe.stream is None else [list(found)] if todo else []:
+                _train(recipe, prompts, found, hooks, todo, work)
+                _forget_checkpoints(work)
+            _forget_checkpoints(work)  # of what was kept just before the process was killed
         if parallel.rank() == 0:
             reports = {hook: Report.read(work / hook / "report.json") for hook in found}
             RunReport(hooks=reports).write(work / "report.json")
     return folder
 
 
-def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str, work: Path) -> None:
-    assert recipe.atoms is not None and recipe.training is not None
+def _forget_checkpoints(work: Path) -> None:
+    for checkpoint in work.glob(f"*{CHECKPOINT}") if parallel.rank() == 0 else ():
+        checkpoint.unlink()
+
+
+class _Hook(NamedTuple):
+    """A hook whose dictionaries are trained: its activations, what is planned, and seconds taken for its metric."""
+
+    split: SplitActivations
+    plan: Plan
+    seconds: float
+
+
+def _train(
+    recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hooks: Sequence[str], todo: Sequence[str], work: Path
+) -> None:
+    """Train the dictionaries of some hooks in one pass; measure and keep those of the hooks `todo`, one by one."""
+    atoms, training = recipe.to_train("train")
+    planned = {hook: _planned(recipe, prompts, found, hook) for hook in hooks}
+    checkpoint = checkpoint_file(work, hooks[0] if recipe.stream is None else "stream")
+    resumed = checkpoint.exists()
+    start = time.monotonic()
+    learners = {
+        f"{hook} {name}" if recipe.stream else name: learner
+        for hook, one in planned.items()
+        for name, learner in one.plan.learners.items()
+    }
+    batches = (
+        planned[hooks[0]].plan.streams
+        if recipe.stream is None
+        else _mixing(stream_of(recipe, prompts, found), recipe.stream.buffer_size, training, hooks)
+    )
+    sparsity = fit_together(batches, learners, training, recipe.wandb, recipe.name, checkpoint)
+    seconds = time.monotonic() - start
+    took = f"{', '.join(hooks)}: trained {len(learners)} dictionaries in one pass in {seconds:.0f} s"
+    speed: dict[str, float] = {}
+    if not resumed:  # the steps of a process that was stopped took time that nobody measured
+        width = planned[hooks[0]].plan.aip.width
+        speed = _speed(training, atoms, width, len(learners), seconds)
+        took += (
+            f", {speed['train_rows_per_second']:,.0f} activations/s, {speed['train_share_of_floor']:.0%} of the floor"
+        )
+    logger.info(took)
+    for hook, one in ((hook, planned[hook]) for hook in hooks if hook in todo):
+        named = {name: sparsity[f"{hook} {name}" if recipe.stream else name] for name in one.plan.learners}
+        timing = {"harvest": found.seconds, "metric": one.seconds, "train": seconds, **speed}
+        _keep(recipe, found, hook, one, one.plan.finished(named), timing, work)
+
+
+def _mixing(stream: Stream, buffer_size: int, training: Training, hooks: Sequence[str]) -> Mixing:
+    shuffled = {shuffled_name(hook): hook for hook in hooks if training.nulls}
+    return Mixing(stream, training.batch_size, buffer_size, training.seed, shuffled)
+
+
+def _planned(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str) -> _Hook:
+    atoms, training = recipe.to_train("train")
     split = split_activations(recipe, prompts, found, hook)
-    x, heldout, subjects = split.x, split.heldout, split.subjects
-    dropped = found.dropped[hook]
+    x, dropped = split.x, found.dropped[hook]
     logger.info(
-        "%s: %d training and %d held-out activations, %d massive rows dropped", hook, len(x), len(heldout), dropped
+        "%s: %d training and %d held-out activations, %d massive rows dropped",
+        hook,
+        len(x),
+        len(split.heldout),
+        dropped,
     )
     start = time.monotonic()
     aip = AtomicInnerProduct.estimate(x, recipe.metric.ridge, source=f"{recipe.name}: {len(x)} training activations")
-    estimated = time.monotonic()
+    seconds = time.monotonic() - start
     metadata = {
         "model_name": recipe.model.name,
         "hook_name": hook,
@@ -101,48 +165,33 @@ def _one_hook(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: s
         "context_size": int(found.rows[hook][:, 1].max()) + 1,  # of the longest prompt that was read
         **model_metadata(),
     }
-    checkpoint = checkpoint_file(work, hook)
-    resumed = checkpoint.exists()
-    fitted = fit_with_controls(
-        x,
-        heldout,
-        split.validation,
-        aip,
-        recipe.atoms,
-        recipe.training,
-        metadata,
-        recipe.wandb,
-        recipe.name,
-        recipe.metric.ridge,
-        checkpoint,
-    )
-    atoms = fitted.runs[0]
-    trained = time.monotonic()
-    took = f"{hook}: trained {fitted.trained} dictionaries in one pass in {trained - estimated:.0f} s"
-    speed: dict[str, float] = {}
-    if not resumed:  # the steps of a process that was stopped took time that nobody measured
-        speed = _speed(recipe.training, recipe.atoms, x.shape[1], fitted.trained, trained - estimated)
-        took += (
-            f", {speed['train_rows_per_second']:,.0f} activations/s, {speed['train_share_of_floor']:.0%} of the floor"
-        )
-    logger.info(took)
+    stream = "x" if recipe.stream is None else hook
+    return _Hook(split, plan(split, aip, atoms, training, metadata, recipe.metric.ridge, stream), seconds)
+
+
+def _keep(
+    recipe: Recipe, found: Harvest, hook: str, one: _Hook, fitted: Fitted, seconds: dict[str, float], work: Path
+) -> None:
+    """Measure what was trained at a hook, and write its folder."""
+    asked, training = recipe.to_train("train")
+    x, aip, atoms = one.split.x, one.plan.aip, fitted.runs[0]
     report = evaluate(
         atoms,
         x,
-        heldout,
-        groups=subjects,
+        one.split.heldout,
+        groups=one.split.subjects,
         trained_nulls=fitted.nulls,
-        seed=recipe.training.seed,
+        seed=training.seed,
         about={
             "name": recipe.name,
             "model": recipe.model.name,
             "hook": hook,
             "positions": recipe.positions,
-            "massive_rows_dropped": dropped,
-            "seconds": {"harvest": found.seconds, "metric": estimated - start, "train": trained - estimated, **speed},
+            "massive_rows_dropped": found.dropped[hook],
+            "seconds": seconds,
         },
     )
-    found_l0, wanted = report.train.l0.mean, recipe.atoms.target_l0
+    found_l0, wanted = report.train.l0.mean, asked.target_l0
     if abs(found_l0 - wanted) > 0.25 * wanted:
         why = ", the activations need no more" if found_l0 < wanted and report.train.r2_aip > 0.9 else ""
         logger.warning("%s: L0 is %.2f on the training activations, %.2f was asked for%s", hook, found_l0, wanted, why)

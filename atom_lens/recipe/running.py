@@ -1,0 +1,85 @@
+"""Running text of a recipe: the side of the split that a document is on, its first contexts, the stream of all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from atom_lens.activations.connect import open_backend
+from atom_lens.activations.documents import all_prefixes, contexts
+from atom_lens.activations.harvest import Harvest
+from atom_lens.activations.models import DTYPES, find_model, load_tokenizer
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.activations.stream import Stream
+from atom_lens.errors import AtomLensError
+from atom_lens.recipe.recipe import Recipe
+
+Side = Literal["train", "validation", "heldout"]
+
+
+def document_side(recipe: Recipe, document: str) -> Side:
+    """Drawn from the text itself: the same however many documents there are, and for every copy of one."""
+    split = recipe.split
+    digest = hashlib.sha256(f"{split.seed} {document}".encode()).digest()
+    at = int.from_bytes(digest[:8], "big") / 2**64
+    if at < split.heldout:
+        return "heldout"
+    return "validation" if at < split.heldout + split.validation * (1 - split.heldout) else "train"
+
+
+def beginnings(recipe: Recipe) -> list[Prompt]:
+    """Contexts of the first documents: of each side as many as the recipe's `stream` asks for, if there are.
+
+    Raises:
+        AtomLensError: a side of the split is left without documents.
+    """
+    asked = recipe.stream
+    assert asked is not None
+    tokenizer = load_tokenizer(find_model(recipe.model.name, recipe.model.revision))
+    missing: dict[Side, int] = {"train": asked.metric_tokens, "heldout": asked.heldout_tokens}
+    if recipe.split.validation:
+        missing["validation"] = asked.heldout_tokens
+    found: list[Prompt] = []
+    empty = set(missing)
+    documents = contexts(recipe.prompts.documents(), tokenizer, asked.context_size, recipe.prepend_bos)
+    for context, tokens in documents:
+        side = document_side(recipe, context.group)
+        if missing[side] > 0:
+            found.append(context)
+            missing[side] -= tokens
+            empty.discard(side)
+            if max(missing.values()) <= 0:
+                break
+    if empty:
+        raise AtomLensError(
+            f"split.heldout is {recipe.split.heldout} and split.validation {recipe.split.validation}: of the documents "
+            f"none is on the side {' or '.join(sorted(empty))}, give more documents"
+        )
+    return found
+
+
+def stream_of(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest) -> Stream:
+    """The activations of all training documents; nothing that a held-out row depends on is among them.
+
+    Args:
+        recipe: with a section `stream`.
+        prompts: its `beginnings`.
+        found: their activations.
+    """
+    assert recipe.stream is not None
+    source = find_model(recipe.model.name, recipe.model.revision)
+    backend = open_backend(source, recipe.model.backend, DTYPES[recipe.model.dtype], recipe.model.device)
+    kept = [prompt for prompt in prompts if document_side(recipe, prompt.group) != "train"]
+
+    def documents() -> Iterator[Prompt]:
+        return (one for one in recipe.prompts.documents() if document_side(recipe, one.group) == "train")
+
+    return Stream(
+        backend,
+        documents,
+        found.limits,
+        recipe.stream.context_size,
+        recipe.prepend_bos,
+        all_prefixes(kept, backend.tokenizer, recipe.prepend_bos),
+    )

@@ -1,0 +1,87 @@
+"""Mixing: batches from a stream of activations, which come in the order of the text, through a buffer in memory.
+
+sae-lens' `mixing_buffer` does the same from the global generator; this one can be put back where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from atom_lens.activations.stream import Stream
+from atom_lens.training.checkpoint import Checkpoints
+
+
+class Mixing:
+    """Endless batches, the same rows of every hook, each drawn from the last `buffer_size` or so of the stream.
+
+    Args:
+        stream: where activations come from.
+        batch_size: rows of a batch.
+        buffer_size: rows of the buffer, at least two batches; half of it is new whenever it is filled.
+        seed: of the mixing.
+        shuffled: name -> hook: another stream, of the activations of that hook with every coordinate permuted over the
+            rows of a batch by itself.
+
+    Attributes:
+        checkpoints: kept between two steps, if any.
+    """
+
+    def __init__(
+        self, stream: Stream, batch_size: int, buffer_size: int, seed: int, shuffled: Mapping[str, str] | None = None
+    ) -> None:
+        self.stream, self.batch_size, self.size = stream, batch_size, max(buffer_size, 2 * batch_size)
+        self.shuffled = dict(shuffled or {})
+        self.generator = torch.Generator().manual_seed(seed)
+        self.buffer: dict[str, Tensor] = {}
+        self.checkpoints: Checkpoints | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Tells a stream from others, as far as it says itself."""
+        return {"streams": self.stream.limits, "context_size": self.stream.context_size, "buffer_size": self.size}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Float[Tensor, "batch _"]]:
+        # The trainer asks for a batch between two steps: the one moment when its state is whole.
+        if self.checkpoints is not None:
+            self.checkpoints.keep_if_due()
+        while self._left < self.batch_size or not self.buffer:
+            self._fill()
+        batch = {hook: x[: self.batch_size] for hook, x in self.buffer.items()}
+        self.buffer = {hook: x[self.batch_size :] for hook, x in self.buffer.items()}
+        return batch | {name: self._permuted(batch[hook]) for name, hook in self.shuffled.items()}
+
+    @property
+    def _left(self) -> int:
+        """Rows that may be handed out before the buffer is filled: half of it stays, to be mixed with what comes."""
+        return len(next(iter(self.buffer.values()))) - self.size // 2 if self.buffer else 0
+
+    def _fill(self) -> None:
+        missing = self.size - (len(next(iter(self.buffer.values()))) if self.buffer else 0)
+        new = self.stream.read(missing)
+        whole = {hook: torch.cat([self.buffer[hook], x]) if self.buffer else x for hook, x in new.items()}
+        order = torch.randperm(len(next(iter(whole.values()))), generator=self.generator)
+        self.buffer = {hook: x[order] for hook, x in whole.items()}
+
+    def _permuted(self, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
+        return x.gather(0, torch.rand(x.shape, generator=self.generator).argsort(dim=0))
+
+    def state(self) -> dict[str, Any]:
+        """All that the batches to come depend on."""
+        return {"buffer": self.buffer, "generator": self.generator.get_state(), "stream": self.stream.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.buffer = state["buffer"]
+        self.generator.set_state(state["generator"])
+        self.stream.restore(state["stream"])

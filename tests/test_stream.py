@@ -1,0 +1,274 @@
+"""Running text: documents stay on their side, a model reads them while atoms are trained, and a stop changes no bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LETTERS
+from test_cli import recipe, run  # noqa: F401  (fixtures)
+from transformers import AutoTokenizer
+
+from atom_lens import harvest, load_atoms, train
+from atom_lens.activations.connect import open_backend
+from atom_lens.activations.documents import all_prefixes, contexts
+from atom_lens.activations.models import find_model
+from atom_lens.activations.positions import prefixes
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.activations.stream import Stream
+from atom_lens.cli import main
+from atom_lens.recipe.contexts import corpus
+from atom_lens.recipe.reading import check_recipe
+from atom_lens.recipe.running import beginnings, document_side, stream_of
+from atom_lens.recipe.split import harvest_for, prompts_of, split_activations
+from atom_lens.training.checkpoint import Checkpoints
+from atom_lens.training.mixing import Mixing
+
+HOOK, OTHER = "blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"
+
+
+class Stopped(Exception):
+    """Somebody pressed Ctrl-C."""
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """Documents of 1 to 60 random letters, in two files of JSON lines."""
+    draw = random.Random(0)
+    made = [" ".join(draw.choices(LETTERS[64:90], k=draw.randint(1, 60))) for _ in range(150)]
+    for number, part in enumerate((made[:100], made[100:])):
+        (tmp_path / f"text-{number}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in part))
+    return made
+
+
+@pytest.fixture
+def streamed(recipe: dict[str, Any], texts: list[str], tmp_path: Path) -> dict[str, Any]:  # noqa: F811
+    return {
+        **recipe,
+        "prompts": {"source": "jsonl", "path": str(tmp_path / "text-*.jsonl")},
+        "hooks": [HOOK, OTHER],
+        "positions": "all",
+        "split": {"heldout": 0.2, "validation": 0.1},
+        "stream": {"context_size": 16, "metric_tokens": 600, "heldout_tokens": 200, "buffer_size": 256},
+        "atoms": {"architecture": "aip_pursuit", "capacity": 32, "target_l0": 2.0},
+        "training": {"steps": 60, "batch_size": 32, "device": "cpu", "seeds": 2},
+    }
+
+
+def test_contexts_are_the_document_in_pieces(tiny: str, texts: list[str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    found = list(contexts(map(Prompt, texts), tokenizer, 16, True))
+    for text in texts:
+        own = [(piece.text, tokens) for piece, tokens in found if piece.group == text]
+        assert " ".join(piece for piece, _ in own) == text
+        assert [tokens for _, tokens in own[:-1]] == [15] * (len(own) - 1), "all but the last are full"
+        for piece, tokens in own:
+            assert len(tokenizer(piece, add_special_tokens=False)["input_ids"]) == tokens <= 15
+
+
+def test_documents_keep_their_side(streamed: dict[str, Any], texts: list[str], tmp_path: Path) -> None:
+    """However many there are, and in any order; every copy of one is on the side of the others."""
+    made = check_recipe(streamed)
+    side = {text: document_side(made, text) for text in texts}
+    counts = {name: list(side.values()).count(name) for name in ("train", "validation", "heldout")}
+    assert 90 <= counts["train"] <= 125 and 15 <= counts["heldout"] <= 45 and 3 <= counts["validation"] <= 25
+    other = check_recipe({**streamed, "split": {"heldout": 0.2, "validation": 0.1, "seed": 1}})
+    assert any(document_side(other, text) != side[text] for text in texts)
+    kept = beginnings(made)
+    read = {name: sum(len(p.text.split()) for p in kept if side[p.group] == name) for name in counts}
+    assert 600 <= read["train"] < 600 + 16 and 200 <= read["heldout"] < 200 + 16
+
+
+def test_what_is_kept_is_split_by_document(streamed: dict[str, Any]) -> None:
+    made = check_recipe(streamed)
+    prompts = prompts_of(made)
+    split = split_activations(made, prompts, harvest_for(made, prompts), HOOK)
+    assert split.validation is not None
+    assert {document_side(made, prompts[i].group) for i in split.prompts} == {"train"}
+    assert {document_side(made, subject) for subject in split.subjects} == {"heldout"}
+    # A beginning that documents share is read once, so a few rows are missing on the last side that has it.
+    assert 500 < len(split.x) <= 616 and 150 < len(split.heldout) <= 216 and 50 < len(split.validation) <= 216
+    seen = corpus(made, HOOK)
+    assert len(seen) == len(split.x) + len(split.heldout), "nothing is read on validation rows"
+    torch.testing.assert_close(seen.x.select(seen.heldout)[:], split.heldout[:], rtol=0, atol=0)
+
+
+def test_a_stream_is_the_harvest_of_its_documents(streamed: dict[str, Any], tiny: str, texts: list[str]) -> None:
+    """Pass after pass, in order, at every hook; without any beginning that a held-out or validation context has."""
+    made = check_recipe(streamed)
+    prompts = prompts_of(made)
+    stream = stream_of(made, prompts, harvest_for(made, prompts))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    own = [p for p, _ in contexts(map(Prompt, texts), tokenizer, 16, True) if document_side(made, p.group) == "train"]
+    kept = [prompt for prompt in prompts if document_side(made, prompt.group) != "train"]
+    shut = all_prefixes(kept, tokenizer, True)
+    whole = harvest(tiny, own, [HOOK, OTHER], "all", device="cpu", massive_ratio=None)
+    opened = []
+    for prompt, token in whole.rows[HOOK].tolist():
+        ids = [tokenizer.bos_token_id, *tokenizer(own[prompt].text, add_special_tokens=False)["input_ids"]]
+        opened.append(list(prefixes(ids))[token] not in shut)
+    assert 0 < opened.count(False) < len(opened) / 4
+    expected = {hook: whole[hook][torch.tensor(opened)] for hook in whole}
+    parts: dict[str, list[torch.Tensor]] = {HOOK: [], OTHER: []}
+    while stream.passes < 2:
+        for hook, x in stream.read(100).items():
+            parts[hook].append(x)
+    n = len(expected[HOOK])
+    for hook, x in parts.items():
+        for start in (0, n):
+            torch.testing.assert_close(torch.cat(x)[start : start + n], expected[hook], rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_goes_on_with_the_same_batches(streamed: dict[str, Any]) -> None:
+    made = check_recipe(streamed)
+    prompts = prompts_of(made)
+    found = harvest_for(made, prompts)
+
+    def mixing() -> Mixing:
+        return Mixing(stream_of(made, prompts, found), 32, 128, 0, {"empty": HOOK})
+
+    first = mixing()
+    for _ in range(40):
+        batch = next(first)
+    assert set(batch) == {HOOK, OTHER, "empty"} and first.stream.passes == 0 and first.stream.taken > 20
+    torch.testing.assert_close(batch["empty"].sort(dim=0)[0], batch[HOOK].sort(dim=0)[0], rtol=0, atol=0)
+    assert not torch.equal(batch["empty"], batch[HOOK])
+    state = json.loads(json.dumps(first.stream.state()))
+    again = mixing()
+    again.restore({**first.state(), "stream": state, "buffer": dict(first.buffer)})
+    for _ in range(80):
+        here, there = next(first), next(again)
+        assert all(torch.equal(here[name], there[name]) for name in here)
+    assert first.stream.passes > 0, "over the end of the documents as well"
+
+
+def test_batches_are_mixed(streamed: dict[str, Any]) -> None:
+    """Rows of a batch come from all over the buffer, and every row is handed out once."""
+    made = check_recipe({**streamed, "hooks": [HOOK]})
+    prompts = prompts_of(made)
+    mixing = Mixing(stream_of(made, prompts, harvest_for(made, prompts)), 32, 256, 0)
+    order: dict[bytes, int] = {}
+    read = mixing.stream.read
+
+    def watched(n: int) -> dict[str, torch.Tensor]:
+        found = read(n)
+        for row in found[HOOK]:
+            order.setdefault(row.numpy().tobytes(), len(order))
+        return found
+
+    mixing.stream.read = watched
+    places = [[order[row.numpy().tobytes()] for row in next(mixing)[HOOK]] for _ in range(20)]
+    assert all(max(batch) - min(batch) > 128 for batch in places)
+    drawn = list(chain.from_iterable(places))
+    assert drawn != sorted(drawn)
+    assert len(set(drawn)) > 0.9 * 640  # but for beginnings that several documents have
+
+
+def test_train_on_a_stream(streamed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hooks in one pass; it stops and goes on to the same bits; evaluate, with no other word, finds the same."""
+    reads = []
+    real = Stream.read
+    monkeypatch.setattr(Stream, "read", lambda self, n: reads.append(n) or real(self, n))
+    whole = train(check_recipe(streamed), out=tmp_path / "whole")
+    once = len(reads)
+    assert 5 < once < 40, "both hooks from the same passes"
+    atoms = load_atoms(whole, hook=HOOK)
+    assert atoms.cfg.d_sae == 32 and (whole / OTHER / "seed-1").is_dir()
+    report = json.loads((whole / HOOK / "report.json").read_text())
+    assert report["identity"]["pw_mcc"] > 0 and set(report["nulls"]) >= {"shuffled"}
+
+    steps = {"training": {**streamed["training"], "checkpoint_minutes": 0}}
+    calls = 0
+    keep = Checkpoints.keep
+
+    def stopping(self: Checkpoints) -> None:
+        nonlocal calls
+        keep(self)
+        calls += 1
+        if calls in (20, 45):
+            raise Stopped
+
+    monkeypatch.setattr(Checkpoints, "keep", stopping)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            train(check_recipe({**streamed, **steps}), out=tmp_path / "stopped")
+    resumed = train(check_recipe({**streamed, **steps}), out=tmp_path / "stopped")
+    for file in whole.rglob("*.safetensors"):
+        assert file.read_bytes() == (resumed / file.relative_to(whole)).read_bytes(), file.name
+
+
+def test_other_studies_read_the_beginnings(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    streamed: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They are measured on what is kept, and train on it."""
+    assert run("--quiet", **streamed)[0] == 0
+    told = json.loads((tmp_path / "runs" / "tiny" / HOOK / "report.json").read_text())
+    assert main(["evaluate", "runs/tiny", "--hook", HOOK, "--json", "again.json"]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["heldout"]["r2"] == pytest.approx(told["heldout"]["r2"], rel=1e-5)
+    assert main(["evaluate", "runs/tiny", "split.seed=1", "--hook", HOOK]) == 2, "other documents are held out"
+    assert "are subjects that these atoms were trained with" in capsys.readouterr().err
+    compared = {"units": ["aip_topk", "topk"], "l0": [2.0], "matched": [2.0]}
+    code, _, err = run("name=compared", "--quiet", command="compare", **streamed, compare=compared)
+    assert code == 0, err
+    cells = json.loads((tmp_path / "runs" / "compared" / "compare.json").read_text())["hooks"][HOOK]["cells"]
+    assert {cell["unit"] for cell in cells} >= {"aip_topk", "topk", "null_data"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": "last"}, "key positions is 'last', allowed is 'all' in a recipe with stream"),
+        ({"stream": {"context_size": 1}}, "key stream.context_size is 1, allowed is greater than or equal to 2"),
+        ({"stream": {"tokens": 5}}, "key stream.tokens is unknown"),
+        ({"prompts": {"source": "jsonl", "path": "nowhere-*.jsonl"}}, "file 'nowhere-*.jsonl' does not exist"),
+        ({"split": {"heldout": 1e-9}}, "none is on the side heldout"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    streamed: dict[str, Any],
+    tmp_path: Path,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    code, _, err = run(**{**streamed, **change})
+    assert code == 2 and message in err and not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_documents_are_read_one_by_one(tmp_path: Path) -> None:
+    """A line that is wrong is not reached before those above it are used; lines end as they do in `read`."""
+    from atom_lens.activations.prompts.files import JsonLines, TextFile
+
+    (tmp_path / "a.txt").write_bytes("eins\r\n\r\nzwei\u2028drei\rvier".encode())
+    assert [one.text for one in TextFile(path=str(tmp_path / "a.txt")).documents()] == [
+        "eins",
+        "zwei\u2028drei",
+        "vier",
+    ]
+    (tmp_path / "b.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')
+    found = JsonLines(path=str(tmp_path / "b.jsonl")).documents()
+    assert next(found).text == "good"
+    with pytest.raises(ValueError, match="b.jsonl line 2: text is 1, allowed is text"):
+        next(found)
+    (tmp_path / "c.txt").write_bytes(b"first\n\xff\n")
+    with pytest.raises(ValueError, match="not text in UTF-8 at byte 6, in line 2"):
+        list(TextFile(path=str(tmp_path / "c.txt")).documents())
+
+
+def test_a_stream_without_documents_says_so(tiny: str) -> None:
+    backend = open_backend(find_model(tiny), "auto", torch.float32, "cpu")
+    with pytest.raises(ValueError, match="no training documents that can be read"):
+        Stream(backend, lambda: iter(()), {HOOK: 1e9}, 16, True, set()).read(10)
+    shut = all_prefixes([Prompt("a b")], backend.tokenizer, True)
+    with pytest.raises(ValueError, match="no training documents that can be read"):
+        Stream(backend, lambda: [Prompt("a b")], {HOOK: 1e9}, 16, True, shut).read(10)
