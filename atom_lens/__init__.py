@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from atom_lens.recipe.recipe import Recipe
     from atom_lens.sharing.convert import convert
     from atom_lens.sharing.publish import Published, publish
+    from atom_lens.studies.audit.run import audit
     from atom_lens.studies.train.run import train
     from atom_lens.training.fit import fit
 
@@ -49,6 +50,7 @@ _HOME = {
     "recipe.recipe": ("Recipe",),
     "sharing.convert": ("convert",),
     "sharing.publish": ("Published", "publish"),
+    "studies.audit.run": ("audit",),
     "studies.train.run": ("train",),
     "training.fit": ("fit",),
 }
@@ -71,6 +73,7 @@ __all__ = [
     "__version__",
     "aip_converter",
     "angle_histogram",
+    "audit",
     "convert",
     "evaluate",
     "faithfulness",
@@ -89,7 +92,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("Recipe", "load_recipe"):
+    if name in ("Recipe", "audit", "load_recipe"):
         import_module(f"{__name__}.studies")  # which say what sections a recipe may have
     value = globals()[name] = getattr(import_module(_MODULE[name]), name)
     return value

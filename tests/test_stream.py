@@ -75,11 +75,11 @@ def test_contexts_are_the_document_in_pieces(tiny: str, texts: list[str]) -> Non
 def test_documents_keep_their_side(streamed: dict[str, Any], texts: list[str], tmp_path: Path) -> None:
     """However many there are, and in any order; every copy of one is on the side of the others."""
     made = check_recipe(streamed)
-    side = {text: document_side(made, text) for text in texts}
+    side = {text: document_side(made.split, text) for text in texts}
     counts = {name: list(side.values()).count(name) for name in ("train", "validation", "heldout")}
     assert 90 <= counts["train"] <= 125 and 15 <= counts["heldout"] <= 45 and 3 <= counts["validation"] <= 25
     other = check_recipe({**streamed, "split": {"heldout": 0.2, "validation": 0.1, "seed": 1}})
-    assert any(document_side(other, text) != side[text] for text in texts)
+    assert any(document_side(other.split, text) != side[text] for text in texts)
     kept = beginnings(made)
     read = {name: sum(len(p.text.split()) for p in kept if side[p.group] == name) for name in counts}
     assert 600 <= read["train"] < 600 + 16 and 200 <= read["heldout"] < 200 + 16
@@ -90,8 +90,8 @@ def test_what_is_kept_is_split_by_document(streamed: dict[str, Any]) -> None:
     prompts = prompts_of(made)
     split = split_activations(made, prompts, harvest_for(made, prompts), HOOK)
     assert split.validation is not None
-    assert {document_side(made, prompts[i].group) for i in split.prompts} == {"train"}
-    assert {document_side(made, subject) for subject in split.subjects} == {"heldout"}
+    assert {document_side(made.split, prompts[i].group) for i in split.prompts} == {"train"}
+    assert {document_side(made.split, subject) for subject in split.subjects} == {"heldout"}
     # A beginning that documents share is read once, so a few rows are missing on the last side that has it.
     assert 500 < len(split.x) <= 616 and 150 < len(split.heldout) <= 216 and 50 < len(split.validation) <= 216
     seen = corpus(made, HOOK)
@@ -105,8 +105,10 @@ def test_a_stream_is_the_harvest_of_its_documents(streamed: dict[str, Any], tiny
     prompts = prompts_of(made)
     stream = stream_of(made, prompts, harvest_for(made, prompts))
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    own = [p for p, _ in contexts(map(Prompt, texts), tokenizer, 16, True) if document_side(made, p.group) == "train"]
-    kept = [prompt for prompt in prompts if document_side(made, prompt.group) != "train"]
+    own = [
+        p for p, _ in contexts(map(Prompt, texts), tokenizer, 16, True) if document_side(made.split, p.group) == "train"
+    ]
+    kept = [prompt for prompt in prompts if document_side(made.split, prompt.group) != "train"]
     shut = all_prefixes(kept, tokenizer, True)
     whole = harvest(tiny, own, [HOOK, OTHER], "all", device="cpu", massive_ratio=None)
     opened = []

@@ -85,18 +85,27 @@ def load_atoms(
     device = pick_device(device)
     if dtype not in (None, *DTYPE_TO_STR.values()):
         raise AtomLensError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPE_TO_STR.values())}")
-    release = None if Path(path).exists() else get_pretrained_saes_directory().get(str(path))
-    if release is not None:
-        if revision is not None:
-            raise AtomLensError(
-                f"revision is {revision!r}, but a release of sae-lens has none: load its repository by name"
-            )
-        sae_id = chosen(str(path), hook, release.saes_map)
-        found = _asked(str(path), revision, lambda: SAE.from_pretrained(str(path), sae_id, device, dtype or "float32"))
-        return _without_metric(found, str(path))
-    folder = atoms_folder(path, hook, revision)
-    found = open_dictionary(folder, device, dtype)
+    found = load_dictionary(path, device, dtype, hook, revision)
     return found if isinstance(found, Metered) else _without_metric(found, str(path))
+
+
+def load_dictionary(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: str | None = None,
+    hook: str | None = None,
+    revision: str | None = None,
+) -> SAE[Any]:
+    """What `load_atoms` loads, of any architecture that sae-lens has; without a metric where it comes with none."""
+    release = None if Path(path).exists() else get_pretrained_saes_directory().get(str(path))
+    if release is None:
+        return open_dictionary(atoms_folder(path, hook, revision), device, dtype)
+    if revision is not None:
+        raise AtomLensError(
+            f"revision is {revision!r}, but a release of sae-lens has none: load its repository by name"
+        )
+    sae_id = chosen(str(path), hook, release.saes_map)
+    return _asked(str(path), revision, lambda: SAE.from_pretrained(str(path), sae_id, device, dtype or "float32"))
 
 
 def open_dictionary(

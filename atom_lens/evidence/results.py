@@ -45,6 +45,17 @@ class Figures(Result):
     )
 
 
+class Loss(Result):
+    """What a language model loses with a dictionary in it: next-token cross-entropy in nats per token."""
+
+    n: int = Field(description="tokens that were predicted")
+    clean: float = Field(description="cross-entropy of the model as it is")
+    ablated: float = Field(description="with zeros in the place of the activations")
+    spliced: float = Field(description="with the reconstructions in their place, but for the first token")
+    recovered: float = Field(description="(ablated - spliced) / (ablated - clean), sae-lens' ce_loss_score")
+    kl: float = Field(description="KL(clean || spliced) of the next token, nats, mean over all tokens")
+
+
 class Excess(Result):
     """How far the atoms are above a null, on the same subjects."""
 

@@ -222,7 +222,7 @@ def _edited(
     chosen: Sequence[tuple[Edit, Tensor]],
     replace: bool,
 ) -> Float[Tensor, "rows d"]:
-    with _flat(sae):
+    with heads_merged(sae):
         codes = new = sae.encode(x.to(sae.W_dec))
         for edit, rows in chosen:
             new = torch.where(rows.to(new.device)[:, None], edit(new, items.to(new.device)), new)
@@ -232,7 +232,7 @@ def _edited(
 
 
 @contextmanager
-def _flat(sae: SAE[Any]) -> Iterator[None]:
+def heads_merged(sae: SAE[Any]) -> Iterator[None]:
     """An SAE of hook_z merges heads by itself and remembers their width: rows are merged here, it is left as it was."""
     names = ("hook_z_reshaping_mode", "reshape_fn_in", "reshape_fn_out", "d_head")
     kept = {name: getattr(sae, name) for name in names if hasattr(sae, name)}

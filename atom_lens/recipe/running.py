@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.documents import all_prefixes, contexts
@@ -14,13 +14,13 @@ from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.stream import Stream
 from atom_lens.errors import AtomLensError
 from atom_lens.recipe.recipe import Recipe
+from atom_lens.recipe.sections import Split, Streaming
 
 Side = Literal["train", "validation", "heldout"]
 
 
-def document_side(recipe: Recipe, document: str) -> Side:
+def document_side(split: Split, document: str) -> Side:
     """Drawn from the text itself: the same however many documents there are, and for every copy of one."""
-    split = recipe.split
     digest = hashlib.sha256(f"{split.seed} {document}".encode()).digest()
     at = int.from_bytes(digest[:8], "big") / 2**64
     if at < split.heldout:
@@ -28,23 +28,21 @@ def document_side(recipe: Recipe, document: str) -> Side:
     return "validation" if at < split.heldout + split.validation * (1 - split.heldout) else "train"
 
 
-def beginnings(recipe: Recipe) -> list[Prompt]:
-    """Contexts of the first documents: of each side as many as the recipe's `stream` asks for, if there are.
+def first_contexts(
+    documents: Iterable[Prompt], tokenizer: Any, asked: Streaming, split: Split, prepend_bos: bool
+) -> list[Prompt]:
+    """Contexts of the first documents: as many of each side of a split as are asked for, if there are.
 
     Raises:
         AtomLensError: a side of the split is left without documents.
     """
-    asked = recipe.stream
-    assert asked is not None
-    tokenizer = load_tokenizer(find_model(recipe.model.name, recipe.model.revision))
     missing: dict[Side, int] = {"train": asked.metric_tokens, "heldout": asked.heldout_tokens}
-    if recipe.split.validation:
+    if split.validation:
         missing["validation"] = asked.heldout_tokens
     found: list[Prompt] = []
     empty = set(missing)
-    documents = contexts(recipe.prompts.documents(), tokenizer, asked.context_size, recipe.prepend_bos)
-    for context, tokens in documents:
-        side = document_side(recipe, context.group)
+    for context, tokens in contexts(documents, tokenizer, asked.context_size, prepend_bos):
+        side = document_side(split, context.group)
         if missing[side] > 0:
             found.append(context)
             missing[side] -= tokens
@@ -53,10 +51,17 @@ def beginnings(recipe: Recipe) -> list[Prompt]:
                 break
     if empty:
         raise AtomLensError(
-            f"split.heldout is {recipe.split.heldout} and split.validation {recipe.split.validation}: of the documents "
-            f"none is on the side {' or '.join(sorted(empty))}, give more documents"
+            f"split.heldout is {split.heldout} and split.validation {split.validation}: of the documents none is on "
+            f"the side {' or '.join(sorted(empty))}, give more documents"
         )
     return found
+
+
+def beginnings(recipe: Recipe) -> list[Prompt]:
+    """The `first_contexts` of the documents of a recipe with a section `stream`."""
+    assert recipe.stream is not None
+    tokenizer = load_tokenizer(find_model(recipe.model.name, recipe.model.revision))
+    return first_contexts(recipe.prompts.documents(), tokenizer, recipe.stream, recipe.split, recipe.prepend_bos)
 
 
 def stream_of(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest) -> Stream:
@@ -70,10 +75,10 @@ def stream_of(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest) -> Stre
     assert recipe.stream is not None
     source = find_model(recipe.model.name, recipe.model.revision)
     backend = open_backend(source, recipe.model.backend, DTYPES[recipe.model.dtype], recipe.model.device)
-    kept = [prompt for prompt in prompts if document_side(recipe, prompt.group) != "train"]
+    kept = [prompt for prompt in prompts if document_side(recipe.split, prompt.group) != "train"]
 
     def documents() -> Iterator[Prompt]:
-        return (one for one in recipe.prompts.documents() if document_side(recipe, one.group) == "train")
+        return (one for one in recipe.prompts.documents() if document_side(recipe.split, one.group) == "train")
 
     return Stream(
         backend,

@@ -68,7 +68,7 @@ def sides(recipe: Recipe, groups: Sequence[str]) -> tuple[Bool[Tensor, " n"], Bo
     """The held-out rows, and those for validation, of the subject or document of every row."""
     split = recipe.split
     if recipe.stream is not None:
-        at = {group: document_side(recipe, group) for group in set(groups)}
+        at = {group: document_side(split, group) for group in set(groups)}
         found = [at[group] for group in groups]
         return torch.tensor([side == "heldout" for side in found]), torch.tensor([s == "validation" for s in found])
     out = heldout_rows(groups, split.heldout, split.seed)

@@ -127,7 +127,7 @@ def _sides(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, tuple[set[str
 def _documents(recipe: Recipe, documents: Sequence[Prompt]) -> dict[str, tuple[set[str], set[str]]]:
     """`_sides` of a recipe that streams, which has read all its documents and not only those that are kept."""
     groups = {document.group for document in documents}
-    heldout = {group for group in groups if document_side(recipe, group) == "heldout"}
+    heldout = {group for group in groups if document_side(recipe.split, group) == "heldout"}
     hooks = harvest_for(recipe, prompts_of(recipe))
     return dict.fromkeys(hooks, (heldout, groups - heldout))
 

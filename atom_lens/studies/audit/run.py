@@ -1,0 +1,285 @@
+"""Run an audit: read text with a model, or take activations, and measure dictionaries that anybody has trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from atom_lens.activations.connect import wrap_backend
+from atom_lens.activations.models import pick_device
+from atom_lens.activations.prompts.files import HubDataset
+from atom_lens.activations.prompts.source import Source
+from atom_lens.dictionaries import Dictionary
+from atom_lens.dictionaries.encoders import Refit, bias_of, under_pursuit
+from atom_lens.dictionaries.load import load_dictionary
+from atom_lens.dictionaries.nulls import data_atoms, random_atoms
+from atom_lens.errors import AtomLensError
+from atom_lens.evidence.identity import identity
+from atom_lens.evidence.measure import Observation, observe
+from atom_lens.evidence.results import Loss, MetricAbout
+from atom_lens.geometry import AtomicInnerProduct, check_rows
+from atom_lens.interventions.loss import spliced_losses
+from atom_lens.storage.files import check_writable
+from atom_lens.storage.terminal import say
+from atom_lens.storage.versions import versions
+from atom_lens.studies.audit.reading import Read, about, agreed, official, read_text_of
+from atom_lens.studies.audit.result import Agreement, Audit, Audited, Measured
+from atom_lens.studies.audit.show import show
+from atom_lens.studies.study import Study, register
+from atom_lens.tensors.rows import Rows, mean_row
+
+study = register(Study(name="audit", result=Audit, show=show))
+_LOSS_TOKENS = 2048
+# A pursuit solves a system of the size of a code for every row and atom: beyond this it takes longer than all else.
+_PURSUED = 64
+_WORK = 1 << 19  # rows times atoms of a code that pursuits go through
+_CALIBRATION = 4096  # rows on which thresholds of pursuits are set
+
+
+def audit(
+    sae: Any,
+    x_train: Float[Tensor | Rows | np.ndarray, "n d"] | None = None,
+    x_heldout: Float[Tensor | Rows | np.ndarray, "m d"] | None = None,
+    *,
+    other: Any = None,
+    model: Any = None,
+    hook: str | None = None,
+    text: str | Path | Source | Iterable[str] | None = None,
+    tokens: int = 65_536,
+    loss_tokens: int = _LOSS_TOKENS,
+    device: str = "auto",
+    seed: int = 0,
+) -> Audit:
+    """The evidence about a dictionary, on held-out activations, next to nulls under the same encoder.
+
+    Explained variance in both norms, L0 and its tail, q*, dead atoms; with a model also the cross-entropy recovered
+    and the KL divergence. Each of these under the dictionary's own encoder, with a least-squares refit on the atoms
+    that it chose (without a loss), and under a threshold-activated pursuit at its mean L0; random directions and data
+    points under the same pursuit. The metric is estimated on the training side of the text, whatever metric the
+    dictionary brings.
+
+    Args:
+        sae: a dictionary or the name of one (a folder, a file, "user/name", a release of sae-lens), or a list of them
+            for the same hook. A dictionary has `W_dec`, `encode` and `decode`.
+        x_train: activations that tell the metric, the thresholds and the data null, shape (n, d). With `x_heldout`, no
+            model is needed.
+        x_heldout: activations that everything is measured on, shape (m, d).
+        other: a dictionary to compare its atoms with, of any number of atoms.
+        model: a model, or the name of one; None takes the name that comes with the dictionary.
+        hook: where the dictionary acts; None takes the hook that comes with it. It also chooses among several in one
+            place.
+        text: a file of text or JSON lines, a prompt source, or texts; None takes the Python language reference.
+        tokens: held-out tokens to read; half as many for the metric, and no fewer than 32 for each direction.
+        loss_tokens: held-out tokens that the loss is taken of; 0 for none.
+        device: where the model and the dictionaries run.
+        seed: of the nulls.
+
+    Raises:
+        AtomLensError: no such dictionary, model, hook or text, widths that differ, too few tokens for the metric, or
+            activations of one side only.
+    """
+    start = time.monotonic()
+    saes = [one for one in (*(sae if isinstance(sae, list | tuple) else [sae]), other) if one is not None]
+    if (x_train is None) != (x_heldout is None):
+        missing = "x_train" if x_train is None else "x_heldout"
+        raise AtomLensError(f"{missing} is None, an audit of given activations needs both x_train and x_heldout")
+    if tokens < 2 or loss_tokens < 0:
+        raise AtomLensError(f"tokens is {tokens} and loss_tokens {loss_tokens}, allowed are at least 2 and 0")
+    device = pick_device(device)
+    opened = _named(saes, device, hook)
+    if x_train is not None and x_heldout is not None:
+        width = next(iter(opened.values())).W_dec.shape[1]
+        x, rest = _rows(check_rows(x_train, "x_train", width)), _rows(check_rows(x_heldout, "x_heldout", width))
+        read, hook, name = Read(x, rest, "given activations"), None, None
+    else:
+        hook = agreed(opened, "hook_name", "hook", hook)
+        model = model if model is not None else official(str(agreed(opened, "model_name", "model", None)))
+        read = read_text_of(opened, saes, model, hook, text, tokens, device)
+        name = model if isinstance(model, str) else type(model).__name__
+    for label, one in opened.items():
+        if one.W_dec.shape[1] != read.x.shape[1]:
+            raise AtomLensError(
+                f"dictionary {label!r} has width {one.W_dec.shape[1]}, the activations have {read.x.shape[1]}"
+            )
+    aip = AtomicInnerProduct.estimate(read.x, source=f"{len(read.x)} activations of {read.text}")
+    found = {label: _audited(label, one, read, aip, hook, loss_tokens, seed) for label, one in opened.items()}
+    pairs = [
+        _agreement(first, second, opened, {label: seen for label, (_, seen) in found.items()}, aip)
+        for first, second in combinations(opened, 2)
+    ]
+    return Audit(
+        model=name,
+        hook=hook,
+        text=read.text,
+        n=len(read.x),
+        n_heldout=len(read.heldout),
+        metric=MetricAbout(n=aip.n, ridge=aip.ridge, condition=aip.condition, source=aip.source),
+        dictionaries=[one for one, _ in found.values()],
+        agreement=pairs,
+        seconds=time.monotonic() - start,
+        versions=versions(),
+    )
+
+
+def _rows(x: Tensor | Rows | np.ndarray) -> Rows:
+    return x if isinstance(x, Rows) else Rows(torch.as_tensor(x).float())
+
+
+def _named(saes: Sequence[Any], device: str, hook: str | None) -> dict[str, Any]:
+    """The dictionaries by a name that tells them apart."""
+    found: dict[str, Any] = {}
+    for number, one in enumerate(saes):
+        if isinstance(one, str | Path):
+            name, dictionary = str(one), load_dictionary(one, device, hook=hook)
+        elif isinstance(one, Dictionary) and isinstance(one.W_dec, Tensor):
+            name, dictionary = type(one).__name__, one
+        else:
+            raise AtomLensError(f"a dictionary is of type {type(one).__name__}, expected W_dec, encode and decode")
+        found[name if name not in found else f"{name} ({number + 1})"] = dictionary
+    return found
+
+
+def _audited(
+    label: str, dictionary: Any, read: Read, aip: AtomicInnerProduct, hook: str | None, loss_tokens: int, seed: int
+) -> tuple[Audited, Observation]:
+    seen = observe(dictionary, read.heldout, aip)
+    k, longest, why = seen.figures.l0.mean, seen.figures.l0.max, ""
+    variants: dict[str, Any] = {"own": dictionary}
+    if 1 <= k <= _PURSUED and longest <= 4 * _PURSUED:
+        variants |= {
+            "refit": Refit(dictionary, aip, bias_of(dictionary)),
+            **_pursuits(dictionary, read.x, aip, k, seed),
+        }
+    else:
+        why = (
+            f"Refit, pursuit and nulls are left out: the mean L0 is {k:.1f} and the largest {longest}, they take means "
+            f"from 1 to {_PURSUED} and codes up to {4 * _PURSUED}."
+        )
+    losses = _losses(variants, read, hook, loss_tokens, bos=about(dictionary, "prepend_bos") is not False)
+    # Pursuits get through so many rows in reasonable time.
+    rows = _drawn(read.heldout, max(1024, round(_WORK / max(1.0, k))), seed)
+    measured = {
+        name: Measured(
+            figures=seen.figures if name == "own" else observe(one, rows, aip).figures, loss=losses.get(name)
+        )
+        for name, one in variants.items()
+    }
+    return Audited(
+        name=label,
+        architecture=_architecture(dictionary),
+        d_sae=len(dictionary.W_dec),
+        train=observe(dictionary, read.x, aip).figures,
+        own=measured.pop("own"),
+        refit=measured.pop("refit", None),
+        pursued=measured.pop("pursued", None),
+        nulls=measured,
+        why=why,
+    ), seen
+
+
+def _pursuits(dictionary: Any, x: Rows, aip: AtomicInnerProduct, k: float, seed: int) -> dict[str, Dictionary]:
+    """Its atoms, random directions and data points under pursuits of the same mean L0."""
+    generator = torch.Generator().manual_seed(seed)
+    n_atoms, device, mean = len(dictionary.W_dec), dictionary.W_dec.device, mean_row(x).float()
+    drawn = _drawn(x, _CALIBRATION, seed)
+    atoms = {
+        "pursued": (dictionary.W_dec.detach().float(), bias_of(dictionary)),
+        "random": (random_atoms(n_atoms, aip, generator), mean),
+        "data": (data_atoms(x, n_atoms, mean, generator), mean),
+    }
+    return {
+        name: under_pursuit(rows.to(device), bias.to(device), aip, drawn, k) for name, (rows, bias) in atoms.items()
+    }
+
+
+def _architecture(dictionary: Any) -> str:
+    return dictionary.cfg.architecture() if isinstance(dictionary, SAE) else type(dictionary).__name__
+
+
+def _drawn(x: Rows, most: int, seed: int) -> Rows:
+    """Up to `most` rows, drawn at random."""
+    if len(x) <= most:
+        return x
+    return x.select(torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:most].sort().values)
+
+
+def _losses(
+    variants: Mapping[str, Dictionary], read: Read, hook: str | None, loss_tokens: int, bos: bool
+) -> dict[str, Loss]:
+    if read.model is None or hook is None or not loss_tokens:
+        return {}
+    tokenizer, chosen, n = wrap_backend(read.model).tokenizer, [], 0
+    for text in read.texts:
+        chosen.append(text)
+        n += len(tokenizer(text.text, add_special_tokens=False)["input_ids"])
+        if n >= loss_tokens:
+            break
+    whole = {name: one for name, one in variants.items() if name != "refit"}
+    return spliced_losses(read.model, chosen, hook, whole, prepend_bos=bos)
+
+
+def _agreement(
+    first: str, second: str, opened: Mapping[str, Any], seen: Mapping[str, Observation], aip: AtomicInnerProduct
+) -> Agreement:
+    names = [first, second]
+    atoms = [opened[name].W_dec.detach().float() for name in names]
+    return Agreement(names=names, figures=identity(atoms, aip, [seen[name].alive for name in names]).figures)
+
+
+def command(
+    sae: str,
+    /,
+    *more: str,
+    other: str | None = None,
+    model: str | None = None,
+    hook: str | None = None,
+    text: str | None = None,
+    dataset: str | None = None,
+    tokens: int = 65_536,
+    loss_tokens: int = _LOSS_TOKENS,
+    device: str = "auto",
+    json: Path | None = None,
+) -> None:
+    """The evidence about anybody's dictionary, on held-out text.
+
+    Example: atom-lens audit runs/pursuit --text corpus.jsonl
+
+    Args:
+        sae: folder, file, user/name on the Hub, or release of sae-lens; of ours or another library
+        more: further dictionaries of the same hook, each in a table of its own
+        other: a dictionary whose atoms are matched with those of the first
+        model: language model (default: the one that the dictionary names)
+        hook: where it acts (default: the hook that the dictionary names); chooses among several in one place
+        text: file of text (a document per line) or of JSON lines (default: the Python language reference)
+        dataset: data set on the Hub with a column `text`, streamed
+        tokens: held-out tokens to read
+        loss_tokens: held-out tokens that the cross-entropy is taken of; 0 for none
+        device: where the model and the dictionary run
+        json: also write the result to this file
+    """
+    if text is not None and dataset is not None:
+        raise AtomLensError(f"--text is {text!r} and --dataset {dataset!r}, allowed is one of them")
+    if json is not None:
+        check_writable("--json", json)
+    found = audit(
+        [sae, *more],
+        other=other,
+        model=model,
+        hook=hook,
+        text=text if dataset is None else HubDataset.model_validate({"path": dataset}),
+        tokens=tokens,
+        loss_tokens=loss_tokens,
+        device=device,
+    )
+    if json is not None:
+        found.write(json)
+    say(study.text(found, sae))
