@@ -219,6 +219,7 @@ def load_mutated(seed: int, count: int, out: str) -> None:
     Path(out).write_text(json.dumps({"found": found, "seen": seen}))
 
 
+@pytest.mark.slow
 def test_500_mutated_artifacts() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "found.json"

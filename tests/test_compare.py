@@ -210,6 +210,7 @@ def test_matched_sparsity_interpolates_and_never_extrapolates() -> None:
     assert {row.unit: row for row in matched(cells, 16.0)}["topk"].r2 == pytest.approx(0.8)
 
 
+@pytest.mark.slow
 def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
     """The paper's table: means over layers; checked against the JSON by hand."""
     assert run("name=features", "--quiet")[0] == 0
@@ -240,6 +241,7 @@ def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str
     assert any("hook_resid_post,-asked-2" in name for name in pictures), pictures
 
 
+@pytest.mark.slow
 def test_hooks_of_different_widths(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
     """Levels end at the width: units that are at one hook only have a point there, in the table and in the figure."""
     hooks = [HOOK, "blocks.1.mlp.hook_post"]

@@ -174,6 +174,7 @@ def test_splice_on_the_real_model(demo: str, exported: Path) -> None:
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
+@pytest.mark.slow
 def test_quickstart_reaches_the_headline_and_says_what_it_is_worth(demo: str, tmp_path: Path, capsys: Any) -> None:
     """The README's first command: in-sample R² and q* of the paper, the nulls beside them, one sentence on n / F."""
     assert main(["train", str(RECIPES / "quickstart.yaml"), "--out", str(tmp_path)]) == 0
@@ -186,6 +187,7 @@ def test_quickstart_reaches_the_headline_and_says_what_it_is_worth(demo: str, tm
     assert "held-out" in printed and "n / F = 1.00: 2560 activations for 2560 atoms" in printed
 
 
+@pytest.mark.slow
 def test_the_traps_on_real_activations(demo: str) -> None:
     """Neurons have R² 1 and a q* that arithmetic predicts; random directions are stable at small K; R² is not."""
     hook = "blocks.9.hook_resid_post"
@@ -205,6 +207,7 @@ def test_the_traps_on_real_activations(demo: str) -> None:
     assert every["q_star"] == 1.0 and every["r2"] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_shift_on_three_layers(demo: str, tmp_path: Path, capsys: Any) -> None:
     """Euclidean angles do not centre on 90 degrees; under the metric of the same distribution they do."""
     fewer = ["prompts.limit=1200", "other_text.limit=40"]

@@ -132,6 +132,7 @@ def test_checkpoints_that_do_not_fit(generator: torch.Generator, tmp_path: Path)
             fit_together({"x": x}, learners(x, aip, ["topk"]), training, checkpoint=path)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(check_recipe({**recipe, "name": "whole"}), out=tmp_path)
     real = Batches.__next__
@@ -286,6 +287,7 @@ def test_saved_files_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "here").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_activations_only(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

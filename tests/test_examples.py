@@ -21,6 +21,7 @@ def run(name: str, *arguments: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_representation_shift(demo: str, tmp_path: Path) -> None:
     printed = run("01_representation_shift.py", "--cities", "200", "--out", str(tmp_path / "shift.png"))
@@ -29,6 +30,7 @@ def test_representation_shift(demo: str, tmp_path: Path) -> None:
     assert (tmp_path / "shift.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_aip_correction(demo: str, tmp_path: Path) -> None:
     out = ("--cities", "1200", "--paragraphs", "20", "--out", str(tmp_path / "aip.png"))
@@ -37,6 +39,7 @@ def test_aip_correction(demo: str, tmp_path: Path) -> None:
     assert (tmp_path / "aip.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_causal_edit(demo: str) -> None:
     """Nothing changes without an edit, the whole activation of Tokyo makes Paris Japanese, and atoms have names."""
@@ -49,6 +52,7 @@ def test_causal_edit(demo: str) -> None:
     assert len(re.findall(r"fires most on", printed)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_the_notebook_runs_top_to_bottom(demo: str, tmp_path: Path) -> None:
     notebook = json.loads((EXAMPLES / "03_causal_edit.ipynb").read_text())

@@ -133,6 +133,7 @@ def label_forms(names: list[int]) -> list[Any]:
     return [tuple(names), np.array(names), torch.tensor(names), list(torch.tensor(names)), list(np.array(names))]
 
 
+@pytest.mark.slow
 def test_labels_are_equal_where_their_values_are():
     metric = AtomicInnerProduct.estimate(X)
     wanted = evaluate(Signed(), X, HELDOUT, metric, groups=GROUPS)["heldout"]["interval"]

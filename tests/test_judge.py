@@ -651,6 +651,7 @@ def test_features_of_the_recipe_stand_beside(trained: Path, tmp_path: Path) -> N
         judge(trained, overrides=[f"compare.features=[{{name: deep, path: {tmp_path / 'deep'}}}]"], out=tmp_path / "o")
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_transformers_serve(demo: str, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that people run, with a base model that cannot do the task: its answers are counted as unread."""

@@ -41,6 +41,7 @@ from atom_lens.studies.train.result import RunReport
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><img src=x onerror=pwned=1>"
 HOOK = "blocks.1.hook_resid_post"
+pytestmark = pytest.mark.slow  # a run and studies of every kind, and a browser
 
 
 class Browser:

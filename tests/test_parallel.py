@@ -44,6 +44,7 @@ def folder(tiny: str, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(folder: Path) -> None:
     for processes in (1, 2, 3):
         run = launched(processes, ["-m", "atom_lens", "train", "recipe.yaml", f"--out=runs-{processes}"], folder)
@@ -95,6 +96,7 @@ with parallel.processes():
 """
 
 
+@pytest.mark.slow
 def test_moments_and_pairs_are_the_same(tmp_path: Path) -> None:
     """Exact, but for the mean angle: moments are summed in the order of the rows, and pairs are counted."""
     (tmp_path / "script.py").write_text(SHARED)

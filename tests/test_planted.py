@@ -84,6 +84,7 @@ def test_other_dictionaries(kind: str) -> None:
     assert coherence(shared.units) > 0.3 > coherence(garden.units)
 
 
+@pytest.mark.slow
 def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small = [

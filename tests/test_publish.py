@@ -135,6 +135,7 @@ def test_a_readme_is_merged(hub: Hub, run: Path) -> None:
     assert "Only words, no metadata." in text and huggingface_hub.ModelCard(text).data.library_name == "saelens"
 
 
+@pytest.mark.slow
 def test_a_readme_survives_a_hub_that_stumbles(hub: Hub, run: Path) -> None:
     """At every request of a publish over somebody's README in turn: cut, or answered by an error of the server."""
     words = b"My words, which are nowhere else."
@@ -214,6 +215,7 @@ def test_a_damaged_run_is_not_published(hub: Hub, run: Path, tmp_path: Path) -> 
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_cut_connections(hub: Hub, run: Path) -> None:
     """A connection cut at each request in turn: the repository is whole, old or new, and a rerun completes it."""
     publish(run, "user/count", hooks=["1"])

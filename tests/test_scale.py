@@ -123,6 +123,7 @@ def test_grid_from_the_command_line(
     assert code == 2 and "holds a study of another recipe" in error
 
 
+@pytest.mark.slow
 def test_two_processes_fill_the_same_grid(
     run: Callable[..., tuple[int, str, str]],  # noqa: F811
     tmp_path: Path,

@@ -236,6 +236,7 @@ def test_config_refuses(change: dict, message: str) -> None:
         TSAETrainingConfig(**{"d_in": 12, "d_sae": 40, "target_l0": 3.0, **change})
 
 
+@pytest.mark.slow
 def test_target_l0_is_met(generator: torch.Generator) -> None:
     """The L0 asked for is the L0 that comes out, for most single activations too."""
     truth = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
