@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from atom_lens.sharing.convert import convert
     from atom_lens.sharing.publish import Published, publish
     from atom_lens.studies.audit.run import audit
+    from atom_lens.studies.fit import Fitted, fit
     from atom_lens.studies.train.run import train
-    from atom_lens.training.fit import fit
 
 # Where each name is defined.
 _HOME = {
@@ -51,8 +51,8 @@ _HOME = {
     "sharing.convert": ("convert",),
     "sharing.publish": ("Published", "publish"),
     "studies.audit.run": ("audit",),
+    "studies.fit": ("Fitted", "fit"),
     "studies.train.run": ("train",),
-    "training.fit": ("fit",),
 }
 _MODULE = {name: f"{__name__}.{module}" for module, names in _HOME.items() for name in names}
 
@@ -60,6 +60,7 @@ __all__ = [
     "TSAE",
     "AtomLensError",
     "AtomicInnerProduct",
+    "Fitted",
     "Harvest",
     "Prompt",
     "Published",

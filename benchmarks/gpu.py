@@ -22,9 +22,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from training_step import activations
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from atom_lens import AtomicInnerProduct, evaluate, fit, harvest, open_model, stability
+from atom_lens import AtomicInnerProduct, evaluate, harvest, open_model, stability
 from atom_lens.activations.backends import BackendName
 from atom_lens.recipe.sections import Atoms, Training
+from atom_lens.training.fit import fit_one
 
 WORDS = ["Paris", "Lyon", "New", "York", "San", "Francisco", "Rome", "Oslo", "is", "a", "city", "in", "the", "capital"]
 HOOKS = "blocks.*.hook_resid_post"
@@ -119,7 +120,7 @@ def training(n: int, steps: int, device: str) -> dict[str, Any]:
 
     def trained(place: str, steps: int, **options: Any) -> tuple[float, Any]:
         atoms, settings = Atoms(capacity=2560, target_l0=16, **options), Training(steps=steps, device=place)
-        took, (tsae, _) = seconds(lambda: fit(x, aip, atoms, settings.model_copy(update={"batch_size": 1024})))
+        took, (tsae, _) = seconds(lambda: fit_one(x, aip, atoms, settings.model_copy(update={"batch_size": 1024})))
         return took, tsae
 
     trained(device, 20)

@@ -11,11 +11,10 @@ import argparse
 
 import torch
 
-from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms, open_model, splice
+from atom_lens import fit, harvest, load_atoms, open_model, splice
 from atom_lens.activations.prompts.cities import Cities
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.interventions.attribution import attribution, read
-from atom_lens.recipe.sections import Atoms, Training
 
 HOOK = "blocks.11.hook_resid_post"
 TEMPLATE = "{} is a city in the country of"
@@ -33,9 +32,8 @@ x = harvest("demo:gemma-3-270m", prompts, HOOK, "subject_last")[HOOK]
 if options.atoms:
     atoms = load_atoms(options.atoms, hook=HOOK)
 else:
-    settings = Atoms(capacity=1280, target_l0=16.0, encoder="tied", loss_norm=0.25, noise=0.1, bandwidth=0.1)
     about = {"model_name": "demo:gemma-3-270m", "hook_name": HOOK, "prepend_bos": True}
-    atoms, _ = fit(x, AtomicInnerProduct.estimate(x), settings, Training(steps=options.steps, lr=3e-3), about)
+    atoms, _ = fit(x, d_sae=1280, target_l0=8, pursuit={"norm": 0.5}, steps=options.steps, metadata=about)
 atoms.to("cpu")  # where activations are read to; a splice brings them to the model
 
 # What fires on Paris, and which other cities each of these atoms fires on most.

@@ -14,7 +14,7 @@ from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from scipy.stats import beta
 
-from atom_lens import AtomicInnerProduct, fit, harvest, load_atoms, splice
+from atom_lens import AtomicInnerProduct, harvest, load_atoms, splice
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.models import DEMO, find_model, load_model
 from atom_lens.activations.prompts.cities import Cities
@@ -24,6 +24,7 @@ from atom_lens.dictionaries.bases import neurons, principal
 from atom_lens.dictionaries.nulls import Pursuit, random_atoms
 from atom_lens.evidence.measure import observe
 from atom_lens.recipe.sections import Atoms, Training
+from atom_lens.training.fit import fit_one
 
 pytestmark = pytest.mark.demo
 HOOK = "blocks.9.hook_resid_post"
@@ -66,7 +67,7 @@ def exported(demo: str, atoms_folder: Path) -> Path:
     if not (atoms_folder / "cfg.json").exists():
         x = harvest(demo, Cities(limit=900).read(), HOOK)[HOOK]
         aip = AtomicInnerProduct.estimate(x, source="900 cities")
-        atoms, _ = fit(
+        atoms, _ = fit_one(
             x,
             aip,
             Atoms(capacity=1280, target_l0=8.0),

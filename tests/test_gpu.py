@@ -12,7 +12,7 @@ from learners import tsae_learner
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from atom_lens import AtomicInnerProduct, Prompt, evaluate, fit, harvest, load_atoms, open_model, splice, stability
+from atom_lens import AtomicInnerProduct, Prompt, evaluate, harvest, load_atoms, open_model, splice, stability
 from atom_lens.activations.backends import BackendName
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.dictionaries.tsae.sparse import search
@@ -20,7 +20,7 @@ from atom_lens.interventions.attribution import attribution, read
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.studies.planted.run import Learning, learn
 from atom_lens.training.checkpoint import Checkpoints
-from atom_lens.training.fit import fit_together
+from atom_lens.training.fit import fit_one, fit_together
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -32,7 +32,7 @@ def test_training_and_evidence(generator: torch.Generator, tmp_path) -> None:
     for device in ("cpu", "cuda"):
         settings = Training(steps=60, batch_size=64, device=device)
         # Without noise, of which each device draws its own.
-        atoms, _ = fit(x, aip, Atoms(capacity=40, target_l0=3.0, noise=0), settings)
+        atoms, _ = fit_one(x, aip, Atoms(capacity=40, target_l0=3.0, noise=0), settings)
         assert atoms.W_dec.device.type == device
         trained[device] = atoms
         trained[f"{device} report"] = evaluate(atoms, x, heldout)
@@ -115,7 +115,7 @@ def test_the_same_bits_again(generator: torch.Generator, product: Literal["float
     aip = AtomicInnerProduct.estimate(x)
     settings = Training(steps=15, batch_size=512, device="cuda")
     first, again = (
-        fit(x, aip, Atoms(capacity=1024, target_l0=12.0, encoder_product=product), settings)[0] for _ in range(2)
+        fit_one(x, aip, Atoms(capacity=1024, target_l0=12.0, encoder_product=product), settings)[0] for _ in range(2)
     )
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -124,7 +124,7 @@ def test_the_same_bits_again(generator: torch.Generator, product: Literal["float
 def test_saved_on_a_gpu_loads_on_a_cpu(generator: torch.Generator, tmp_path: Path) -> None:
     x = shifted(200, 12, generator)
     settings = Training(steps=20, batch_size=64, device="cuda")
-    atoms, _ = fit(x, AtomicInnerProduct.estimate(x), Atoms(capacity=40, target_l0=3.0), settings)
+    atoms, _ = fit_one(x, AtomicInnerProduct.estimate(x), Atoms(capacity=40, target_l0=3.0), settings)
     atoms.save_model(tmp_path)
     on_cpu = load_atoms(tmp_path)
     for name, value in on_cpu.state_dict().items():

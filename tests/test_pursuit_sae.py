@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import orthogonal_mp
 from test_splice import HOOK, TOKENS, open_model
 
-from atom_lens import AtomicInnerProduct, fit, load_atoms, splice
+from atom_lens import AtomicInnerProduct, load_atoms, splice
 from atom_lens.dictionaries import Setup, find_kind
 from atom_lens.dictionaries.aip_topk import AIPTopK
 from atom_lens.dictionaries.encoders import Refit, bias_of, under_pursuit
@@ -29,6 +29,7 @@ from atom_lens.dictionaries.pursuit.training import PursuitTraining, PursuitTrai
 from atom_lens.errors import AtomLensError
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.storage.sealed import seal
+from atom_lens.training.fit import fit_one
 
 ABOUT = {"model_name": "none", "hook_name": "blocks.0.hook_resid_post"}
 
@@ -52,7 +53,7 @@ def trained(x: torch.Tensor, architecture: str = "aip_pursuit", **pursuit: Any) 
     asked = {"capacity": 40, "target_l0": 3, "architecture": architecture, "pursuit": pursuit}
     settings = Training(steps=120, batch_size=64, lr=3e-3, device="cpu")
     aip = AtomicInnerProduct.estimate(x[:400], source="test")
-    return fit(x[:400], aip, Atoms.model_validate(asked), settings, ABOUT, calibration=x[400:])[0]
+    return fit_one(x[:400], aip, Atoms.model_validate(asked), settings, ABOUT, calibration=x[400:])[0]
 
 
 def test_both_are_registered() -> None:

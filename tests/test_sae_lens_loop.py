@@ -36,12 +36,12 @@ from atom_lens import (
     AtomicInnerProduct,
     evaluate,
     faithfulness,
-    fit,
     load_atoms,
 )
 from atom_lens.dictionaries.learning import Learning
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.training.checkpoint import Batches
+from atom_lens.training.fit import fit_one
 
 D, F, K, BATCH = 32, 128, 4, 256
 HOOK = "blocks.1.hook_resid_post"
@@ -110,7 +110,7 @@ def expected() -> float:
     """Held-out explained variance of what `fit` makes of the same rows."""
     x, heldout = planted(24_000).split(20_000)
     training = Training(steps=1500, batch_size=BATCH, device="cpu")
-    return measured(fit(x, AtomicInnerProduct.estimate(x), Atoms(capacity=F, target_l0=K), training)[0], heldout)[0]
+    return measured(fit_one(x, AtomicInnerProduct.estimate(x), Atoms(capacity=F, target_l0=K), training)[0], heldout)[0]
 
 
 @pytest.mark.parametrize("step", ["sparse", "dense"])
@@ -268,7 +268,7 @@ def test_a_trainer_trains_pursuits_too(
     x, heldout = planted(8_000, D // 2, F // 4, K // 2).split(6_000)
     recipe = Atoms(architecture=architecture, capacity=F // 4, target_l0=K // 2)
     training = Training(steps=600, batch_size=BATCH, lr=3e-3, device="cpu")
-    expected, _ = measured(fit(x, AtomicInnerProduct.estimate(x), recipe, training)[0], heldout)
+    expected, _ = measured(fit_one(x, AtomicInnerProduct.estimate(x), recipe, training)[0], heldout)
     one = sae(architecture, K // 2, d_in=D // 2, d_sae=F // 4, first_activations=2048, **options)
     trained = SAETrainer(replace(settings(608), lr=3e-3), one, stream(x)).fit()
     trained.save_inference_model(tmp_path)

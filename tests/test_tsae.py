@@ -26,7 +26,6 @@ from atom_lens import (
     TSAETrainingConfig,
     aip_converter,
     evaluate,
-    fit,
     load_atoms,
 )
 from atom_lens.dictionaries.metered import training_whitening
@@ -34,7 +33,7 @@ from atom_lens.dictionaries.registry import finish
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.storage.sealed import seal
 from atom_lens.training.checkpoint import Batches
-from atom_lens.training.fit import fit_together
+from atom_lens.training.fit import fit_one, fit_together
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def train(x: torch.Tensor, encoder: str = "tied", seed: int = 0, steps: int = 60
     aip = AtomicInnerProduct.estimate(x, source="test")
     recipe = Atoms(capacity=40, target_l0=3.0, encoder=encoder)  # pyright: ignore[reportArgumentType]
     settings = Training(steps=steps, batch_size=64, seed=seed, device="cpu")
-    return fit(x, aip, recipe, settings, {"model_name": "none", "hook_name": "blocks.0.hook_resid_post"})[0]
+    return fit_one(x, aip, recipe, settings, {"model_name": "none", "hook_name": "blocks.0.hook_resid_post"})[0]
 
 
 def test_is_registered() -> None:
@@ -245,7 +244,7 @@ def test_target_l0_is_met(generator: torch.Generator) -> None:
     aip = AtomicInnerProduct.estimate(x)
     for target in (2.0, 4.0):
         recipe = Atoms(capacity=64, target_l0=target)
-        atoms, _ = fit(x, aip, recipe, Training(steps=1500, batch_size=128, device="cpu"))
+        atoms, _ = fit_one(x, aip, recipe, Training(steps=1500, batch_size=128, device="cpu"))
         l0 = (atoms.encode(x) > 0).sum(1).float()
         assert float(l0.mean()) == pytest.approx(target, rel=0.25)
         assert float(l0.quantile(0.95)) <= target + 3
@@ -258,7 +257,7 @@ def test_learning_together_is_learning_alone(x: torch.Tensor) -> None:
     both = {str(seed): tsae_learner(x, aip, recipe, seed=seed) for seed in (0, 1)}
     sparsity = fit_together({"x": x}, both, settings)
     together = [finish(learner, aip) for learner in both.values()]
-    alone, alone_sparsity = fit(x, aip, recipe, settings)
+    alone, alone_sparsity = fit_one(x, aip, recipe, settings)
     assert torch.equal(together[0].W_dec, alone.W_dec) and torch.equal(together[0].threshold, alone.threshold)
     assert torch.equal(sparsity["0"], alone_sparsity)
     assert not torch.equal(together[1].W_dec, alone.W_dec)

@@ -1,6 +1,6 @@
 """Learning under a metric: sae-lens' trainers hand over raw activations, the dictionary learns in whitened ones.
 
-`atom_lens.fit` says what metric and start a dictionary has (`begin`). In sae-lens' own loop nobody does: there the
+Our own training says what metric and start a dictionary has (`begin`). In sae-lens' loop nobody does: there the
 first activations that come are kept, and tell both, before any is learned from.
 """
 

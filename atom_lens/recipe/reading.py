@@ -12,15 +12,16 @@ from pydantic import BaseModel, ValidationError
 from atom_lens.activations.prompts import SOURCES
 from atom_lens.errors import AtomLensError
 from atom_lens.recipe.recipe import Recipe, recipe_type
+from atom_lens.recipe.shipped import find_recipe
 from atom_lens.recipe.yaml import read_yaml, write_yaml
 from atom_lens.storage.schema import Section
-from atom_lens.storage.text import existing, read_text
+from atom_lens.storage.text import read_text
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply ``section.key=value`` overrides (values in YAML).
+    """Read a recipe, a file or one of the package by name, and apply ``section.key=value`` overrides (values in YAML).
 
     Raises:
         AtomLensError: no such file, not YAML, an unknown key, a wrong type or a value that is not allowed; one
@@ -31,7 +32,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
     """Any kind of recipe, as `load_recipe` reads one."""
-    path = existing(path)
+    path = find_recipe(path)
     text = read_text(path)
     try:
         data = read_yaml(text)

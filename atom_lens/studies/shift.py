@@ -157,4 +157,4 @@ def _from_file(recipe: str, overrides: Sequence[str], out: Path) -> Path:
     return shift(load_recipe(recipe, overrides), out)
 
 
-command = recipe_command(study, _from_file, "atom-lens shift recipes/shift.yaml")
+command = recipe_command(study, _from_file, "atom-lens shift shift")

@@ -94,7 +94,7 @@ _HELP = """{summary}
 Example: {example}
 
 Args:
-    recipe: YAML file, see recipes/
+    recipe: YAML file, or the name of one that `atom-lens recipes` lists
     overrides: change a key of the recipe, e.g. atoms.target_l0=4 model.device=cuda
     out: folder of run folders
     json: also write the result to this file

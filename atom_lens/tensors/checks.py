@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterable
 from typing import Any, SupportsIndex
 
@@ -34,7 +35,9 @@ def matrix(x: Any, name: str) -> Tensor | Rows:
     if not (x.dtype.kind == "f" if isinstance(x, np.ndarray) else x.dtype.is_floating_point):
         raise AtomLensError(f"{name} has numbers of type {x.dtype}, allowed are floating-point numbers")
     if isinstance(x, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(x, x.dtype.newbyteorder("=")))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of arrays that cannot be written: nothing here writes
+            return torch.from_numpy(np.ascontiguousarray(x, x.dtype.newbyteorder("=")))
     return x
 
 

@@ -20,6 +20,7 @@ class Rows:
         matrix: all rows, shape (N, e); often mapped from a file.
         index: which of them, in which order, shape (n,); None is all.
         map: applied in float64 to what is read, shape (e, d); None gives rows as they are.
+        dtype: of what is read; None leaves that of the matrix.
     """
 
     def __init__(
@@ -27,8 +28,9 @@ class Rows:
         matrix: Float[Tensor, "N e"],
         index: Int[Tensor, " n"] | None = None,
         map: Float[Tensor, "e d"] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.matrix, self.index, self.map = matrix, index, map
+        self.matrix, self.index, self.map, self.dtype = matrix, index, map, dtype or matrix.dtype
 
     @property
     def shape(self) -> torch.Size:
@@ -40,10 +42,6 @@ class Rows:
         return 2
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
     def device(self) -> torch.device:
         return self.matrix.device
 
@@ -52,7 +50,7 @@ class Rows:
 
     def __getitem__(self, at: slice | Int[Tensor, " m"] | Bool[Tensor, " n"]) -> Float[Tensor, "m d"]:
         rows = self.matrix[at] if self.index is None else self.matrix[self.index[at]]
-        return rows if self.map is None else (rows.double() @ self.map.to(rows.device)).to(rows.dtype)
+        return (rows if self.map is None else rows.double() @ self.map.to(rows.device)).to(self.dtype)
 
     def split(self, size: int) -> Iterator[Float[Tensor, "m d"]]:
         """All rows, `size` at a time, as `torch.split`."""
@@ -61,11 +59,16 @@ class Rows:
     def select(self, which: Int[Tensor, " m"] | Bool[Tensor, " n"]) -> Rows:
         """Some of these rows."""
         index = torch.arange(len(self)) if self.index is None else self.index
-        return Rows(self.matrix, index[which], self.map)
+        return Rows(self.matrix, index[which], self.map, self.dtype)
 
     def through(self, map: Float[Tensor, "d f"]) -> Rows:
         """These rows times a matrix."""
-        return Rows(self.matrix, self.index, map if self.map is None else self.map @ map)
+        return Rows(self.matrix, self.index, map if self.map is None else self.map @ map, self.dtype)
+
+
+def float32_rows(x: Float[Tensor | Rows, "n d"]) -> Rows:
+    """The same rows, float32 once they are read."""
+    return Rows(x.matrix, x.index, x.map, torch.float32) if isinstance(x, Rows) else Rows(x, dtype=torch.float32)
 
 
 def mean_row(x: Float[Tensor | Rows, "n d"]) -> Float[Tensor, " d"]:

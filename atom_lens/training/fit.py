@@ -152,7 +152,7 @@ def _wandb_run(wandb: Wandb | None, run_name: str | None) -> Iterator[LoggingCon
         wandb_client.finish()
 
 
-def fit(
+def fit_one(
     x: Float[Tensor | Rows, "n d"],
     aip: AtomicInnerProduct,
     atoms: Atoms,

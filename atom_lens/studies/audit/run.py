@@ -35,7 +35,7 @@ from atom_lens.studies.audit.reading import Read, about, agreed, official, read_
 from atom_lens.studies.audit.result import Agreement, Audit, Audited, Measured
 from atom_lens.studies.audit.show import show
 from atom_lens.studies.study import Study, register
-from atom_lens.tensors.rows import Rows, mean_row
+from atom_lens.tensors.rows import Rows, float32_rows, mean_row
 
 study = register(Study(name="audit", result=Audit, show=show))
 _LOSS_TOKENS = 2048
@@ -98,7 +98,9 @@ def audit(
     opened = _named(saes, device, hook)
     if x_train is not None and x_heldout is not None:
         width = next(iter(opened.values())).W_dec.shape[1]
-        x, rest = _rows(check_rows(x_train, "x_train", width)), _rows(check_rows(x_heldout, "x_heldout", width))
+        x, rest = (
+            float32_rows(check_rows(one, name, width)) for name, one in (("x_train", x_train), ("x_heldout", x_heldout))
+        )
         read, hook, name = Read(x, rest, "given activations"), None, None
     else:
         hook = agreed(opened, "hook_name", "hook", hook)
@@ -128,10 +130,6 @@ def audit(
         seconds=time.monotonic() - start,
         versions=versions(),
     )
-
-
-def _rows(x: Tensor | Rows | np.ndarray) -> Rows:
-    return x if isinstance(x, Rows) else Rows(torch.as_tensor(x).float())
 
 
 def _named(saes: Sequence[Any], device: str, hook: str | None) -> dict[str, Any]:

@@ -287,4 +287,4 @@ def _from_file(recipe: str, overrides: Sequence[str], out: Path) -> Path:
     return compare(load_recipe(recipe, overrides), out)
 
 
-command = recipe_command(study, _from_file, "atom-lens compare recipes/compare.yaml compare.l0=[4,8]")
+command = recipe_command(study, _from_file, "atom-lens compare compare compare.l0=[4,8]")

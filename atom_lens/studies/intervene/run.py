@@ -234,4 +234,4 @@ def _from_file(recipe: str, overrides: Sequence[str], out: Path) -> Path:
     return intervene(load_recipe(recipe, overrides), out)
 
 
-command = recipe_command(study, _from_file, "atom-lens intervene recipes/intervene.yaml")
+command = recipe_command(study, _from_file, "atom-lens intervene intervene")

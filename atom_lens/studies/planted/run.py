@@ -145,4 +145,4 @@ def _from_file(recipe: str, overrides: Sequence[str], out: Path) -> Path:
     return planted(load_planted(recipe, overrides), out)
 
 
-command = recipe_command(study, _from_file, "atom-lens planted recipes/planted.yaml")
+command = recipe_command(study, _from_file, "atom-lens planted planted")

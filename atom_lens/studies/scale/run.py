@@ -138,4 +138,4 @@ def _from_file(recipe: str, overrides: Sequence[str], out: Path) -> Path:
     return scale(load_recipe(recipe, overrides), out)
 
 
-command = recipe_command(study, _from_file, "atom-lens scale recipes/capacity.yaml")
+command = recipe_command(study, _from_file, "atom-lens scale capacity")

@@ -252,4 +252,4 @@ def save_atoms(
             report.write(temporary / "report.json")
 
 
-command = recipe_command(study, train, "atom-lens train recipes/quickstart.yaml")
+command = recipe_command(study, train, "atom-lens train quickstart")
