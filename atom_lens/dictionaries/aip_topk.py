@@ -116,7 +116,7 @@ register(
         name=ARCHITECTURE,
         label="TopK in the AIP (ours)",
         role="ours",
-        color="#d6506a",
+        color="#d98a2b",
         marker="P",
         least=1.0,
         start=_start,

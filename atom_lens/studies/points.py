@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 
 from atom_lens.dictionaries.registry import Kind
 from atom_lens.evidence.results import Figures, NullFigures
-from atom_lens.views.plot import LEAST, QUIET, Draw, plain, points, r2_axis
+from atom_lens.views.plot import LEAST, QUIET, Draw, log_ticks, plain, points, r2_axis
 
 LABELS = {"r2": "R²", "r2_aip": "R² (AIP)", "q_star": "q*"}
 SPLITS = {"heldout": "held-out", "train": "train"}
@@ -89,6 +90,44 @@ def layers(by_layer: Mapping[int, Sequence[Measured]], key: str) -> Draw:
         if key == "q_star":
             axes.set_ylim(min([*every, 0.9]) - 0.03, 1.03)
         else:
+            r2_axis(axes, every)
+
+    return draw
+
+
+def over_l0(measured: Sequence[Measured], key: str) -> Draw:
+    """A line per kind over the mean L0 of its codes, held-out, means over seeds."""
+
+    def draw(axes: Axes) -> None:
+        every: list[float] = []
+        seen: list[float] = []
+        for kind in {one.kind.name: one.kind for one in measured}.values():
+            at = sorted(
+                (
+                    float(np.mean([one["heldout"].l0.mean for one in runs])),
+                    float(np.mean([value(one["heldout"], key) for one in runs])),
+                )
+                for runs in ([run for run in one.runs if "heldout" in run] for one in measured if one.kind is kind)
+                if runs
+            )
+            every += [y for _, y in at]
+            seen += [x for x, _ in at]
+            axes.plot(
+                [x for x, _ in at],
+                [max(y, LEAST) for _, y in at],
+                label=plain(kind.label),
+                color=kind.color,
+                linestyle=kind.line,
+                marker=kind.marker,
+                markersize=7,
+            )
+        axes.set_xscale("log")
+        axes.set(xlabel="L0", ylabel=LABELS[key])
+        if seen:
+            low, high = np.log2(min(seen)), np.log2(max(seen))
+            log_ticks(axes.xaxis, [2.0**n for n in range(math.floor(low), math.ceil(high) + 1)])
+            axes.set_xlim(2 ** (low - 0.2), 2 ** (high + 0.2))
+        if key != "q_star":
             r2_axis(axes, every)
 
     return draw

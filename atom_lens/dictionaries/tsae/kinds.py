@@ -10,7 +10,7 @@ from atom_lens.activations.models import pick_device
 from atom_lens.dictionaries.registry import Learner, Setup, Trained, finish, register
 from atom_lens.dictionaries.tsae.training import TSAETraining, TSAETrainingConfig
 
-COLOR = "#d6506a"
+COLOR = "#8e5bb0"
 
 
 def start(setup: Setup, level: float, seed: int, encoder: str, freeze_decoder: bool = False) -> Learner:

@@ -1,4 +1,4 @@
-"""A comparison as a reader sees it: tables of every kind, the verdict, R² against q*, and curves over layers."""
+"""A comparison as a reader sees it: tables of every kind, the verdict, and curves over L0 and layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from atom_lens.dictionaries import kind
 from atom_lens.studies.compare.result import Cell, Comparison, Hook
-from atom_lens.studies.points import LABELS, SPLITS, Measured, over_layers, plane
+from atom_lens.studies.points import LABELS, SPLITS, Measured, over_l0, over_layers
 from atom_lens.studies.study import Part
 from atom_lens.studies.train.show import layers_part
 from atom_lens.views import table
@@ -28,16 +28,15 @@ def show(result: Comparison, name: str) -> list[Part]:
         tables += [_cells(found, f"{name} · {hook} of {result.model}"), *_matched(found, f"{name} · {hook}")]
         tables += _encoders(found, f"{name} · {hook}")
     measured = {hook: [_measured(cell) for cell in found.cells] for hook, found in result.hooks.items()}
-    planes = [
+    lines = [
         Panel(
-            f"{LABELS[key]} against stability q*",
-            "Filled marks are held-out, hollow ones train; up and to the right is better, and q* alone can be had "
-            "with few active atoms.",
-            {f"{name}, {hook} of {result.model}": plane(here, key) for hook, here in measured.items()},
+            f"{LABELS[key]} over L0",
+            "Held-out, means over seeds; read dictionaries against each other, and against the nulls, at the same L0.",
+            {f"{name}, {hook} of {result.model}": over_l0(here, key) for hook, here in measured.items()},
         )
-        for key in ("r2", "r2_aip")
+        for key in ("r2", "r2_aip", "q_star")
     ]
-    parts = [Part("Results and nulls", tables), Part("Dictionaries and nulls", panels=planes)]
+    parts = [Part("Results and nulls", tables), Part("Dictionaries and nulls", panels=lines)]
     if curves := over_layers(measured):
         parts.append(layers_part({f"{name}, {at}": here for at, here in curves.items()}))
     return parts
