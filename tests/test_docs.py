@@ -15,6 +15,7 @@ import pytest
 
 import atom_lens
 from atom_lens.cli import commands
+from atom_lens.evidence.results import Report
 
 TOP = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -123,6 +124,31 @@ def test_every_command_is_explained() -> None:
     assert len(names) >= 11
     for command in names:
         assert any(f"atom-lens {command}" in text for text in PAGES.values()), command
+
+
+def test_pages_keep_to_their_length() -> None:
+    """A page that grows pushes another thing out."""
+    readme = (TOP / "README.md").read_text(encoding="utf-8")
+    assert len(readme.split()) <= 700
+    written = {name: text for name, text in PAGES.items() if not name.startswith("api/")}
+    assert len(written) <= 9
+    assert sum(len(re.findall(r"\S*\w\S*", text)) for text in written.values()) <= 12_000
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+def test_the_lines_of_the_readme_run(demo: str, tmp_path: Path) -> None:
+    """As they stand, in an empty folder, and what the README says of the atoms is what their report says."""
+    readme = (TOP / "README.md").read_text(encoding="utf-8")
+    [lines] = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    ended = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip().splitlines()[-1].startswith("Paris is")
+    report = Report.read(tmp_path / "runs" / "pursuit" / "blocks.9.hook_resid_post" / "report.json")
+    row = next(line for line in readme.splitlines() if re.match(r"atoms +[\d.]", line))
+    said = [float(number) for number in row.split()[1:4]]
+    assert report.heldout is not None
+    assert said == pytest.approx([report.heldout.r2, report.heldout.r2_aip, report.heldout.q_star], abs=0.02)
 
 
 def test_pictures_are_small() -> None:

@@ -55,7 +55,7 @@ def evaluate(
         about: further fields of the report (model, hook, ...).
 
     Returns:
-        What report.json holds (docs/report.md).
+        What report.json holds.
 
     Raises:
         AtomLensError: no metric, wrong widths, empty or non-finite activations, groups that do not fit, or a seed that

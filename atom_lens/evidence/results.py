@@ -1,4 +1,4 @@
-"""What evidence is made of, as types: report.json is one `Report`, and docs/report.md is made from these."""
+"""What evidence is made of, as types: report.json is one `Report`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md: python docs/img/concepts.py (in the top folder)."""
+"""Draws the pictures of docs/theory.md: python docs/img/concepts.py (in the top folder)."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """The fast way of reading a batch: at the few entries of a code that matter, without a dense backward pass.
 
 Of the gradients of a threshold SAE, only active entries and those inside the straight-through window are not zero. The
-encoder's forward product has to be dense, to find them (`search`); everything after it is sparse (docs/performance.md).
+encoder's forward product has to be dense, to find them (`search`); everything after it is sparse (docs/training.md).
 """
 
 from __future__ import annotations

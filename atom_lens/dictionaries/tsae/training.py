@@ -37,7 +37,7 @@ from atom_lens.recipe.reading import checked
 from atom_lens.recipe.sections import Atoms
 from atom_lens.tensors.rows import Rows
 
-DENSITY_LIMIT = 0.08  # share of entries; dense steps are faster from 0.09 to 0.16 on (docs/performance.md)
+DENSITY_LIMIT = 0.08  # share of entries; dense steps are faster from 0.09 to 0.16 on (docs/training.md)
 
 _DEFAULT = Atoms.model_construct()
 # Fields of a recipe's `atoms` that sae-lens has another name for.
