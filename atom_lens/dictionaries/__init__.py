@@ -2,6 +2,7 @@
 
 # Each registers its kinds: in this order they stand in tables.
 from atom_lens.dictionaries import bases, nulls, stock  # isort: skip
+from atom_lens.dictionaries import ica as _ica, itda as _itda  # noqa: F401  # isort: skip
 from atom_lens.dictionaries.tsae import kinds as _tsae  # noqa: F401  # isort: skip
 from atom_lens.dictionaries import aip_topk as _topk  # noqa: F401  # isort: skip
 from atom_lens.dictionaries.pursuit import training as _pursuit  # noqa: F401  # isort: skip

@@ -123,10 +123,14 @@ class Trained(Kind):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Kind):
-    """A kind that is not trained. With a `sparsity` its level is a number of directions, up to the width."""
+    """A kind that no trainer trains. With a `sparsity` its level is a number of directions.
+
+    `whole` says whether it is measured with as many directions as the width, too.
+    """
 
     make: Callable[[Setup, int], Dictionary]
     role: Role = "control"
+    whole: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

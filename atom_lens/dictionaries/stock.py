@@ -10,12 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from sae_lens import (
     SAE,
+    AbsTopKTrainingSAE,
+    AbsTopKTrainingSAEConfig,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
     GatedTrainingSAE,
     GatedTrainingSAEConfig,
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
+    MatchingPursuitTrainingSAE,
+    MatchingPursuitTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
     StandardTrainingSAE,
     StandardTrainingSAEConfig,
     TopKTrainingSAE,
@@ -37,6 +43,7 @@ class _Stock(NamedTuple):
     sparsity: Sparsity = "l0"
     least: float = 0.0
     by_default: bool = True
+    whitens: bool = True
 
 
 _STOCK = {
@@ -73,7 +80,39 @@ _STOCK = {
         ),
         "#9067c6",
     ),
+    "abstopk": _Stock(
+        "AbsTopK",
+        lambda shared, k: AbsTopKTrainingSAE(AbsTopKTrainingSAEConfig(k=round(k), **shared)),
+        "#5f7fa8",
+        least=1.0,
+        by_default=False,
+    ),
+    "matryoshka_batchtopk": _Stock(
+        "Matryoshka BatchTopK",
+        lambda shared, k: MatryoshkaBatchTopKTrainingSAE(
+            MatryoshkaBatchTopKTrainingSAEConfig(k=k, matryoshka_widths=_nested(shared["d_sae"]), **shared)
+        ),
+        "#4f8f5b",
+        least=1.0,
+        by_default=False,
+    ),
+    # Its encoder is tied to the decoder, so no whitening can be folded in.
+    "matching_pursuit": _Stock(
+        "matching pursuit",
+        lambda shared, k: MatchingPursuitTrainingSAE(
+            MatchingPursuitTrainingSAEConfig(max_iterations=round(k), decoder_init_norm=1.0, **shared)
+        ),
+        "#7a5c3e",
+        least=1.0,
+        by_default=False,
+        whitens=False,
+    ),
 }
+
+
+def _nested(d_sae: int) -> list[int]:
+    """An eighth, a quarter and a half of the latents, and all."""
+    return sorted({max(1, d_sae // share) for share in (8, 4, 2, 1)})
 
 
 def stock_sae(
@@ -82,8 +121,8 @@ def stock_sae(
     """A stock training SAE of sae-lens, with its defaults.
 
     Args:
-        architecture: relu, gated, topk, batchtopk or jumprelu.
-        sparsity: K of TopK and BatchTopK, the target L0 of JumpReLU, the weight of the L1 of ReLU and gated SAEs.
+        architecture: relu, or as sae-lens names it: gated, topk, batchtopk, jumprelu, ...
+        sparsity: the weight of the L1 of ReLU and gated SAEs, the target L0 of JumpReLU, K of all others.
         d_in: width of the activations.
         d_sae: number of latents.
         whitened: with sae-lens' own `covariance_whitening`, or on raw activations.
@@ -114,7 +153,7 @@ def _finish(learner: Learner, aip: AtomicInnerProduct) -> SAE[Any]:
 
 
 for _whitened in (False, True):
-    for _name, _one in _STOCK.items():
+    for _name, _one in ((name, one) for name, one in _STOCK.items() if one.whitens or not _whitened):
         register(
             Trained(
                 name=f"{_name}_whitened" if _whitened else _name,

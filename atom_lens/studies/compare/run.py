@@ -171,7 +171,7 @@ def _cells(
         elif isinstance(one, Fixed) and one.sparsity is None:
             yield one.name, partial(_fixed, one, None, setup, split)
         elif isinstance(one, Fixed):
-            for k in sorted({*ks, aip.width}):
+            for k in sorted({*ks, aip.width} if one.whole else ks):
                 yield f"{one.name}-{k}", partial(_fixed, one, k, setup, split)
     for features in here:
         yield (
