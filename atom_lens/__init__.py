@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from atom_lens.activations.connect import open_model
     from atom_lens.activations.harvest import Harvest, harvest
     from atom_lens.activations.prompts.prompt import Prompt
+    from atom_lens.dictionaries.aip_topk import AIPTopKTraining, AIPTopKTrainingConfig
     from atom_lens.dictionaries.load import aip_converter, load_atoms
+    from atom_lens.dictionaries.pursuit.sae import PursuitSAE, PursuitSAEConfig
+    from atom_lens.dictionaries.pursuit.training import PursuitTraining, PursuitTrainingConfig
     from atom_lens.dictionaries.tsae.sae import TSAE, TSAEConfig
     from atom_lens.dictionaries.tsae.training import TSAETraining, TSAETrainingConfig
     from atom_lens.errors import AtomLensError
+    from atom_lens.evidence.evaluator import AtomEvaluator
     from atom_lens.evidence.faithfulness import faithfulness
     from atom_lens.evidence.report import evaluate
     from atom_lens.evidence.stability import Stability, stability
@@ -37,10 +41,14 @@ _HOME = {
     "activations.connect": ("open_model",),
     "activations.harvest": ("Harvest", "harvest"),
     "activations.prompts.prompt": ("Prompt",),
+    "dictionaries.aip_topk": ("AIPTopKTraining", "AIPTopKTrainingConfig"),
+    "dictionaries.pursuit.sae": ("PursuitSAE", "PursuitSAEConfig"),
+    "dictionaries.pursuit.training": ("PursuitTraining", "PursuitTrainingConfig"),
     "dictionaries.load": ("aip_converter", "load_atoms"),
     "dictionaries.tsae.sae": ("TSAE", "TSAEConfig"),
     "dictionaries.tsae.training": ("TSAETraining", "TSAETrainingConfig"),
     "errors": ("AtomLensError",),
+    "evidence.evaluator": ("AtomEvaluator",),
     "evidence.faithfulness": ("faithfulness",),
     "evidence.report": ("evaluate",),
     "evidence.stability": ("Stability", "stability"),
@@ -58,12 +66,19 @@ _MODULE = {name: f"{__name__}.{module}" for module, names in _HOME.items() for n
 
 __all__ = [
     "TSAE",
+    "AIPTopKTraining",
+    "AIPTopKTrainingConfig",
+    "AtomEvaluator",
     "AtomLensError",
     "AtomicInnerProduct",
     "Fitted",
     "Harvest",
     "Prompt",
     "Published",
+    "PursuitSAE",
+    "PursuitSAEConfig",
+    "PursuitTraining",
+    "PursuitTrainingConfig",
     "Recipe",
     "SecondMoment",
     "Splice",

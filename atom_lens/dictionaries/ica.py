@@ -7,8 +7,6 @@ import warnings
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.decomposition import FastICA
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from atom_lens.dictionaries.registry import Fixed, register
@@ -32,6 +30,9 @@ class Components:
     """
 
     def __init__(self, x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct, k: int) -> None:
+        from sklearn.decomposition import FastICA  # which takes longer to import than all else here
+        from sklearn.exceptions import ConvergenceWarning
+
         self.k = k
         self.mean: Float[Tensor, " d"] = mean_row(x).float()
         drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:_ROWS].to(x.device)

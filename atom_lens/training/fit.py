@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -33,9 +33,9 @@ def fit_together(
     streams: Mapping[str, Float[Tensor | Rows, "n _"]] | BatchSource,
     learners: Mapping[str, Learner],
     training: Training,
-    wandb: Wandb | None = None,
-    run_name: str | None = None,
+    logging: LoggingConfig | None = None,
     checkpoint: Path | None = None,
+    evaluator: Callable[..., dict[str, Any]] | None = None,
 ) -> dict[str, Float[Tensor, " F"]]:
     """Train all `learners` in one pass over the activations; whitening and scaling are folded in at the end.
 
@@ -46,10 +46,10 @@ def fit_together(
             Or what gives batches of them.
         learners: by name; their SAEs are trained in place.
         training: steps, batch size, learning rate; its seed orders the rows.
-        wandb: where the trainer logs to.
-        run_name: the name of the run there.
+        logging: how the trainer logs (`wandb_run`); None for not at all.
         checkpoint: file to keep the state of the training in every `training.checkpoint_minutes`; a training that finds
             one goes on from there, to the same bits. Removed by whoever keeps the result.
+        evaluator: what is measured of the SAEs while they train, and logged.
 
     Returns:
         The log10 firing frequency of every atom over the last tenth of training, shape (F,) each.
@@ -57,7 +57,7 @@ def fit_together(
     found = {name: torch.zeros(learner.sae.cfg.d_sae) for name, learner in learners.items()}
     own = dict(parallel.mine(learners.items()))
     if own:
-        trainer = _trained(streams, own, training, wandb, run_name, checkpoint)
+        trainer = _trained(streams, own, training, logging, checkpoint, evaluator)
         found |= {name: one.log_feature_sparsity.cpu().float() for name, one in trainer.trainers.items()}
     if parallel.size() > 1:
         for number, (name, learner) in enumerate(learners.items()):
@@ -69,45 +69,45 @@ def _trained(
     streams: Mapping[str, Float[Tensor | Rows, "n _"]] | BatchSource,
     learners: Mapping[str, Learner],
     training: Training,
-    wandb: Wandb | None,
-    run_name: str | None,
+    logging: LoggingConfig | None,
     checkpoint: Path | None,
+    evaluator: Callable[..., dict[str, Any]] | None,
 ) -> MultiSAETrainer:
     """The trainer of all `learners` after its last step."""
     device = pick_device(training.device)
     for learner in learners.values():
         learner.sae.to(device)
     batches = Batches(streams, training.batch_size, training.seed) if isinstance(streams, Mapping) else streams
-    with _wandb_run(wandb, run_name) as logging:
-        trainer = MultiSAETrainer(
-            SAETrainerConfig(
-                total_training_samples=training.steps * training.batch_size,
-                train_batch_size_samples=training.batch_size,
-                lr=training.lr,
-                lr_end=training.lr / 10,  # of schedules we do not use, but it may not be None
-                lr_warm_up_steps=round(training.warm_up * training.steps),
-                lr_decay_steps=round(training.decay * training.steps),
-                device=device,
-                dead_feature_window=training.dead_after,
-                # One window over the whole run would count the untrained start; the last tenth is what is reported.
-                feature_sampling_window=max(1, training.steps // 10 * 9) if training.steps >= 10 else training.steps,
-                n_batches_for_norm_estimate=max(1, len(batches) // training.batch_size),
-                logger=logging,
-            ),
-            {name: learner.sae for name, learner in learners.items()},
-            {name: learner.stream for name, learner in learners.items()},
-            batches,
-        )
-        for one in trainer.trainers.values():
-            fuse(one)
-        if checkpoint is not None:
-            about = {
-                "training": training.model_dump(),
-                "learners": {name: learner.sae.cfg.to_dict() for name, learner in learners.items()},
-            }
-            batches.checkpoints = Checkpoints(checkpoint, trainer, batches, training.checkpoint_minutes, about)
-            batches.checkpoints.restore()
-        trainer.fit()
+    trainer = MultiSAETrainer(
+        SAETrainerConfig(
+            total_training_samples=training.steps * training.batch_size,
+            train_batch_size_samples=training.batch_size,
+            lr=training.lr,
+            lr_end=training.lr / 10,  # of schedules we do not use, but it may not be None
+            lr_warm_up_steps=round(training.warm_up * training.steps),
+            lr_decay_steps=round(training.decay * training.steps),
+            device=device,
+            dead_feature_window=training.dead_after,
+            # One window over the whole run would count the untrained start; the last tenth is what is reported.
+            feature_sampling_window=max(1, training.steps // 10 * 9) if training.steps >= 10 else training.steps,
+            n_batches_for_norm_estimate=max(1, len(batches) // training.batch_size),
+            logger=logging or LoggingConfig(log_to_wandb=False),
+        ),
+        {name: learner.sae for name, learner in learners.items()},
+        {name: learner.stream for name, learner in learners.items()},
+        batches,
+        evaluator,
+    )
+    for one in trainer.trainers.values():
+        fuse(one)
+    if checkpoint is not None:
+        about = {
+            "training": training.model_dump(),
+            "learners": {name: learner.sae.cfg.to_dict() for name, learner in learners.items()},
+        }
+        batches.checkpoints = Checkpoints(checkpoint, trainer, batches, training.checkpoint_minutes, about)
+        batches.checkpoints.restore()
+    trainer.fit()
     return trainer
 
 
@@ -138,7 +138,12 @@ def encoder_seconds(width: int, atoms: Atoms, training: Training) -> float:
 
 
 @contextmanager
-def _wandb_run(wandb: Wandb | None, run_name: str | None) -> Iterator[LoggingConfig]:
+def wandb_run(wandb: Wandb | None, run_name: str | None) -> Iterator[LoggingConfig]:
+    """A run on Weights & Biases where one is asked for, and how a trainer logs to it.
+
+    Raises:
+        AtomLensError: it did not start.
+    """
     if wandb is None or wandb.mode == "disabled":
         yield LoggingConfig(log_to_wandb=False)
         return
@@ -158,8 +163,6 @@ def fit_one(
     atoms: Atoms,
     training: Training,
     metadata: Mapping[str, Any] | None = None,
-    wandb: Wandb | None = None,
-    run_name: str | None = None,
     calibration: Float[Tensor | Rows, "m d"] | None = None,
 ) -> tuple[Metered, Float[Tensor, " F"]]:
     """Train one dictionary, the one that `atoms` describes, on activations `x`, shape (n, d), under the metric `aip`.
@@ -174,5 +177,5 @@ def fit_one(
     kind = recipes_kind(atoms)
     setup = Setup(x, aip, atoms, training.device, training.steps, calibration, metadata or {})
     learner = kind.start(setup, atoms.target_l0, training.seed)
-    sparsity = fit_together({"x": x}, {"atoms": learner}, training, wandb, run_name)
+    sparsity = fit_together({"x": x}, {"atoms": learner}, training)
     return cast("Metered", kind.finish(learner, aip)), sparsity["atoms"]

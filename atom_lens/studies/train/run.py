@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+import wandb
 from jaxtyping import Float
 from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import save_file
@@ -19,6 +21,7 @@ from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.stream import Stream
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.tsae.sae import model_metadata
+from atom_lens.evidence.evaluator import AtomEvaluator
 from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import observe
 from atom_lens.evidence.report import evaluate
@@ -38,11 +41,12 @@ from atom_lens.studies.train.folder import CHECKPOINT, checkpoint_file, run_fold
 from atom_lens.studies.train.result import RunReport
 from atom_lens.studies.train.show import report_table, show
 from atom_lens.tensors import parallel
-from atom_lens.training.fit import encoder_seconds, fit_together
+from atom_lens.training.fit import encoder_seconds, fit_together, wandb_run
 from atom_lens.training.mixing import Mixing
 
 logger = logging.getLogger(__name__)
 IDENTITY_FILENAME = "identity.safetensors"
+_WATCHED = 2048  # rows measured while dictionaries train
 study = register(Study(name="train", file="report.json", result=RunReport, show=show))
 
 
@@ -122,21 +126,34 @@ def _train(
         if recipe.stream is None
         else _mixing(stream_of(recipe, prompts, found), recipe.stream.buffer_size, training, hooks)
     )
-    sparsity = fit_together(batches, learners, training, recipe.wandb, recipe.name, checkpoint)
-    seconds = time.monotonic() - start
-    took = f"{', '.join(hooks)}: trained {len(learners)} dictionaries in one pass in {seconds:.0f} s"
-    speed: dict[str, float] = {}
-    if not resumed:  # the steps of a process that was stopped took time that nobody measured
-        width = planned[hooks[0]].plan.aip.width
-        speed = _speed(training, atoms, width, len(learners), seconds)
-        took += (
-            f", {speed['train_rows_per_second']:,.0f} activations/s, {speed['train_share_of_floor']:.0%} of the floor"
-        )
-    logger.info(took)
-    for hook, one in ((hook, planned[hook]) for hook in hooks if hook in todo):
-        named = {name: sparsity[f"{hook} {name}" if recipe.stream else name] for name in one.plan.learners}
-        timing = {"harvest": found.seconds, "metric": one.seconds, "train": seconds, **speed}
-        _keep(recipe, found, hook, one, one.plan.finished(named), timing, work)
+    with wandb_run(recipe.wandb, recipe.name) as logs:
+        evaluator = _evaluator(planned, recipe).several if logs.log_to_wandb else None
+        sparsity = fit_together(batches, learners, training, logs, checkpoint, evaluator)
+        seconds = time.monotonic() - start
+        took = f"{', '.join(hooks)}: trained {len(learners)} dictionaries in one pass in {seconds:.0f} s"
+        speed: dict[str, float] = {}
+        if not resumed:  # the steps of a process that was stopped took time that nobody measured
+            width = planned[hooks[0]].plan.aip.width
+            speed = _speed(training, atoms, width, len(learners), seconds)
+            share = f"{speed['train_share_of_floor']:.0%} of the floor"
+            took += f", {speed['train_rows_per_second']:,.0f} activations/s, {share}"
+        logger.info(took)
+        for hook, one in ((hook, planned[hook]) for hook in hooks if hook in todo):
+            named = {name: sparsity[f"{hook} {name}" if recipe.stream else name] for name in one.plan.learners}
+            timing = {"harvest": found.seconds, "metric": one.seconds, "train": seconds, **speed}
+            report = _keep(recipe, found, hook, one, one.plan.finished(named), timing, work)
+            if logs.log_to_wandb and wandb.run is not None:
+                wandb.run.summary.update({"report": {hook: report.model_dump(mode="json")}})
+
+
+def _evaluator(planned: Mapping[str, _Hook], recipe: Recipe) -> AtomEvaluator:
+    """Measures while dictionaries train, on rows that none of them is trained on."""
+    named = {hook if recipe.stream else "x": one for hook, one in planned.items()}
+    rows = {}
+    for name, one in named.items():
+        aside = one.split.heldout if one.split.validation is None else one.split.validation
+        rows[name] = aside.select(torch.arange(min(_WATCHED, len(aside))))
+    return AtomEvaluator(rows, {name: one.plan.aip for name, one in named.items()})
 
 
 def _mixing(stream: Stream, buffer_size: int, training: Training, hooks: Sequence[str]) -> Mixing:
@@ -171,7 +188,7 @@ def _planned(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: st
 
 def _keep(
     recipe: Recipe, found: Harvest, hook: str, one: _Hook, fitted: Fitted, seconds: dict[str, float], work: Path
-) -> None:
+) -> Report:
     """Measure what was trained at a hook, and write its folder."""
     asked, training = recipe.to_train("train")
     x, aip, atoms = one.split.x, one.plan.aip, fitted.runs[0]
@@ -203,12 +220,12 @@ def _keep(
         report = report.model_copy(update={"identity": figures})
         scores = same.scores
     logger.debug("%s:\n%s", hook, report_table(report).text())
-    if parallel.rank() > 0:
-        return
-    with new_folder(work / hook) as temporary:
-        save_atoms(atoms, temporary, report, fitted.sparsity[0], *scores[:1])
-        for seed, run in enumerate(fitted.runs[1:], start=1):
-            save_atoms(run, temporary / f"seed-{seed}", None, fitted.sparsity[seed], scores[seed])
+    if parallel.rank() == 0:
+        with new_folder(work / hook) as temporary:
+            save_atoms(atoms, temporary, report, fitted.sparsity[0], *scores[:1])
+            for seed, run in enumerate(fitted.runs[1:], start=1):
+                save_atoms(run, temporary / f"seed-{seed}", None, fitted.sparsity[seed], scores[seed])
+    return report
 
 
 def _speed(training: Training, atoms: Atoms, width: int, dictionaries: int, seconds: float) -> dict[str, float]:
