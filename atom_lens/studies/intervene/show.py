@@ -169,7 +169,7 @@ def doses(result: Interventions) -> Draw:
             color = SERIES[number % len(SERIES)]
             axes.plot([0.0, *x], [0.0, *y], color=color, linewidth=1.2)
             _bars(axes, x, y, [one.log_odds for one in found], color, cell)
-        axes.set(xlabel="dose of the swap", ylabel="rise of the log-odds of B over A, nats")
+        axes.set(xlabel="dose of the swap", ylabel="log-odds of B over A, nats")
 
     return draw
 
