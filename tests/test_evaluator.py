@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
 from conftest import shifted
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -18,6 +17,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 import atom_lens
+import wandb
 from atom_lens import AtomEvaluator, AtomicInnerProduct
 from atom_lens.dictionaries.registry import Learner
 from atom_lens.dictionaries.stock import _finish

@@ -190,6 +190,15 @@ class MetricAbout(Result):
     source: str = ""
 
 
+class Distilled(Result):
+    """A plain TopK SAE over the atoms of a pursuit: what is lost with one encoder matrix."""
+
+    k: int = Field(description="atoms of a code")
+    train: Figures
+    heldout: Figures
+    shared_atoms: float = Field(description="mean share of a held-out code of the pursuit that its code has, too")
+
+
 class Report(Result):
     """What a dictionary is worth, train and held-out, compared with nulls of the same F and K."""
 
@@ -214,5 +223,6 @@ class Report(Result):
     certificates: Certificates
     nulls: dict[str, Null] = Field(description="`random` and `data`; `frozen` and `shuffled` where they were trained")
     identity: IdentityFigures | None = Field(default=None, description="with `training.seeds` above 1")
+    distilled: Distilled | None = Field(default=None, description="with `atoms.pursuit.distilled`")
     seconds: dict[str, float] = {}
     versions: dict[str, str]

@@ -25,6 +25,8 @@ from atom_lens.storage.terminal import say
 from atom_lens.studies.train.show import evidence
 from atom_lens.views.plot import save_png
 
+# Folders within one of atoms: those of other seeds, and of a pursuit distilled into one matrix.
+_WITHIN = ("seed-", "distilled")
 # What is published of a folder of atoms; anything else that lies there stays at home.
 _ATOMS = (
     SAE_CFG_FILENAME,
@@ -138,7 +140,7 @@ def _stale(name: str, files: dict[str, Path]) -> bool:
     """Whether a file of the repository is one that a publish wrote for a hook published now, and that is no more."""
     parts = name.split("/")
     ours = len(parts) in (2, 3) and f"{parts[0]}/{SAE_CFG_FILENAME}" in files and parts[-1] in (*_ATOMS, FIGURE)
-    return ours and name not in files and (len(parts) == 2 or parts[1].startswith("seed-"))
+    return ours and name not in files and (len(parts) == 2 or parts[1].startswith(_WITHIN))
 
 
 def _files(folder: Path, hooks: Sequence[str]) -> dict[str, Path]:
@@ -154,7 +156,8 @@ def _files(folder: Path, hooks: Sequence[str]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     folders = [(folder, _RUN)]
     for hook in sorted(wanted):
-        folders += [(atoms, _ATOMS) for atoms in (folder / hook, *sorted((folder / hook).glob("seed-*")))]
+        within = [one for one in sorted((folder / hook).iterdir()) if one.is_dir() and one.name.startswith(_WITHIN)]
+        folders += [(atoms, _ATOMS) for atoms in (folder / hook, *within)]
     for place, names in folders:
         listed = {*verify(place), MANIFEST}
         files |= {(place / n).relative_to(folder).as_posix(): place / n for n in names if n in listed}

@@ -30,7 +30,7 @@ _READ = {"model", "prompts", "hooks", "positions", "massive_ratio", "prepend_bos
 def recipe_beside(path: str | Path) -> Path:
     """The recipe.yaml of the run that atoms at `path` belong to."""
     atoms = Path(path)
-    if atoms.name.startswith("seed-"):  # those of another seed lie within those of the first
+    if atoms.name.startswith(("seed-", "distilled")):  # these lie within the atoms of the first seed
         atoms = atoms.parent
     for folder in (atoms, atoms.parent):
         if (folder / "recipe.yaml").is_file():

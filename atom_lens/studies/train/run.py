@@ -10,22 +10,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import wandb
 from jaxtyping import Float
 from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+import wandb
 from atom_lens.activations.harvest import Harvest
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.stream import Stream
+from atom_lens.dictionaries.aip_topk import AIPTopK
 from atom_lens.dictionaries.metered import Metered
+from atom_lens.dictionaries.pursuit.sae import PursuitSAE
 from atom_lens.dictionaries.tsae.sae import model_metadata
 from atom_lens.evidence.evaluator import AtomEvaluator
 from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import observe
 from atom_lens.evidence.report import evaluate
-from atom_lens.evidence.results import Report
+from atom_lens.evidence.results import Distilled, Report
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import dump_recipe, load_recipe
 from atom_lens.recipe.recipe import Recipe
@@ -41,10 +43,12 @@ from atom_lens.studies.train.folder import CHECKPOINT, checkpoint_file, run_fold
 from atom_lens.studies.train.result import RunReport
 from atom_lens.studies.train.show import report_table, show
 from atom_lens.tensors import parallel
+from atom_lens.training.distil import distil
 from atom_lens.training.fit import encoder_seconds, fit_together, wandb_run
 from atom_lens.training.mixing import Mixing
 
 logger = logging.getLogger(__name__)
+DISTILLED = "distilled"
 IDENTITY_FILENAME = "identity.safetensors"
 _WATCHED = 2048  # rows measured while dictionaries train
 study = register(Study(name="train", file="report.json", result=RunReport, show=show))
@@ -219,13 +223,33 @@ def _keep(
         figures = same.figures.model_copy(update={"pw_mcc_start": fitted.start_pw_mcc})
         report = report.model_copy(update={"identity": figures})
         scores = same.scores
+    small = None
+    if isinstance(atoms, PursuitSAE) and asked.pursuit.distilled:
+        small = distil(atoms, x, training)
+        report = report.model_copy(update={"distilled": _distilled(atoms, small, one.split, aip)})
     logger.debug("%s:\n%s", hook, report_table(report).text())
     if parallel.rank() == 0:
         with new_folder(work / hook) as temporary:
             save_atoms(atoms, temporary, report, fitted.sparsity[0], *scores[:1])
             for seed, run in enumerate(fitted.runs[1:], start=1):
                 save_atoms(run, temporary / f"seed-{seed}", None, fitted.sparsity[seed], scores[seed])
+            if small is not None:
+                save_atoms(small, temporary / DISTILLED, None, None)
     return report
+
+
+@torch.no_grad()
+def _distilled(atoms: PursuitSAE, small: AIPTopK, split: SplitActivations, aip: AtomicInnerProduct) -> Distilled:
+    """What a distilled dictionary is worth, and how far it finds the atoms that the pursuit does."""
+    rows = split.heldout[torch.arange(min(_WATCHED, len(split.heldout)))].to(atoms.W_dec)
+    found, again = atoms.encode(rows) != 0, small.encode(rows) != 0
+    shared = (found & again).sum(dim=1).double() / found.sum(dim=1).clamp(min=1)
+    return Distilled(
+        k=small.cfg.k,
+        train=observe(small, split.x, aip).figures,
+        heldout=observe(small, split.heldout, aip).figures,
+        shared_atoms=float(shared[found.any(dim=1)].mean()),
+    )
 
 
 def _speed(training: Training, atoms: Atoms, width: int, dictionaries: int, seconds: float) -> dict[str, float]:
@@ -256,13 +280,14 @@ def save_atoms(
     atoms: Metered,
     folder: Path,
     report: Result | None,
-    sparsity: Float[Tensor, " F"],
+    sparsity: Float[Tensor, " F"] | None,
     identity_scores: Float[Tensor, " F"] | None = None,
 ) -> None:
     """An atoms folder: sae-lens' files, the metric, the report, and of every atom how well other runs agree on it."""
     with sealed_folder(folder) as temporary:
         atoms.write_files(temporary)
-        save_file({"sparsity": sparsity.float().cpu().contiguous()}, temporary / SPARSITY_FILENAME)
+        if sparsity is not None:
+            save_file({"sparsity": sparsity.float().cpu().contiguous()}, temporary / SPARSITY_FILENAME)
         if identity_scores is not None:
             save_file({"identity": identity_scores.float().cpu().contiguous()}, temporary / IDENTITY_FILENAME)
         if report is not None:

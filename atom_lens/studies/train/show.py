@@ -115,6 +115,8 @@ def report_table(report: Report, title: str = "") -> Table:
     heads: list[Cell | str] = ["dictionary"]
     heads += [Cell(label, held=split == "heldout") for _ in GROUPS[1:] for split, label in SPLITS.items()]
     rows = [Row("atoms", _cells(_splits(report.train, report.heldout), _interval))]
+    if one := report.distilled:
+        rows.append(Row("distilled into TopK", _cells(_splits(one.train, one.heldout), _interval)))
     for name, null in report.nulls.items():
         rows.append(Row(kind(f"null_{name}").label, _cells(_splits(null.train, null.heldout), _lead), null=True))
     facts = [
