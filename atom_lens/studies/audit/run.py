@@ -42,7 +42,7 @@ _LOSS_TOKENS = 2048
 # A pursuit solves a system of the size of a code for every row and atom: beyond this it takes longer than all else.
 _PURSUED = 64
 _WORK = 1 << 19  # rows times atoms of a code that pursuits go through
-_CALIBRATION = 4096  # rows on which thresholds of pursuits are set
+_CALIBRATION = 2048  # rows on which thresholds of pursuits are set
 
 
 def audit(
