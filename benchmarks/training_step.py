@@ -40,7 +40,7 @@ from torch.nn.functional import embedding_bag, mse_loss, normalize
 
 from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig, harvest
 from atom_lens.activations.prompts.cities import Cities
-from atom_lens.dictionaries.stock import stock_sae
+from atom_lens.dictionaries.baselines.stock import stock_sae
 from atom_lens.training.faster import fuse
 
 SIZES = "640x2560,640x10240,2304x9216"

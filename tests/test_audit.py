@@ -19,7 +19,7 @@ from atom_lens import AtomicInnerProduct, evaluate, open_model
 from atom_lens.activations.connect import wrap_backend
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.cli import main
-from atom_lens.dictionaries.stock import stock_sae
+from atom_lens.dictionaries.baselines.stock import stock_sae
 from atom_lens.interventions.loss import spliced_losses
 from atom_lens.recipe.running import document_side
 from atom_lens.studies.audit.reading import _SPLIT

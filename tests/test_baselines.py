@@ -13,8 +13,8 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 from atom_lens import AtomicInnerProduct
 from atom_lens.dictionaries import Setup, Trained, find_kind
-from atom_lens.dictionaries.ica import Components
-from atom_lens.dictionaries.itda import greedy_atoms
+from atom_lens.dictionaries.baselines.ica import Components
+from atom_lens.dictionaries.baselines.itda import greedy_atoms
 from atom_lens.dictionaries.nulls import Pursuit, data_atoms
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.training.fit import fit_together

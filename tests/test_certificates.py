@@ -14,7 +14,7 @@ from scipy.optimize import linprog
 from sklearn.linear_model import orthogonal_mp
 
 from atom_lens import AtomicInnerProduct
-from atom_lens.dictionaries.bases import neurons, principal
+from atom_lens.dictionaries.baselines.bases import neurons, principal
 from atom_lens.dictionaries.nulls import Pursuit, random_atoms, shuffle_coordinates
 from atom_lens.evidence.certificates import (
     atom_coherence,

@@ -20,7 +20,7 @@ from atom_lens.activations.models import DEMO, find_model, load_model
 from atom_lens.activations.prompts.cities import Cities
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.cli import main
-from atom_lens.dictionaries.bases import neurons, principal
+from atom_lens.dictionaries.baselines.bases import neurons, principal
 from atom_lens.dictionaries.nulls import Pursuit, random_atoms
 from atom_lens.evidence.measure import observe
 from atom_lens.recipe.sections import Atoms, Training

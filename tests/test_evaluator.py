@@ -19,8 +19,8 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 import atom_lens
 import wandb
 from atom_lens import AtomEvaluator, AtomicInnerProduct
+from atom_lens.dictionaries.baselines.stock import _finish
 from atom_lens.dictionaries.registry import Learner
-from atom_lens.dictionaries.stock import _finish
 from atom_lens.evidence.measure import measure
 
 D, F, STEPS = 16, 32, 60

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from atom_lens import AtomicInnerProduct, evaluate, faithfulness, stability
-from atom_lens.dictionaries.bases import neurons
+from atom_lens.dictionaries.baselines.bases import neurons
 from atom_lens.dictionaries.nulls import random_atoms
 from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import observe

@@ -31,7 +31,7 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 from atom_lens import load_atoms, publish, train
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.cli import main
-from atom_lens.dictionaries.bases import Basis, neurons
+from atom_lens.dictionaries.baselines.bases import Basis, neurons
 from atom_lens.evidence.codes import active_rows
 from atom_lens.evidence.purity import purity
 from atom_lens.recipe.contexts import Corpus, corpus

@@ -14,7 +14,7 @@ from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 from atom_lens import AtomicInnerProduct
 from atom_lens.dictionaries import Fixed, Learner, Setup, Trained, find_kind, kind, kinds, register, registry
-from atom_lens.dictionaries.bases import neurons
+from atom_lens.dictionaries.baselines.bases import neurons
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.sections import Training
 from atom_lens.recipe.split import SplitActivations

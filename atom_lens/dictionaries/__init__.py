@@ -1,8 +1,7 @@
 """Kinds of dictionaries, each in a file that registers it: ours, sae-lens' stock SAEs, bases, nulls."""
 
 # Each registers its kinds: in this order they stand in tables.
-from atom_lens.dictionaries import bases, nulls, stock  # isort: skip
-from atom_lens.dictionaries import ica as _ica, itda as _itda  # noqa: F401  # isort: skip
+from atom_lens.dictionaries import baselines, nulls  # isort: skip
 from atom_lens.dictionaries.tsae import kinds as _tsae  # noqa: F401  # isort: skip
 from atom_lens.dictionaries import aip_topk as _topk  # noqa: F401  # isort: skip
 from atom_lens.dictionaries.pursuit import training as _pursuit  # noqa: F401  # isort: skip
@@ -29,12 +28,11 @@ __all__ = [
     "Learner",
     "Setup",
     "Trained",
-    "bases",
+    "baselines",
     "find_kind",
     "kind",
     "kinds",
     "nulls",
     "recipes_kind",
     "register",
-    "stock",
 ]

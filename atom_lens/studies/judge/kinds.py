@@ -12,7 +12,7 @@ from scipy.sparse import csc_array
 from torch import Tensor
 
 from atom_lens.dictionaries import Dictionary
-from atom_lens.dictionaries.bases import Basis, neurons
+from atom_lens.dictionaries.baselines.bases import Basis, neurons
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.errors import AtomLensError
