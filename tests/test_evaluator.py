@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from conftest import shifted
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -17,7 +18,6 @@ from sae_lens.training.sae_trainer import SAETrainer
 from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 import atom_lens
-import wandb
 from atom_lens import AtomEvaluator, AtomicInnerProduct
 from atom_lens.dictionaries.baselines.stock import _finish
 from atom_lens.dictionaries.registry import Learner

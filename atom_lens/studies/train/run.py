@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import wandb
 from jaxtyping import Float
 from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-import wandb
 from atom_lens.activations.harvest import Harvest
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.stream import Stream
