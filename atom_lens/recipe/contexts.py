@@ -50,8 +50,9 @@ def corpus(recipe: Recipe, hook: str) -> Corpus:
     """What the units of `hook` of a run are read on: from the store, where the recipe has been run here.
 
     Raises:
-        AtomLensError: the hook is not one of the recipe's.
+        AtomLensError: the hook is not one of the recipe's, or the recipe has activations and no texts.
     """
+    recipe.source("what shows texts")
     prompts = prompts_of(recipe)
     found = harvest_for(recipe, prompts)
     if hook not in found:

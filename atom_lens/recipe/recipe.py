@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     Prompts = Source
 else:
     Prompts = Annotated[Union[tuple(dict.fromkeys(SOURCES.values()))], Field(discriminator="source")]  # noqa: UP007
+_REQUIRED = ("model", "prompts", "hooks")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # it becomes a part of paths
 T = TypeVar("T")
@@ -30,13 +31,15 @@ class Recipe(Section):
 
     What only one study needs is a section that the study registers (`register_section`). `other_text` is what edits
     should leave alone (`atom-lens intervene`), and, unless `domains` names others, the other distribution of
-    `atom-lens shift`.
+    `atom-lens shift`. In place of a model and prompts a recipe may have `activations` of your own: a file (.npy, or
+    .safetensors with a matrix for every hook) or a folder of sae-lens' cached activations.
     """
 
     name: Name
-    model: Model
-    prompts: Prompts
-    hooks: list[str] = Field(min_length=1)
+    model: Model = Model(name="unknown")
+    prompts: Prompts | None = None
+    activations: str | None = None
+    hooks: list[str] = Field(["activations"], min_length=1)
     positions: Positions = "subject_last"
     massive_ratio: float | None = Field(10.0, gt=1)
     prepend_bos: bool = True
@@ -50,10 +53,32 @@ class Recipe(Section):
     other_text: Prompts = PythonDocs(limit=300)
 
     @model_validator(mode="after")
+    def _has_activations(self) -> Recipe:
+        if self.activations is None:
+            for key in _REQUIRED:
+                if key not in self.model_fields_set or getattr(self, key) is None:
+                    raise AtomLensError(f"key {key} is missing")
+            if self.split.groups is not None:
+                raise AtomLensError("key split.groups is given, allowed is it only beside activations")
+        elif self.prompts is not None or self.stream is not None:
+            raise AtomLensError("key activations is given, allowed is it without prompts and without stream")
+        return self
+
+    @model_validator(mode="after")
     def _streams_read_all(self) -> Recipe:
         if self.stream is not None and self.positions != "all":
             raise AtomLensError(f"key positions is {self.positions!r}, allowed is 'all' in a recipe with stream")
         return self
+
+    def source(self, command: str) -> Source:
+        """The prompts, for what is about the texts that a model reads.
+
+        Raises:
+            AtomLensError: the recipe has activations instead.
+        """
+        if self.prompts is None:
+            raise AtomLensError(f"recipe {self.name!r} has activations, {command} needs a model and prompts")
+        return self.prompts
 
     def section(self, kind: type[T] | Any) -> T:
         """The section that a study has registered as `kind`.

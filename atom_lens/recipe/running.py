@@ -61,7 +61,9 @@ def beginnings(recipe: Recipe) -> list[Prompt]:
     """The `first_contexts` of the documents of a recipe with a section `stream`."""
     assert recipe.stream is not None
     tokenizer = load_tokenizer(find_model(recipe.model.name, recipe.model.revision))
-    return first_contexts(recipe.prompts.documents(), tokenizer, recipe.stream, recipe.split, recipe.prepend_bos)
+    return first_contexts(
+        recipe.source("stream").documents(), tokenizer, recipe.stream, recipe.split, recipe.prepend_bos
+    )
 
 
 def stream_of(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest) -> Stream:
@@ -78,7 +80,7 @@ def stream_of(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest) -> Stre
     kept = [prompt for prompt in prompts if document_side(recipe.split, prompt.group) != "train"]
 
     def documents() -> Iterator[Prompt]:
-        return (one for one in recipe.prompts.documents() if document_side(recipe.split, one.group) == "train")
+        return (one for one in recipe.source("stream").documents() if document_side(recipe.split, one.group) == "train")
 
     return Stream(
         backend,

@@ -26,9 +26,11 @@ class Split(Section):
     """Held-out data, and what choices are made on. No subject lies on two sides, and no document of running text.
 
     `validation` is a share of the subjects that are not held out: nothing is trained on them. Thresholds of pursuits
-    are set there, and learning rates are chosen there.
+    are set there, and learning rates are chosen there. `groups` is a text file with the subject or document of every
+    row of given activations, a line each; without it each row, or cached context, is one of its own.
     """
 
+    groups: str | None = None
     heldout: float = Field(0.2, gt=0, lt=1)
     validation: float = Field(0.0, ge=0, lt=1)
     seed: Seed = 0

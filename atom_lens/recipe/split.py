@@ -12,6 +12,7 @@ from torch import Tensor
 from atom_lens.activations.harvest import Harvest, harvest
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.errors import AtomLensError
+from atom_lens.recipe.given import given_activations, given_prompts
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.running import beginnings, document_side
 from atom_lens.tensors.checks import Labels, checked_seed, labels
@@ -43,11 +44,15 @@ def heldout_rows(groups: Labels, share: float, seed: int) -> Bool[Tensor, " n"]:
 
 def prompts_of(recipe: Recipe) -> list[Prompt]:
     """The prompts whose activations a recipe keeps; of running text the contexts of its first documents."""
-    return recipe.prompts.read() if recipe.stream is None else beginnings(recipe)
+    if recipe.activations is not None:
+        return given_prompts(recipe)
+    return recipe.source("a recipe").read() if recipe.stream is None else beginnings(recipe)
 
 
 def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
     """The activations that a recipe asks for, at those of `prompts_of`."""
+    if recipe.activations is not None:
+        return given_activations(recipe, prompts)
     return harvest(
         recipe.model.name,
         prompts,

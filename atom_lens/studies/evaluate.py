@@ -24,7 +24,18 @@ from atom_lens.studies.train.show import report_table
 
 logger = logging.getLogger(__name__)
 # What decides which subjects a recipe reads, and which of them it holds out.
-_READ = {"model", "prompts", "hooks", "positions", "massive_ratio", "prepend_bos", "max_tokens", "split", "stream"}
+_READ = {
+    "model",
+    "prompts",
+    "hooks",
+    "positions",
+    "massive_ratio",
+    "prepend_bos",
+    "max_tokens",
+    "split",
+    "stream",
+    "activations",
+}
 
 
 def recipe_beside(path: str | Path) -> Path:
@@ -99,7 +110,7 @@ def check_split(folder: Path, recipe: Recipe) -> None:
         return
     prompts = prompts_of(recipe)
     try:
-        before = list(own.prompts.documents())
+        before = prompts_of(own) if own.stream is None else list(own.source("stream").documents())
         if {prompt.group for prompt in prompts}.isdisjoint(prompt.group for prompt in before):
             return
         theirs = _sides(own, before) if own.stream is None else _documents(own, before)

@@ -69,7 +69,7 @@ def shift(recipe: Recipe, out: str | Path = "runs") -> Path:
         AtomLensError: a domain has fewer activations than the metric needs.
     """
     domains = recipe.section(dict[str, Domain]) or {
-        "prompts": Domain(prompts=recipe.prompts, positions=recipe.positions),
+        "prompts": Domain(prompts=recipe.source("shift"), positions=recipe.positions),
         "other text": Domain(prompts=recipe.other_text),
     }
     folder = Path(out) / recipe.name

@@ -55,6 +55,7 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
         raise AtomLensError(f"intervene.l0 has {most:g}, allowed is up to atoms.capacity={atoms.capacity}")
     if recipe.positions not in ("subject_last", "last"):
         raise AtomLensError(f"positions is {recipe.positions!r}, intervene allows subject_last and last")
+    recipe.source("intervene")
     prompts = prompts_of(recipe)
     if any(prompt.answer is None or prompt.subject is None for prompt in prompts):
         raise AtomLensError(f"prompts of recipe {recipe.name!r} lack a subject or an answer, intervene needs both")
