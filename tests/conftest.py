@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
+
+# Workers share the cores between them; more threads than cores make small products many times slower.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import beartype  # noqa: F401 -- once nnsight is imported, beartype 0.22 can no longer be
 import pytest
@@ -13,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import atom_lens.studies  # noqa: F401 -- they register the sections that recipes may have
 from atom_lens.activations.models import DEMO, find_model
+
+pytest_plugins = ["support.browser", "support.command", "support.judging", "support.live", "support.talking"]
 
 NAMES = "Paris Lyon New York San Francisco Rome Oslo is a city in the of capital France Italy"
 LETTERS = [chr(c) for c in range(33, 127)]

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from conftest import WORDS, save_tiny_model
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from test_splice import make_sae
+from support.live import make_sae
 
 from atom_lens import harvest, splice
 from atom_lens.activations.backends.protocol import Backend

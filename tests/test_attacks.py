@@ -20,7 +20,7 @@ import torch
 from sae_lens import SAE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_durable import FORKS
+from support.crashing import FORKS
 
 from atom_lens import aip_converter, load_atoms
 from atom_lens.storage.sealed import MANIFEST, seal

@@ -123,6 +123,7 @@ def test_given_activations_need_no_model(generator: torch.Generator) -> None:
     with torch.no_grad():
         sae.b_dec.copy_(train.mean(dim=0))
     found = audit(sae, train, heldout.numpy())
+    assert "null: data points, pursuit" in str(found)
     (one,) = found.dictionaries
     aip = AtomicInnerProduct.estimate(train)
     theirs = evaluate(sae, train, heldout, aip)
@@ -229,6 +230,7 @@ def test_what_is_wrong_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it would ask again and again
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "short.txt").write_text("a b c\nd e f\ng h\ni j k\nl m")
     topk(d_in=24, model_name=tiny, hook_name=HOOK).save_model(tmp_path / "wide")

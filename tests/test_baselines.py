@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import shifted
 from scipy.optimize import linear_sum_assignment
-from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 from atom_lens import AtomicInnerProduct
 from atom_lens.dictionaries import Setup, Trained, find_kind
@@ -86,7 +85,7 @@ def test_greedy_data_points_are_what_is_left_over(generator: torch.Generator) ->
     assert left(greedy) < 0.5 * left(drawn)
 
 
-def test_a_comparison_has_them(run: Callable[..., tuple[int, str, str]]) -> None:  # noqa: F811
+def test_a_comparison_has_them(run: Callable[..., tuple[int, str, str]]) -> None:
     units = {"units": ["ica", "itda", "abstopk"], "l0": [2]}
     code, out, err = run(f"compare={json.dumps(units)}", "name=more", command="compare")
     assert code == 0, err

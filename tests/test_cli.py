@@ -25,39 +25,6 @@ from atom_lens.recipe.reading import check_recipe, dump_recipe, load_recipe
 from atom_lens.studies.planted.run import load_planted
 
 
-@pytest.fixture
-def recipe(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A recipe on the tiny model: 80 made-up subjects, 64 of them for training, atoms of width 16."""
-    monkeypatch.chdir(tmp_path)
-    draw = random.Random(0)
-    subjects = {"".join(draw.choices("abcdefghijkl", k=4)) for _ in range(100)}
-    lines = [json.dumps({"template": "{} is a city in", "subject": s}) for s in sorted(subjects)[:80]]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    return {
-        "name": "tiny",
-        "model": {"name": tiny, "device": "cpu"},
-        "prompts": {"source": "jsonl", "path": "prompts.jsonl"},
-        "hooks": ["blocks.1.hook_resid_post"],
-        "atoms": {"capacity": 32, "target_l0": 2.0},
-        "training": {"steps": 20, "batch_size": 16, "device": "cpu"},
-    }
-
-
-@pytest.fixture
-def run(
-    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Write the recipe, with changes, and run a command on it."""
-
-    def go(*arguments: str, command: str = "train", **changes: Any) -> tuple[int, str, str]:
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
-        code = main([command, "recipe.yaml", *arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return go
-
-
 def test_train_writes_a_run_folder(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     code, out, err = run()
     assert code == 0, err

@@ -13,7 +13,6 @@ import torch
 from conftest import shifted
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 from atom_lens import AtomicInnerProduct, load_atoms
 from atom_lens.cli import main
@@ -55,7 +54,8 @@ def test_seeds_and_whitening_matter() -> None:
     assert whitened.start(setup, 2.0, 0).sae.cfg.normalize_activations == "covariance_whitening"
 
 
-def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.slow
+def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     assert run("name=features")[0] == 0
     compare = {
         "units": ["neurons", "principal", "topk_whitened", "relu", "tsae_tied", "tsae_free"],
@@ -130,7 +130,7 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
     ],
 )
 def test_bad_input_is_one_sentence(
-    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    run: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
     changes: dict[str, Any],
     message: str,
@@ -178,7 +178,7 @@ def test_margins_ask_for_both_figures() -> None:
     assert "nothing to beat" in verdict(at_hook([cell("relu", 1, 0.3, 0.9)]))
 
 
-def test_train_with_seeds_saves_identity(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+def test_train_with_seeds_saves_identity(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     training = {"steps": 20, "batch_size": 16, "device": "cpu", "seeds": 3, "nulls": False}
     code, out, _ = run(training=training)
     assert code == 0 and "identity over 3 runs" in out and "before training" in out
@@ -211,7 +211,7 @@ def test_matched_sparsity_interpolates_and_never_extrapolates() -> None:
 
 
 @pytest.mark.slow
-def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     """The paper's table: means over layers; checked against the JSON by hand."""
     assert run("name=features", "--quiet")[0] == 0
     mine = [{"name": "mine", "path": f"runs/features/{HOOK}"}]
@@ -242,7 +242,7 @@ def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str
 
 
 @pytest.mark.slow
-def test_hooks_of_different_widths(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+def test_hooks_of_different_widths(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     """Levels end at the width: units that are at one hook only have a point there, in the table and in the figure."""
     hooks = [HOOK, "blocks.1.mlp.hook_post"]
     compare = {"units": ["principal", "neurons"], "l0": [3, 20]}

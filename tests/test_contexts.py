@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from test_cli import recipe, run  # noqa: F401  (fixtures)
 from transformers import AutoTokenizer
 
 from atom_lens import load_atoms
@@ -19,7 +18,7 @@ from atom_lens.recipe.split import harvest_for, split_activations
 HOOK = "blocks.1.hook_resid_post"
 
 
-def test_rows_lead_back_to_tokens(run: Callable[..., tuple[int, str, str]], tiny: str) -> None:  # noqa: F811
+def test_rows_lead_back_to_tokens(run: Callable[..., tuple[int, str, str]], tiny: str) -> None:
     """Every token of every prompt: its characters, tokenised again in their prompt, and the split of a training."""
     assert run("positions=all", "--quiet")[0] == 0
     made = load_recipe("runs/tiny/recipe.yaml")
@@ -40,7 +39,7 @@ def test_rows_lead_back_to_tokens(run: Callable[..., tuple[int, str, str]], tiny
         corpus(made, "blocks.9")
 
 
-def test_columns_are_those_of_the_dense_codes(run: Callable[..., tuple[int, str, str]]) -> None:  # noqa: F811
+def test_columns_are_those_of_the_dense_codes(run: Callable[..., tuple[int, str, str]]) -> None:
     assert run("--quiet")[0] == 0
     found = corpus(load_recipe("runs/tiny/recipe.yaml"), HOOK)
     atoms = load_atoms("runs/tiny")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE
-from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 from atom_lens import AtomicInnerProduct, PursuitSAE, faithfulness, load_atoms
 from atom_lens.recipe.sections import Atoms, Training
@@ -30,6 +29,7 @@ def planted(n: int) -> torch.Tensor:
     return x @ torch.diag(torch.logspace(0, 1, 16)) + 3
 
 
+@pytest.mark.slow
 def test_a_plain_sae_finds_the_same_atoms(tmp_path: Path) -> None:
     x, heldout = planted(3000).split(2600)
     asked = Atoms.model_validate({"architecture": "aip_pursuit", "capacity": 32, "target_l0": 3.0})
@@ -57,7 +57,7 @@ def test_a_plain_sae_finds_the_same_atoms(tmp_path: Path) -> None:
 
 
 def test_it_lies_in_the_run_and_in_its_report(
-    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    run: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
 ) -> None:
     atoms = {"architecture": "aip_pursuit", "capacity": 32, "target_l0": 2.0, "pursuit": {"distilled": True}}
@@ -75,7 +75,7 @@ def test_it_lies_in_the_run_and_in_its_report(
     assert "blocks.1.hook_resid_post/distilled/cfg.json" in listed.files
 
 
-def test_only_pursuits_are_distilled(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:  # noqa: F811
+def test_only_pursuits_are_distilled(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     code, out, _ = run(atoms={"capacity": 32, "target_l0": 2.0, "pursuit": {"distilled": True}})
     assert code == 0 and "distilled" not in out
     with pytest.raises(ValueError, match="distilled"):

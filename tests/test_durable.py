@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from crashing import Saved, made_atoms, save_and_die, train_run
-from learners import tsae_learner
+from support.crashing import FORKS, Saved, made_atoms, save_and_die, train_run
+from support.learners import tsae_learner
 
 from atom_lens import AtomicInnerProduct, load_atoms, train
 from atom_lens.dictionaries import Learner, Setup, Trained, find_kind
@@ -27,8 +26,6 @@ from atom_lens.studies.train.run import save_atoms
 from atom_lens.training.checkpoint import Batches
 from atom_lens.training.fit import fit_together
 
-# Forked from a server that has imported everything: a process costs milliseconds instead of seconds.
-FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["atom_lens.studies"])
 HOOKS = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
 

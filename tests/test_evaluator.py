@@ -15,7 +15,6 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
-from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 import atom_lens
 from atom_lens import AtomEvaluator, AtomicInnerProduct
@@ -103,7 +102,7 @@ def test_several_at_once(offline: list[dict[str, Any]], generator: torch.Generat
 
 
 def test_a_recipe_logs_its_report_too(
-    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    run: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:

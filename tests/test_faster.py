@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import shifted
-from learners import tsae_learner
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from support.learners import tsae_learner
 
 from atom_lens import AtomicInnerProduct, TSAETraining
 from atom_lens.recipe.sections import Atoms

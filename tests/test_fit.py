@@ -38,7 +38,7 @@ def test_fit_finds_atoms_and_says_what_they_are_worth(x: torch.Tensor, fitted: F
     atoms, report = fitted
     assert report.heldout is not None and report.heldout.n == 160 and report.n == 576
     assert report.heldout.r2 > 0.6 and abs(report.heldout.l0.mean / 3 - 1) < 0.15
-    assert set(report.nulls) == {"random", "data"}
+    assert set(report.nulls) == {"random", "data"} and "null: data points" in str(fitted)
     again = evaluate(atoms, x[800:1600], x[1600:])
     assert again.heldout is not None and abs(again.heldout.r2 - report.heldout.r2) < 0.1
 

@@ -8,9 +8,9 @@ from typing import Literal
 import pytest
 import torch
 from conftest import shifted
-from learners import tsae_learner
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
+from support.learners import tsae_learner
 
 from atom_lens import AtomicInnerProduct, Prompt, evaluate, harvest, load_atoms, open_model, splice, stability
 from atom_lens.activations.backends import BackendName

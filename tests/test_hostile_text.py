@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from test_page import Browser, browser  # noqa: F401 -- browser is a fixture
+from support.browser import Browser
 
 from atom_lens import train
 from atom_lens.activations.prompts.cities import Cities
@@ -99,7 +99,7 @@ def page(made: Path) -> Path:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_page_shows_any_text_as_text(browser: Browser, made: Path, page: Path, width: int) -> None:  # noqa: F811
+def test_a_page_shows_any_text_as_text(browser: Browser, made: Path, page: Path, width: int) -> None:
     browser.open(page, width)
     assert browser.js("document.title") == f"{visible(NAME)}, run · atom-lens".replace("  ", " ")
     assert browser.js("document.querySelector('h1').textContent") == f"{visible(NAME)}, run"
@@ -126,7 +126,7 @@ def test_a_page_shows_any_text_as_text(browser: Browser, made: Path, page: Path,
     assert browser.troubles == [] and set(browser.requests) == {page.resolve().as_uri()}
 
 
-def test_text_from_right_to_left_stays_by_itself(browser: Browser, page: Path) -> None:  # noqa: F811
+def test_text_from_right_to_left_stays_by_itself(browser: Browser, page: Path) -> None:
     """Subjects in a list keep their order, answers their label; a context begins where its own script does."""
     browser.open(page)
     found = {}

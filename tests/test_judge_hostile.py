@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_judge import KEY, Server, ask, server  # noqa: F401 -- server is a fixture
+from support.judging import KEY, Server, ask
 
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.recipe.contexts import Corpus
@@ -91,7 +91,7 @@ def test_what_is_marked_stays_readable() -> None:
         ),
     ],
 )
-def test_an_answer_of_any_shape_is_one_sentence(body: str, server: Server, tmp_path: Path) -> None:  # noqa: F811
+def test_an_answer_of_any_shape_is_one_sentence(body: str, server: Server, tmp_path: Path) -> None:
     server.plan([[200, body]])  # type: ignore[list-item]
     budget = Budget(1.0, (1.0, 1.0))
     with pytest.raises(ValueError, match=r"the judge 'm' at 127.0.0.1 does not speak chat completions \(\w+\)$"):
@@ -101,7 +101,7 @@ def test_an_answer_of_any_shape_is_one_sentence(body: str, server: Server, tmp_p
 
 
 @pytest.mark.parametrize("content", ["</script>\x00\x1b[31m\ud800", "拒否します", "{" * 2_000_000, "x" * 20_000_000])
-def test_an_answer_of_any_text_is_kept_and_counted(content: str, server: Server, tmp_path: Path) -> None:  # noqa: F811
+def test_an_answer_of_any_text_is_kept_and_counted(content: str, server: Server, tmp_path: Path) -> None:
     server.plan([[200, json.dumps({"choices": [{"message": {"content": content}}]})]])  # type: ignore[list-item]
     said = ask(server, tmp_path / "cache", QUESTION)
     start = time.monotonic()
@@ -117,7 +117,7 @@ def test_long_answers_are_read_in_no_time() -> None:
 
 
 @pytest.mark.parametrize("status", [301, 400, 403, 404, 418, 501])
-def test_no_status_shows_the_key(status: int, server: Server, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+def test_no_status_shows_the_key(status: int, server: Server, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("atom_lens.studies.judge.client._RETRIES", 0)
     server.plan([[status, f"<p>{KEY}\x1b[31m\u202e</p>" + "x" * 10_000]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="did not answer") as error:
@@ -126,14 +126,14 @@ def test_no_status_shows_the_key(status: int, server: Server, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("kept", ["", "[]", "{}", '{"answer": 1}', '{"answer": "a", "read": true}', "\0", '"\ud800"'])
-def test_what_is_damaged_in_the_cache_is_asked_again(kept: str, server: Server, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_damaged_in_the_cache_is_asked_again(kept: str, server: Server, tmp_path: Path) -> None:
     said = ask(server, tmp_path / "cache", QUESTION)
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(kept.encode(errors="surrogatepass"))
     assert ask(server, tmp_path / "cache", QUESTION) == said and len(server.requests) == 2
 
 
-def test_keys_that_no_header_can_hold(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_keys_that_no_header_can_hold(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line break at the end came with the copying; anything else is no key, and is not shown."""
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     ask(server, tmp_path / "cache", QUESTION)

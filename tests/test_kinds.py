@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import shifted
-from test_cli import recipe, run  # noqa: F401  (fixtures)
 
 from atom_lens import AtomicInnerProduct
 from atom_lens.dictionaries import Fixed, Learner, Setup, Trained, find_kind, kind, kinds, register, registry
@@ -39,6 +38,7 @@ def levels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     yield found
 
 
+@pytest.mark.slow
 def test_l1_is_asked_of_what_has_an_l1(levels: dict[str, float], generator: torch.Generator, tmp_path: Path) -> None:
     """Gated SAEs were once handed their target L0 as the weight of their L1 in two of four studies."""
     training = Training(steps=1, batch_size=32, device="cpu")
@@ -60,7 +60,7 @@ def test_l1_is_asked_of_what_has_an_l1(levels: dict[str, float], generator: torc
     assert list(made) == ["gated-7", "topk-3"]
 
 
-def test_a_kind_of_ones_own(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_kind_of_ones_own(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """One call makes it known to recipes, the comparison, its tables and the page."""
     monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
     register(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import re
 import shutil
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_intervene import study, talking  # noqa: F401 -- talking is a fixture
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from support.browser import Browser
+from support.talking import study
 
 from atom_lens import load_atoms, train
-from atom_lens.dictionaries import kind
 from atom_lens.evidence.codes import codes_of
 from atom_lens.evidence.measure import observe
 from atom_lens.recipe.contexts import corpus
@@ -29,119 +25,16 @@ from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.sections import Model
 from atom_lens.studies.compare.run import compare
 from atom_lens.studies.intervene.run import intervene
-from atom_lens.studies.points import Measured, over_layers
 from atom_lens.studies.report.atoms import browse, neighbours, window_margin
 from atom_lens.studies.report.browsers import Browser as AtomsBrowser
 from atom_lens.studies.report.browsers import open_browsers
 from atom_lens.studies.report.run import read_folders, sections_of, write_page
-from atom_lens.studies.report.words import columns, is_residual, open_lens
 from atom_lens.studies.scale.run import scale
 from atom_lens.studies.train.result import RunReport
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><img src=x onerror=pwned=1>"
 HOOK = "blocks.1.hook_resid_post"
 pytestmark = pytest.mark.slow  # a run and studies of every kind, and a browser
-
-
-class Browser:
-    """A tab of a headless Chromium, driven over its DevTools protocol.
-
-    Attributes:
-        troubles: what it logged as errors or warnings, and uncaught exceptions.
-        requests: every URL it asked for.
-    """
-
-    def __init__(self, profile: Path) -> None:
-        self.websocket = pytest.importorskip("websocket", reason="pip install websocket-client")
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-        arguments += ["--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
-        self.process = subprocess.Popen(
-            [str(CHROMIUM), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        port = profile / "DevToolsActivePort"
-        self.until(lambda: port.is_file() and port.read_text().count("\n"), "chromium did not start")
-        at, path = port.read_text().split()
-        self.socket = self.websocket.create_connection(f"ws://127.0.0.1:{at}{path}", suppress_origin=True, timeout=60)
-        self.numbers = itertools.count(1)
-        self.session: dict[str, str] = {}
-        self.troubles: list[str] = []
-        self.requests: list[str] = []
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.send(f"{domain}.enable")
-
-    def close(self) -> None:
-        self.socket.close()
-        self.process.terminate()
-        self.process.wait(timeout=30)
-
-    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call a method of the protocol, and note the events that come in meanwhile."""
-        number = next(self.numbers)
-        self.socket.send(json.dumps({"id": number, "method": method, "params": parameters, **self.session}))
-        while True:
-            found = json.loads(self.socket.recv())
-            if found.get("id") == number:
-                assert "error" not in found, (method, found["error"])
-                return found["result"]
-            about = found.get("params", {})
-            match found["method"]:
-                case "Runtime.exceptionThrown":
-                    self.troubles.append(str(about["exceptionDetails"]))
-                case "Runtime.consoleAPICalled" if about["type"] in ("error", "warning", "assert"):
-                    self.troubles.append(str(about["args"]))
-                case "Log.entryAdded" if about["entry"]["level"] in ("error", "warning"):
-                    self.troubles.append(str(about["entry"]))
-                case "Network.requestWillBeSent":
-                    self.requests.append(about["request"]["url"])
-
-    def js(self, expression: str) -> Any:
-        """The value of an expression in the page; promises are waited for."""
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
-
-    def open(self, file: Path, width: int = 1280, height: int = 900) -> None:
-        """Open a file in a window of this size, a phone's below 500, and wait until it is loaded."""
-        phone = width < 500
-        self.troubles.clear()
-        self.requests.clear()
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone}
-        self.send("Emulation.setDeviceMetricsOverride", **size)
-        self.send("Emulation.setTouchEmulationEnabled", enabled=phone)
-        self.prefer("light")
-        self.send("Page.navigate", url=file.resolve().as_uri())
-        loaded = "document.readyState === 'complete' && location.protocol === 'file:'"
-        self.until(lambda: self.js(loaded), "the page did not load")
-
-    def prefer(self, scheme: str) -> None:
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-
-    def search(self, text: str) -> list[int]:
-        """Type into the search field; the atoms that the list then shows."""
-        self.js(f"search.value = {json.dumps(text)}; search.dispatchEvent(new Event('input'))")
-        return self.listed()
-
-    def listed(self) -> list[int]:
-        return self.js("[...document.querySelectorAll('#list tbody tr')].map(row => Number(row.dataset.atom))")
-
-    @staticmethod
-    def until(ready: Callable[[], Any], otherwise: str, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not ready():
-            assert time.monotonic() < end, otherwise
-            time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    opened = Browser(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -430,31 +323,6 @@ def test_identity_of_what_is_dead_on_train(run: Path, work: Path) -> None:
     )
 
 
-def test_lens_is_the_models_own(tiny: str, tmp_path: Path) -> None:
-    """Against transformers alone: the direction through the final norm, RMSNorm or LayerNorm, and the unembedding."""
-    directions = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    shutil.copytree(tiny, tmp_path / "gpt2")
-    (tmp_path / "gpt2" / "model.safetensors").unlink()
-    vocabulary = AutoModelForCausalLM.from_pretrained(tiny).config.vocab_size
-    config = GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2, n_positions=64)
-    torch.manual_seed(1)
-    other = GPT2LMHeadModel(config)
-    other.transformer.ln_f.weight.data.uniform_(0.2, 2)
-    other.transformer.ln_f.bias.data.normal_(std=5)  # stands in every logit, whatever the atom
-    other.save_pretrained(tmp_path / "gpt2")
-    for folder in (tiny, str(tmp_path / "gpt2")):
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        norm = model.model.norm if hasattr(model, "model") else model.transformer.ln_f
-        with torch.no_grad():
-            logits = (norm(directions) - norm(-directions)) @ model.get_output_embeddings().weight.T
-        lens = open_lens(Model(name=folder, device="cpu"))
-        up, down = lens.top(directions)
-        assert torch.equal(up, logits.topk(8).indices) and torch.equal(down, (-logits).topk(8).indices)
-        words = columns(lens, directions)
-        assert words["table"][words["up"][8]] == lens.tokenizer.decode([int(up[1, 0])])
-    assert is_residual("blocks.3.hook_mlp_out") and not is_residual("blocks.3.attn.hook_z")
-
-
 def test_what_is_missing_is_said(run: Path, work: Path, tmp_path: Path) -> None:
     """Without its prompts a run still has figures and nulls, and one sentence on the rest."""
     copy = tmp_path / "moved"
@@ -526,27 +394,6 @@ def test_words_that_fail_leave_the_rest(
     assert not isinstance(opened, str) and "is not in the residual stream" in opened.atoms["words"]
 
 
-def units(*cells: tuple[str, float | None]) -> list[Measured]:
-    return [Measured(kind(unit), kind(unit).asked(level), [{}]) for unit, level in cells]
-
-
-def test_curves_over_layers_stand_beside_each_other() -> None:
-    """What no sparsity is asked of is in every plot; an L1 weight of 3 is not a K of 3."""
-    each = [("null_data", 3), ("neurons", None), ("topk", 3), ("topk", 6), ("relu_whitened", 3)]
-    hooks = {f"blocks.{layer}.hook_resid_post": units(*each) for layer in range(3)}
-    hooks["blocks.1.hook_resid_post"] = units(*each, ("mine", None), ("principal", 6))
-    found = over_layers(hooks)
-    names = {title: [[one.kind.label for one in here[layer]] for layer in here] for title, here in found.items()}
-    at = "hook_resid_post"
-    assert set(names) == {f"{at}, asked 3", f"{at}, asked 6", f"{at}, L1 3"}
-    assert names[f"{at}, asked 3"][0] == ["null: data points", "TopK", "neurons"]
-    assert names[f"{at}, asked 3"][1] == ["null: data points", "TopK", "neurons", "mine"]
-    assert names[f"{at}, asked 6"][1] == ["TopK", "principal directions", "neurons", "mine"]
-    assert names[f"{at}, L1 3"][2] == ["ReLU, whitened", "neurons"]
-    assert list(over_layers({hook: units(("neurons", None)) for hook in hooks})) == [at]
-    assert over_layers({"blocks.1.hook_resid_post": units(*each)}) == {}
-
-
 def test_two_comparisons_are_not_one_cloud(page: Path, work: Path, tmp_path: Path) -> None:
     """Of the same hooks, say at n / F of 40 and of 1: a plot each, by the folder's name."""
     shutil.copytree(work / "runs" / "comparison", tmp_path / "memorised")
@@ -554,51 +401,3 @@ def test_two_comparisons_are_not_one_cloud(page: Path, work: Path, tmp_path: Pat
     (plane,) = (section for section in sections if section.id == "dictionaries-and-nulls")
     both = [f"{name}, blocks.{i}.hook_resid_post of " for name in ("comparison", "memorised") for i in (0, 1)]
     assert [choice.partition(" of ")[0] + " of " for choice in plane.choices] == both
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("report.json", '{"schema_version": 2}', "key n, field required"),
-        ("report.json", '{"hooks": []}', "key hooks is [], allowed is a report for each hook"),
-        ("report.json", '{"hooks": {}}', "key hooks is {}, allowed is a report for each hook"),
-        ("report.json", '{"hooks": {"a": 1}}', "it has 1 where a mapping is needed"),
-        ("scale.json", '{"schema_version": 1, "model": "m", "versions": {}}', "key hooks, field required"),
-        (
-            "scale.json",
-            '{"schema_version": 1, "model": "m", "versions": {}, "hooks": {}}',
-            "key hooks, dictionary should",
-        ),
-        ("compare.json", '{"schema_version": 1, "hooks": {}, "versions": {}}', "key model, field required"),
-        (
-            "intervene.json",
-            '{"schema_version": 2, "name": "n", "n": 1, "scan": {}, "model": "m", "versions": {}, "hook": "h",'
-            ' "n_facts": 1, "n_answers": 1,'
-            ' "class_means": {}, "cells": []}',
-            "key class_means.flips, field required",
-        ),
-    ],
-)
-def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "recipe.yaml").write_text("name: bad")
-    (tmp_path / "bad" / name).write_text(text)
-    with pytest.raises(ValueError) as caught:
-        write_page([tmp_path / "bad"])
-    assert str(caught.value).startswith(f"'{tmp_path}/bad/{name}' is damaged: ") and message in str(caught.value)
-    assert not (tmp_path / "report.html").exists()
-
-
-def test_bad_folders(tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match="other' is no folder that a page can be made of, allowed are"):
-        write_page([tmp_path / "other"])
-    with pytest.raises(ValueError, match="runs is empty, a page needs at least one folder"):
-        write_page([])
-    (tmp_path / "other" / "scale.json").write_text("{")
-    with pytest.raises(ValueError, match="is not strict JSON"):
-        write_page([tmp_path / "other"])
-    (tmp_path / "other" / "scale.json").write_text('{"schema_version": 7}')
-    with pytest.raises(ValueError, match="scale.json' has schema_version 7, this version of atom-lens reads 1"):
-        write_page([tmp_path / "other"])
-    assert not (tmp_path / "report.html").exists()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,16 +11,11 @@ import torch
 import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
+from support.launching import launched
 
 from atom_lens import AtomicInnerProduct
 from atom_lens.evidence.stability import stability
 from atom_lens.tensors import parallel
-
-
-def launched(processes: int, script: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ATOM_LENS_CACHE": str(folder / f"cache-{processes}")}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
@@ -65,6 +57,7 @@ def test_two_processes_give_what_one_gives(folder: Path) -> None:
                 assert one[part] == other[hook][part], (hook, part)
 
 
+@pytest.mark.slow
 def test_an_error_ends_all_processes(folder: Path) -> None:
     (folder / "runs" / "tiny" / "mine").mkdir(parents=True)
     run = launched(2, ["-m", "atom_lens", "train", "recipe.yaml"], folder)
@@ -125,6 +118,7 @@ with parallel.processes():
 """
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_read_by_each_process(tiny: str, tmp_path: Path) -> None:
     """What is not written to a common file cannot be shared out."""
     (tmp_path / "script.py").write_text(LOADED)

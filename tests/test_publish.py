@@ -13,9 +13,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from hub import Hub
 from sae_lens import SAE
 from safetensors.torch import save_file
+from support.hub import Hub
 
 from atom_lens import load_atoms, publish, train
 from atom_lens.activations.prompts.files import HubDataset
@@ -328,7 +328,7 @@ def test_repositories_of_others(hub: Hub, run: Path, tmp_path: Path) -> None:
 
 
 def test_a_hub_that_refuses(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hub import _Handler
+    from support.hub import _Handler
 
     def refuse(self: Any) -> None:
         self.begin()

@@ -17,7 +17,7 @@ from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import orthogonal_mp
-from test_splice import HOOK, TOKENS, open_model
+from support.live import HOOK, TOKENS, open_model
 
 from atom_lens import AtomicInnerProduct, load_atoms, splice
 from atom_lens.dictionaries import Setup, find_kind

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from learners import tsae_learner
+from support.learners import tsae_learner
 
 from atom_lens import AtomicInnerProduct, evaluate
 from atom_lens.activations.harvest import _batches

@@ -13,8 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import recipe, run  # noqa: F401  (fixtures)
-from test_parallel import launched
+from support.launching import launched
 
 from atom_lens.evidence.measure import observe
 from atom_lens.evidence.results import Figures
@@ -73,7 +72,7 @@ def test_a_crossing_outside_the_grid_is_none() -> None:
 
 
 def test_grid_from_the_command_line(
-    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    run: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -125,7 +124,7 @@ def test_grid_from_the_command_line(
 
 @pytest.mark.slow
 def test_two_processes_fill_the_same_grid(
-    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    run: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -157,7 +156,7 @@ def test_two_processes_fill_the_same_grid(
     ],
 )
 def test_bad_input_is_one_sentence(
-    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    run: Callable[..., tuple[int, str, str]],
     changes: dict[str, Any],
     message: str,
 ) -> None:

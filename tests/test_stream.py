@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import LETTERS
-from test_cli import recipe, run  # noqa: F401  (fixtures)
 from transformers import AutoTokenizer
 
 from atom_lens import harvest, load_atoms, train
@@ -48,7 +47,7 @@ def texts(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def streamed(recipe: dict[str, Any], texts: list[str], tmp_path: Path) -> dict[str, Any]:  # noqa: F811
+def streamed(recipe: dict[str, Any], texts: list[str], tmp_path: Path) -> dict[str, Any]:
     return {
         **recipe,
         "prompts": {"source": "jsonl", "path": str(tmp_path / "text-*.jsonl")},
@@ -172,6 +171,7 @@ def test_batches_are_mixed(streamed: dict[str, Any]) -> None:
     assert len(set(drawn)) > 0.9 * 640  # but for beginnings that several documents have
 
 
+@pytest.mark.slow
 def test_train_on_a_stream(streamed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All hooks in one pass; it stops and goes on to the same bits; evaluate, with no other word, finds the same."""
     reads = []
@@ -206,7 +206,7 @@ def test_train_on_a_stream(streamed: dict[str, Any], tmp_path: Path, monkeypatch
 
 
 def test_other_studies_read_the_beginnings(
-    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    run: Callable[..., tuple[int, str, str]],
     streamed: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -237,7 +237,7 @@ def test_other_studies_read_the_beginnings(
     ],
 )
 def test_what_is_wrong_is_said(
-    run: Callable[..., tuple[int, str, str]],  # noqa: F811
+    run: Callable[..., tuple[int, str, str]],
     streamed: dict[str, Any],
     tmp_path: Path,
     change: dict[str, Any],

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import shifted
-from learners import tsae_learner
 from sae_lens import SAE, JumpReLUSAE, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
+from support.learners import tsae_learner
 
 from atom_lens import (
     TSAE,

@@ -18,6 +18,7 @@ from atom_lens.geometry import AtomicInnerProduct, check_rows
 from atom_lens.recipe.reading import checked
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.recipe.split import heldout_rows
+from atom_lens.studies.train.show import report_table
 from atom_lens.tensors.checks import Labels, labels
 from atom_lens.tensors.rows import Rows, float32_rows
 from atom_lens.training.fit import fit_one
@@ -28,6 +29,9 @@ class Fitted(NamedTuple):
 
     atoms: Metered
     report: Report
+
+    def __str__(self) -> str:
+        return report_table(self.report).text()
 
 
 def fit(

@@ -112,6 +112,7 @@ STUDIES: dict[str, Study[Any]] = {}
 
 
 def register(study: Study[AnyResult]) -> Study[AnyResult]:
-    """Let the command line and the page know a study."""
+    """Let the command line and the page know a study, and `print` show its result as the terminal does."""
     STUDIES[study.name] = study
+    setattr(study.result, "__str__", lambda result: study.text(result, study.name))  # noqa: B010 -- no method is known
     return study
