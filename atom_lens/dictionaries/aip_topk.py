@@ -7,8 +7,9 @@ and noise on what the encoder reads. What it becomes is a plain sae-lens ``topk`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field
 from sae_lens import SAEConfig, TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
@@ -21,6 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from atom_lens.activations.models import pick_device
+from atom_lens.dictionaries.folder import CONFIGS, AtomsConfig
 from atom_lens.dictionaries.learning import Learning, LearningConfig
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.registry import Learner, Setup, Trained, finish, register
@@ -123,6 +125,22 @@ register(
         finish=finish,
     )
 )
+
+
+class _OnDisk(AtomsConfig):
+    architecture: Literal["topk"]
+    k: int = Field(ge=1)
+    rescale_acts_by_decoder_norm: bool
+    ours: ClassVar[str] = ARCHITECTURE
+
+    @property
+    @override
+    def shapes(self) -> dict[str, list[int]]:
+        d, f = self.d_in, self.d_sae
+        return {**super().shapes, "W_enc": [d, f], "b_enc": [f]}
+
+
+CONFIGS["topk"] = _OnDisk
 SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)
 SAE_TRAINING_CLASS_REGISTRY.pop(ARCHITECTURE, None)  # a notebook may reload this module
 register_sae_class(ARCHITECTURE, AIPTopK, AIPTopKConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -29,8 +29,14 @@ class _Metric(Strict):
     source: str
 
 
-class _Config(Strict):
-    """cfg.json of an atoms folder. sae-lens would take other values, and then compute something else."""
+class AtomsConfig(Strict):
+    """cfg.json of an atoms folder. sae-lens would take other values, and then compute something else.
+
+    Attributes:
+        ours: the architecture that such a folder has once it is loaded with its metric.
+    """
+
+    ours: ClassVar[str]
 
     d_in: int = Field(ge=1)
     d_sae: int = Field(ge=1)
@@ -66,43 +72,8 @@ class _Config(Strict):
         return metadata
 
 
-class _JumpReLU(_Config):
-    architecture: Literal["jumprelu"]
-
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        d, f = self.d_in, self.d_sae
-        return {**super().shapes, "W_enc": [d, f], "b_enc": [f], "threshold": [f]}
-
-
-class _TopK(_Config):
-    architecture: Literal["topk"]
-    k: int = Field(ge=1)
-    rescale_acts_by_decoder_norm: bool
-
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        d, f = self.d_in, self.d_sae
-        return {**super().shapes, "W_enc": [d, f], "b_enc": [f]}
-
-
-class _Pursuit(_Config):
-    architecture: Literal["aip_pursuit"]
-    max_iterations: int = Field(ge=1)
-    norm: float = Field(ge=0, le=1, strict=False)
-    prune: bool
-
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        d, f = self.d_in, self.d_sae
-        return {**super().shapes, "threshold": [f], "aip_eigenvalues": [d], "aip_eigenvectors": [d, d]}
-
-
-_CONFIGS: dict[str, type[_JumpReLU | _TopK | _Pursuit]] = {
-    "jumprelu": _JumpReLU,
-    "topk": _TopK,
-    "aip_pursuit": _Pursuit,
-}
+# By the architecture that cfg.json names; the file of each of our architectures adds its own.
+CONFIGS: dict[str, type[AtomsConfig]] = {}
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
@@ -127,11 +98,11 @@ def check_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Atomic
     """`read_atoms`, but for the manifest."""
     cfg = read_json(folder / SAE_CFG_FILENAME, limit=1 << 20)
     architecture = cfg.get("architecture") if isinstance(cfg, dict) else None
-    kind = _CONFIGS.get(architecture) if isinstance(architecture, str) else None
+    kind = CONFIGS.get(architecture) if isinstance(architecture, str) else None
     if kind is None:
         raise AtomLensError(
             f"{str(folder / SAE_CFG_FILENAME)!r}: architecture is {shown(repr(architecture))}, "
-            f"allowed are {', '.join(_CONFIGS)}"
+            f"allowed are {', '.join(CONFIGS)}"
         )
     checked = parsed(kind, cfg, folder / SAE_CFG_FILENAME)
     if checked.reshape_activations == "hook_z" and not str(cfg["metadata"].get("hook_name")).endswith(".hook_z"):
@@ -150,7 +121,7 @@ def check_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Atomic
     return cfg, weights, aip
 
 
-def _weights(path: Path, cfg: _Config) -> dict[str, Tensor]:
+def _weights(path: Path, cfg: AtomsConfig) -> dict[str, Tensor]:
     expected = cfg.shapes
     regular_file(path)
     try:

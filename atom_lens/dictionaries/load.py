@@ -18,7 +18,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from torch import Tensor
 
 from atom_lens.activations.models import pick_device
-from atom_lens.dictionaries.folder import AIP_FILENAME, ATOMS_FILES, read_atoms
+from atom_lens.dictionaries.folder import AIP_FILENAME, ATOMS_FILES, CONFIGS, read_atoms
 from atom_lens.dictionaries.foreign import as_tsae, foreign_converter, open_sae
 from atom_lens.dictionaries.metered import METRIC, Metered
 from atom_lens.dictionaries.tsae.sae import TSAE
@@ -29,8 +29,6 @@ from atom_lens.storage.sealed import MANIFEST
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
-# What is plain sae-lens on disk has a metric beside it, and is a class of ours here.
-_OURS = {"jumprelu": "aip_tsae", "topk": "aip_topk", "aip_pursuit": "aip_pursuit"}
 _LAYER = re.compile(r"(?:^|[/._-])(?:blocks|layers?|h)[._-]?(\d+)(?![^/._-])")  # blocks.9., layer_9/, layers.9
 
 
@@ -52,7 +50,7 @@ def aip_converter(
         **cfg,
         "device": device,
         **overrides,
-        "architecture": _OURS[cfg["architecture"]],
+        "architecture": CONFIGS[cfg["architecture"]].ours,
         "metadata": metadata,
     }, state
 

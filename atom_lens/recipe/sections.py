@@ -57,6 +57,9 @@ class Metric(Section):
     ridge: Annotated[float, Field(ge=0)] | Literal["oas"] = DEFAULT_RIDGE
 
 
+Architecture = Literal["aip_tsae", "aip_topk", "aip_pursuit"]
+
+
 class Wandb(Section):
     """Weights & Biases."""
 
@@ -87,7 +90,7 @@ class Atoms(Section):
     What pursuits and TopK in the AIP are made with instead is in `pursuit`.
     """
 
-    architecture: Literal["aip_tsae", "aip_topk", "aip_pursuit"] = "aip_tsae"
+    architecture: Architecture = "aip_tsae"
     capacity: int = Field(ge=1, description="d_sae")
     target_l0: float = Field(gt=0, description="wanted number of active atoms of every activation")
     encoder: Literal["tied", "free"] = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from atom_lens.evidence.report import evaluate
 from atom_lens.evidence.results import Report
 from atom_lens.geometry import AtomicInnerProduct, check_rows
 from atom_lens.recipe.reading import checked
-from atom_lens.recipe.sections import Atoms, Training
+from atom_lens.recipe.sections import Architecture, Atoms, Training
 from atom_lens.recipe.split import heldout_rows
 from atom_lens.studies.train.show import report_table
 from atom_lens.tensors.checks import Labels, labels
@@ -38,7 +38,7 @@ def fit(
     x: Float[Tensor | Rows | np.ndarray, "n d"],
     *,
     groups: Labels | None = None,
-    architecture: Literal["aip_pursuit", "aip_topk", "aip_tsae"] = "aip_pursuit",
+    architecture: Architecture = "aip_pursuit",
     d_sae: int | None = None,
     target_l0: float = 8.0,
     steps: int = 2000,

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from sae_lens import SAE, SAEConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from typing_extensions import override
 
+from atom_lens.dictionaries.folder import CONFIGS, AtomsConfig
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.pursuit.nearest import Nearest
 from atom_lens.dictionaries.pursuit.omp import Codes, pursue
@@ -200,5 +202,20 @@ def pursuit_map(aip: AtomicInnerProduct, norm: float) -> Float[Tensor, "d d"]:
     return aip.eigenvectors * (power / (aip.eigenvalues * aip.width).sqrt())
 
 
+class _OnDisk(AtomsConfig):
+    architecture: Literal["aip_pursuit"]
+    max_iterations: int = Field(ge=1)
+    norm: float = Field(ge=0, le=1, strict=False)
+    prune: bool
+    ours: ClassVar[str] = ARCHITECTURE
+
+    @property
+    @override
+    def shapes(self) -> dict[str, list[int]]:
+        d, f = self.d_in, self.d_sae
+        return {**super().shapes, "threshold": [f], "aip_eigenvalues": [d], "aip_eigenvectors": [d, d]}
+
+
+CONFIGS["aip_pursuit"] = _OnDisk
 SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)  # a notebook may reload this module
 register_sae_class(ARCHITECTURE, PursuitSAE, PursuitSAEConfig)

@@ -7,13 +7,14 @@ Importing this module registers the architecture ``aip_tsae``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from typing_extensions import override
 
+from atom_lens.dictionaries.folder import CONFIGS, AtomsConfig
 from atom_lens.dictionaries.metered import Metered
 
 ARCHITECTURE = "aip_tsae"
@@ -50,6 +51,18 @@ class TSAE(Metered, JumpReLUSAE):
     of_training = (*Metered.of_training, "density")
 
 
+class _OnDisk(AtomsConfig):
+    architecture: Literal["jumprelu"]
+    ours: ClassVar[str] = ARCHITECTURE
+
+    @property
+    @override
+    def shapes(self) -> dict[str, list[int]]:
+        d, f = self.d_in, self.d_sae
+        return {**super().shapes, "W_enc": [d, f], "b_enc": [f], "threshold": [f]}
+
+
+CONFIGS["jumprelu"] = _OnDisk
 # A second registration is an error in sae-lens, and a notebook may reload this module: the newest classes count.
 SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)
 register_sae_class(ARCHITECTURE, TSAE, TSAEConfig)
