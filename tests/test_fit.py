@@ -18,6 +18,8 @@ from atom_lens.recipe.reading import load_section
 from atom_lens.recipe.shipped import shipped
 from atom_lens.studies.planted.run import PlantedRecipe
 
+SHORT: dict[str, Any] = {"d_sae": 32, "target_l0": 3.0, "steps": 10, "device": "cpu"}
+
 
 @pytest.fixture(scope="module")
 def x() -> torch.Tensor:
@@ -34,6 +36,11 @@ def fitted(x: torch.Tensor) -> Fitted:
     return fit(x[:800], d_sae=32, target_l0=3.0, steps=120, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def short(x: torch.Tensor) -> Fitted:
+    return fit(x[:800], **SHORT)
+
+
 def test_fit_finds_atoms_and_says_what_they_are_worth(x: torch.Tensor, fitted: Fitted) -> None:
     atoms, report = fitted
     assert report.heldout is not None and report.heldout.n == 160 and report.n == 576
@@ -44,7 +51,7 @@ def test_fit_finds_atoms_and_says_what_they_are_worth(x: torch.Tensor, fitted: F
 
 
 @pytest.mark.parametrize("kept", ["numpy", "memory map", "bfloat16", "float64"])
-def test_whatever_holds_the_rows(kept: str, x: torch.Tensor, fitted: Fitted, tmp_path: Path) -> None:
+def test_whatever_holds_the_rows(kept: str, x: torch.Tensor, short: Fitted, tmp_path: Path) -> None:
     x = x[:800]
     np.save(tmp_path / "x.npy", x.numpy())
     rows: Any = {
@@ -53,10 +60,10 @@ def test_whatever_holds_the_rows(kept: str, x: torch.Tensor, fitted: Fitted, tmp
         "bfloat16": x.bfloat16(),
         "float64": x.double(),
     }[kept]
-    atoms, _ = fit(rows, d_sae=32, target_l0=3.0, steps=120, device="cpu")
+    atoms, _ = fit(rows, **SHORT)
     assert atoms.W_dec.dtype == torch.float32
     if kept != "bfloat16":
-        assert torch.equal(atoms.W_dec, fitted.atoms.W_dec)
+        assert torch.equal(atoms.W_dec, short.atoms.W_dec)
 
 
 def test_groups_are_held_out_whole(x: torch.Tensor) -> None:

@@ -205,6 +205,7 @@ def test_train_on_a_stream(streamed: dict[str, Any], tmp_path: Path, monkeypatch
         assert file.read_bytes() == (resumed / file.relative_to(whole)).read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_other_studies_read_the_beginnings(
     run: Callable[..., tuple[int, str, str]],
     streamed: dict[str, Any],
