@@ -26,12 +26,17 @@ LETTERS = [chr(c) for c in range(33, 127)]
 WORDS = [*NAMES.split(), *LETTERS, *("##" + letter for letter in LETTERS)]
 
 
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of our own for the tests: the user's stays as it is. All workers share it, so models convert once."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of our own for the tests: the user's stays as it is. Kept for the session, so models convert once."""
-    folder = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("ATOM_LENS_CACHE", str(folder))
-    return folder
+def cache(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ATOM_LENS_CACHE", str(cache_folder))
+    return cache_folder
 
 
 def save_tiny_model(folder: Path, seed: int = 0) -> Path:

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow  # a run and studies of every kind, and a browser
 
 
 @pytest.fixture(scope="module")
-def work(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def work(tiny: str, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with 120 prompts, one of them hostile, that recipes are run in."""
     folder = tmp_path_factory.mktemp("page")
     draw = random.Random(0)
@@ -47,7 +47,7 @@ def work(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     rows[7] = {"template": f"{EVIL} {{}} is", "subject": "<img src=y>", "answer": EVIL}
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATOM_LENS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv("ATOM_LENS_CACHE", str(cache_folder))
         patch.chdir(folder)
         yield folder
 

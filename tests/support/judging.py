@@ -67,7 +67,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def judging(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
+def judging(tmp_path_factory: pytest.TempPathFactory, cache_folder: Path, tiny: str) -> Path:
     """A run on the tiny model whose prompts have answers."""
     folder = tmp_path_factory.mktemp("judged")
     draw = random.Random(0)
@@ -84,8 +84,8 @@ def judging(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Path:
         "atoms": {"capacity": 24, "target_l0": 4.0},
         "training": {"steps": 30, "batch_size": 32, "device": "cpu"},
     }
-    with pytest.MonkeyPatch.context() as patch:  # the tests' own cache, as in conftest.py
-        patch.setenv("ATOM_LENS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATOM_LENS_CACHE", str(cache_folder))
         return train(check_recipe(made), out=folder)
 
 
