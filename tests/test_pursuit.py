@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from atom_lens.dictionaries.nulls import orthogonal_matching_pursuit
 from atom_lens.dictionaries.pursuit import omp
 from atom_lens.dictionaries.pursuit.nearest import Nearest, Precision
-from atom_lens.dictionaries.pursuit.omp import Codes, pursue
+from atom_lens.dictionaries.pursuit.omp import Codes, lengths, pursue
 from atom_lens.errors import AtomLensError
 
 PRECISIONS: list[Precision] = ["full", "bfloat16", "int8"]
@@ -292,3 +292,19 @@ def test_what_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(AtomLensError, match=message):
         # Shapes are the business of the type checker in tests, and of this function elsewhere.
         inspect.unwrap(pursue)(given.pop("y"), given.pop("units"), **given)
+
+
+@pytest.mark.parametrize("search", PRECISIONS)
+def test_lengths_at_every_threshold(search: Precision) -> None:
+    """One pursuit tells what a pursuit at each threshold finds, rows included whose atoms leave again."""
+    y, units = drawn(400, 12, 60, dtype=torch.float32)[:2]
+    units = torch.nn.functional.normalize(units + 0.7 * units[:1], dim=1)  # alike, so that coefficients turn negative
+    nearest = Nearest(units, search)
+    seen = lengths(y, units, most=9, search=nearest)
+    longest = pursue(y, units, most=9, search=nearest).count
+    assert torch.equal(seen.at(0.0), longest) and bool((seen.count.cummax(dim=1).values > seen.count).any())
+    for tau in (0.01, 0.1, 0.3, 0.5, 0.8, 1.5, 1e3):
+        found = pursue(y, units, most=9, tau=tau, search=nearest).count
+        tie = ((seen.correlation - tau).abs() < 1e-5).any(dim=1)
+        assert torch.equal(seen.at(tau)[~tie], found[~tie]) and int(tie.sum()) < 5, tau
+    assert seen.at(1e3).sum() == 0

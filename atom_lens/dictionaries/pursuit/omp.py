@@ -90,19 +90,58 @@ def pursue(
             negative or NaN, rows that are not finite, `signed` with `nonnegative`, or a `Nearest` of other atoms.
     """
     _check(y, units, most, tau, signed, nonnegative)
+    nearest = _searched(y, units, most, search)
+    parts = [_pursue(some, nearest, most, tau, signed, nonnegative, prune) for some in _split(y, units)]
+    return Codes(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(Codes)))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long codes are at every threshold that is one for all atoms: it decides where a row stops, and nothing else.
+
+    Attributes:
+        correlation: smallest correlation with which an atom joined up to a round, shape (n, most); 0 after the last.
+        count: atoms after that round.
+    """
+
+    correlation: Float[Tensor, "n most"]
+    count: Int[Tensor, "n most"]
+
+    def at(self, tau: float) -> Int[Tensor, " n"]:
+        """The number of atoms of each row."""
+        rounds = (self.correlation >= tau).logical_and(self.correlation > 0).sum(dim=1)
+        return self.count.gather(1, (rounds - 1).clamp(min=0)[:, None])[:, 0].where(rounds > 0, 0)
+
+
+@torch.no_grad()
+def lengths(
+    y: Float[Tensor, "n d"], units: Float[Tensor, "F d"], *, most: int, search: Nearest | Precision | None = None
+) -> Lengths:
+    """The lengths of the non-negative codes that `pursue` finds without pruning, at all thresholds, from one pursuit.
+
+    Args and errors are those of `pursue`.
+    """
+    _check(y, units, most, 0.0, False, True)
+    nearest = _searched(y, units, most, search)
+    found = []
+    for some in _split(y, units):
+        one = Lengths(some.new_zeros(len(some), most), some.new_zeros(len(some), most, dtype=torch.long))
+        _pursue(some, nearest, most, 0.0, False, True, False, one)
+        found.append(one)
+    correlation, count = (torch.cat([getattr(one, name.name) for one in found]) for name in fields(Lengths))
+    return Lengths(correlation.cummin(dim=1).values, count)
+
+
+def _searched(y: Tensor, units: Tensor, most: int, search: Nearest | Precision | None) -> Nearest:
     if isinstance(search, Nearest):
         if search.units is not units:
             raise AtomLensError("search was made for other atoms than units, allowed is Nearest(units)")
-        nearest = search
-    elif search is None and len(y) * most < _WORTH:
-        nearest = Nearest(units, "full")
-    else:
-        nearest = Nearest(units, search)
-    rows = max(1, _AT_ONCE.get(y.device.type, _AT_ONCE_ELSEWHERE) // len(units))
-    parts = [_pursue(some, nearest, most, tau, signed, nonnegative, prune) for some in y.split(rows)] if len(y) else []
-    if not parts:
-        parts = [Codes(y.new_zeros(0, most, dtype=torch.long), y.new_zeros(0, most), y.new_zeros(0, dtype=torch.long))]
-    return Codes(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(Codes)))
+        return search
+    return Nearest(units, "full" if search is None and len(y) * most < _WORTH else search)
+
+
+def _split(y: Float[Tensor, "n d"], units: Float[Tensor, "F d"]) -> tuple[Float[Tensor, "m d"], ...]:
+    return y.split(max(1, _AT_ONCE.get(y.device.type, _AT_ONCE_ELSEWHERE) // len(units)))
 
 
 def _check(y: Tensor, units: Tensor, most: int, tau: float | Tensor, signed: bool, nonnegative: bool) -> None:
@@ -255,7 +294,9 @@ def _pursue(
     signed: bool,
     nonnegative: bool,
     prune: bool,
+    told: Lengths | None = None,
 ) -> Codes:
+    """A part of `pursue`; `told` is filled with the correlation and the number of atoms of every round."""
     n, d = y.shape
     info = torch.finfo(y.dtype)
     least = (16 * info.eps * y.norm(dim=1)).clamp(min=info.tiny)
@@ -287,6 +328,9 @@ def _pursue(
         rows.join(found.atom, new, found.value, direction, square, nonnegative)
         fits.put(rows.where, rows.fits)
         support[rows.where] = rows.support
+        if told is not None:
+            told.correlation[rows.where, before] = found.value
+            told.count[rows.where, before] = rows.fits.taken.sum(dim=1)
         if before + 1 < most:
             rows.refresh(before + 1)
     if prune:

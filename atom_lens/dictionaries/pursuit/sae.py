@@ -23,7 +23,7 @@ from typing_extensions import override
 from atom_lens.dictionaries.folder import CONFIGS, AtomsConfig
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.pursuit.nearest import Nearest
-from atom_lens.dictionaries.pursuit.omp import Codes, pursue
+from atom_lens.dictionaries.pursuit.omp import Codes, lengths, pursue
 from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct
 
@@ -120,13 +120,17 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
             raise AtomLensError(f"atom {int((norms == 0).nonzero()[0])} is zero, allowed are atoms of any other norm")
         return Nearest((mapped / norms[:, None]).float()), map, norms
 
-    def find(self, x: Float[Tensor, "n d"]) -> Codes:
-        """Sparse codes of raw activations: at most `max_iterations` atoms each, coefficients of rows of `W_dec`."""
+    def _mapped(self, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Nearest, Float[Tensor, " F"]]:
+        """Activations in pursuit coordinates, the atoms there, and what their norms were."""
         version = (self.W_dec._version, self.aip_eigenvalues._version, id(self.aip_eigenvalues), self.W_dec.data_ptr())
         if self._ready is None or self._ready[0] != version:
             self._ready = version, *self._prepared()
         _, nearest, map, norms = self._ready
-        y = ((x - self.b_dec).double() @ map).float()
+        return ((x - self.b_dec).double() @ map).float(), nearest, norms
+
+    def find(self, x: Float[Tensor, "n d"]) -> Codes:
+        """Sparse codes of raw activations: at most `max_iterations` atoms each, coefficients of rows of `W_dec`."""
+        y, nearest, norms = self._mapped(x)
         codes = pursue(
             y.detach(),
             nearest.units,
@@ -149,9 +153,12 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
             l0: the mean asked for, up to `max_iterations`.
         """
 
+        y, nearest, _ = self._mapped(x)
+        seen = None if self.cfg.prune else lengths(y, nearest.units, most=self.cfg.max_iterations, search=nearest)
+
         def mean(tau: float) -> float:
-            self.threshold.fill_(tau)
-            return float(self.find(x).count.double().mean())
+            self.threshold.fill_(tau)  # which decides about pruning, too
+            return float((self.find(x).count if seen is None else seen.at(tau)).double().mean())
 
         self.threshold.fill_(calibrated(mean, l0))
 
