@@ -102,6 +102,19 @@ def test_what_blocks_add_is_what_they_leave(pair: Pair) -> None:
         assert holds == (pair.name not in NO_SUM)
 
 
+def test_the_table_in_the_docs(pair: Pair) -> None:
+    """Of every architecture, which hooks both backends can read."""
+    lines = (Path(__file__).parent.parent / "docs" / "api" / "activations.md").read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    heads, rows = table[0], {row[0]: row for row in table[2:]}
+    assert set(rows) == set(MODELS)
+    said = dict(zip(heads[1:], rows[pair.name][1:], strict=True))
+    shared = pair.shared((*PARTS, *WIDE))
+    for names, backends in said.items():
+        for name in names.split(", "):
+            assert (f"blocks.0.{name}" in shared) == (backends == "both"), (pair.name, name)
+
+
 def test_models_that_look_ahead_are_refused(tmp_path: Path) -> None:
     """Prompts are cut after the token that is read: a BERT that reads to both sides would give something else."""
     folder = str(save_tiny_model(tmp_path))

@@ -54,14 +54,26 @@ def test_causal_edit(demo: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.demo
-def test_the_notebook_runs_top_to_bottom(demo: str, tmp_path: Path) -> None:
-    notebook = json.loads((EXAMPLES / "03_causal_edit.ipynb").read_text())
-    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] for cell in notebook["cells"][3::2] if cell["cell_type"] == "code"), (
-        "kept with its output"
-    )
-    script = tmp_path / "notebook.py"
-    script.write_text("\n".join(code).replace("CITIES, STEPS = 3000, 400", "CITIES, STEPS = 900, 60"))
-    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("name", "sizes", "fewer", "last"),
+    [
+        ("03_causal_edit", "CITIES, STEPS = 3000, 400", "CITIES, STEPS = 900, 60", "clean again"),
+        (
+            "04_audit",
+            "PARAGRAPHS, STEPS, TOKENS, LOSS_TOKENS = 800, 600, 4096, 512",
+            "PARAGRAPHS, STEPS, TOKENS, LOSS_TOKENS = 200, 20, 1500, 64",
+            "given activations",
+        ),
+        ("05_train_on_text", "TOKENS, D_SAE, L0 = 150_000, 640, 8", "TOKENS, D_SAE, L0 = 30_000, 160, 8", "of tokens:"),
+    ],
+)
+def test_notebooks_run_top_to_bottom(name: str, sizes: str, fewer: str, last: str, demo: str, tmp_path: Path) -> None:
+    notebook = json.loads((EXAMPLES / f"{name}.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert any("text" in output or "data" in output for cell in cells for output in cell["outputs"]), "kept with output"
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    assert sizes in code
+    (tmp_path / "notebook.py").write_text(code.replace(sizes, fewer))
+    ended = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert "clean again" in ended.stdout
+    assert last in ended.stdout
