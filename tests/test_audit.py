@@ -123,8 +123,10 @@ def test_given_activations_need_no_model(generator: torch.Generator) -> None:
     with torch.no_grad():
         sae.b_dec.copy_(train.mean(dim=0))
     found = audit(sae, train, heldout.numpy())
-    assert "null: data points, pursuit" in str(found)
     (one,) = found.dictionaries
+    assert "null: data points, pursuit" in str(found)
+    best = one.nulls["data_euclidean"].figures.r2
+    assert best > one.own.figures.r2 and f"under a Euclidean pursuit have R² {best:.3f}" in str(found)
     aip = AtomicInnerProduct.estimate(train)
     theirs = evaluate(sae, train, heldout, aip)
     assert theirs.heldout is not None
@@ -138,6 +140,10 @@ def test_given_activations_need_no_model(generator: torch.Generator) -> None:
     assert one.refit.figures.l0 == one.own.figures.l0
     for null in (*one.nulls.values(), one.pursued):
         assert null.figures.l0.mean == pytest.approx(3, rel=0.15) and null.loss is None
+    assert list(one.nulls) == ["random", "data", "random_euclidean", "data_euclidean"]
+    for name in ("random", "data"):
+        aip_null, euclidean = (one.nulls[f"{name}{norm}"].figures for norm in ("", "_euclidean"))
+        assert euclidean.r2 > aip_null.r2 and euclidean.r2_aip < aip_null.r2_aip, "each at its best in its own norm"
     assert found.model is found.hook is None and found.n == 2000 and found.n_heldout == 1000
     assert audit(sae, train, heldout).dictionaries == found.dictionaries, "the same nulls again"
 
@@ -172,7 +178,8 @@ def test_from_the_command_line(
     (one,) = found.dictionaries
     assert found.model == tiny and found.hook == HOOK and one.architecture == "topk"
     assert one.own.loss is not None and 200 <= one.own.loss.n < 240
-    assert all(null.loss is not None and null.loss.clean == one.own.loss.clean for null in one.nulls.values())
+    costly = [one.pursued, one.nulls["data"], one.nulls["data_euclidean"]]
+    assert all(other and other.loss is not None and other.loss.clean == one.own.loss.clean for other in costly)
 
     from atom_lens import harvest
 

@@ -12,7 +12,7 @@ class Measured(Result):
     """A dictionary under one encoder, held-out."""
 
     figures: Figures
-    loss: Loss | None = Field(default=None, description="None without a model")
+    loss: Loss | None = Field(default=None, description="None without a model, and of a refit and random directions")
 
 
 class Audited(Result):
@@ -30,7 +30,9 @@ class Audited(Result):
         default=None, description="its atoms under a threshold-activated pursuit in the AIP, at its mean L0"
     )
     nulls: dict[str, Measured] = Field(
-        default={}, description="random directions and data points, as many, under the same pursuit at the same L0"
+        default={},
+        description="random directions and data points, as many, under the same pursuit at the same L0, and under one "
+        "in the Euclidean norm: so each is shown at its best in either R²",
     )
     why: str = Field(default="", description="why refit, pursuit and nulls are left out")
 

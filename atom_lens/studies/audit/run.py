@@ -41,6 +41,7 @@ study = register(Study(name="audit", result=Audit, show=show))
 _LOSS_TOKENS = 2048
 # A pursuit solves a system of the size of a code for every row and atom: beyond this it takes longer than all else.
 _PURSUED = 64
+_WITH_LOSS = {"pursued", "data", "data_euclidean"}  # a loss takes as long as all else
 _WORK = 1 << 19  # rows times atoms of a code that pursuits go through
 _CALIBRATION = 2048  # rows on which thresholds of pursuits are set
 
@@ -64,8 +65,8 @@ def audit(
     Explained variance in both norms, L0 and its tail, q*, dead atoms; with a model also the cross-entropy recovered
     and the KL divergence. Each of these under the dictionary's own encoder, with a least-squares refit on the atoms
     that it chose (without a loss), and under a threshold-activated pursuit at its mean L0; random directions and data
-    points under the same pursuit. The metric is estimated on the training side of the text, whatever metric the
-    dictionary brings.
+    points under the same pursuit, and under a Euclidean one. The metric is estimated on the training side of the text,
+    whatever metric the dictionary brings.
 
     Args:
         sae: a dictionary or the name of one (a folder, a file, "user/name", a release of sae-lens), or a list of them
@@ -185,17 +186,21 @@ def _audited(
 
 
 def _pursuits(dictionary: Any, x: Rows, aip: AtomicInnerProduct, k: float, seed: int) -> dict[str, Dictionary]:
-    """Its atoms, random directions and data points under pursuits of the same mean L0."""
+    """Its atoms, random directions and data points under pursuits of the same mean L0, nulls in either norm."""
     generator = torch.Generator().manual_seed(seed)
     n_atoms, device, mean = len(dictionary.W_dec), dictionary.W_dec.device, mean_row(x).float()
     drawn = _drawn(x, _CALIBRATION, seed)
+    random, data = random_atoms(n_atoms, aip, generator), data_atoms(x, n_atoms, mean, generator)
     atoms = {
-        "pursued": (dictionary.W_dec.detach().float(), bias_of(dictionary)),
-        "random": (random_atoms(n_atoms, aip, generator), mean),
-        "data": (data_atoms(x, n_atoms, mean, generator), mean),
+        "pursued": (dictionary.W_dec.detach().float(), bias_of(dictionary), 0.0),
+        "random": (random, mean, 0.0),
+        "data": (data, mean, 0.0),
+        "random_euclidean": (random, mean, 1.0),
+        "data_euclidean": (data, mean, 1.0),
     }
     return {
-        name: under_pursuit(rows.to(device), bias.to(device), aip, drawn, k) for name, (rows, bias) in atoms.items()
+        name: under_pursuit(rows.to(device), bias.to(device), aip, drawn, k, norm)
+        for name, (rows, bias, norm) in atoms.items()
     }
 
 
@@ -221,7 +226,7 @@ def _losses(
         n += len(tokenizer(text.text, add_special_tokens=False)["input_ids"])
         if n >= loss_tokens:
             break
-    whole = {name: one for name, one in variants.items() if name != "refit"}
+    whole = {name: one for name, one in variants.items() if name == "own" or name in _WITH_LOSS}
     return spliced_losses(read.model, chosen, hook, whole, prepend_bos=bos)
 
 

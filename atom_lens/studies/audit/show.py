@@ -8,7 +8,12 @@ from atom_lens.studies.study import Part
 from atom_lens.views.table import Row, Table
 
 _HEADS = ["held-out", "R²", "R² (AIP)", "L0", "99.8%", "q*", "dead", "CE recovered", "KL"]
-_LABELS = {"random": "null: random directions, pursuit", "data": "null: data points, pursuit"}
+_LABELS = {
+    "random": "null: random directions, pursuit",
+    "data": "null: data points, pursuit",
+    "random_euclidean": "null: random directions, Euclidean",
+    "data_euclidean": "null: data points, Euclidean",
+}
 
 
 def show(result: Audit, name: str) -> list[Part]:
@@ -71,6 +76,10 @@ def verdicts(one: Audited) -> list[str]:
             )
         if worse := [label for label, is_higher in higher.items() if not is_higher]:
             found.append(f"Bare data points under the same pursuit explain as much or more in {' and '.join(worse)}.")
+    if (data := one.nulls.get("data_euclidean")) is not None and data.figures.r2 >= own.r2:
+        found.append(
+            f"Bare data points under a Euclidean pursuit have R² {data.figures.r2:.3f}: R² alone is no evidence here."
+        )
     if (random := one.nulls.get("random")) is not None and random.figures.q_star >= own.q_star:
         found.append("Random directions reach the same q* at this L0, so q* is no evidence here.")
     return [*found, *([one.why] if one.why else [])]
