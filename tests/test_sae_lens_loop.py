@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from sae_lens import (
@@ -190,7 +191,10 @@ def test_a_dictionary_still_in_training_is_not_measured() -> None:
         ("aip_pursuit", {"k": 9.0}, "k is 9, allowed is 1 to max_iterations=6"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(architecture: str, options: dict[str, Any], message: str) -> None:
+def test_settings_that_mean_nothing_are_refused(
+    architecture: str, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which users do not have to stop them earlier
     with pytest.raises(ValueError, match=message):
         config_of(architecture, 3, d_in=D, d_sae=F, **options)
 
