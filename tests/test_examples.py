@@ -64,7 +64,7 @@ def test_causal_edit(demo: str) -> None:
             "PARAGRAPHS, STEPS, TOKENS, LOSS_TOKENS = 200, 20, 1500, 64",
             "given activations",
         ),
-        ("05_train_on_text", "TOKENS, D_SAE, L0 = 150_000, 640, 8", "TOKENS, D_SAE, L0 = 10_000, 160, 8", "of tokens:"),
+        ("05_train_on_text", "TOKENS, D_SAE, L0 = 150_000, 640, 8", "TOKENS, D_SAE, L0 = 30_000, 160, 8", "of tokens:"),
     ],
 )
 def test_notebooks_run_top_to_bottom(name: str, sizes: str, fewer: str, last: str, demo: str, tmp_path: Path) -> None:
