@@ -26,18 +26,19 @@ from datasets import Dataset
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 
 from atom_lens import AIPTopKTrainingConfig, open_model, train
+from atom_lens.activations.models import find_model
 from atom_lens.activations.prompts.files import JsonLines
 from atom_lens.recipe.reading import check_recipe
 
 MODEL, HOOK, WIDTH, CONTEXT, BATCH = "demo:gemma-3-270m", "blocks.9.hook_resid_post", 640, 128, 256
 
 
-def ours(text: str, steps: int, metric: int, d_sae: int, k: int, seeds: int) -> None:
+def ours(model: str, text: str, steps: int, metric: int, d_sae: int, k: int, seeds: int) -> None:
     """A recipe with a section `stream`, its activations kept nowhere that a later round could find them."""
     recipe = check_recipe(
         {
             "name": "stream",
-            "model": {"name": MODEL, "device": "cpu"},
+            "model": {"name": model, "device": "cpu"},
             "prompts": {"source": "jsonl", "path": text},
             "hooks": [HOOK],
             "positions": "all",
@@ -48,19 +49,16 @@ def ours(text: str, steps: int, metric: int, d_sae: int, k: int, seeds: int) -> 
         }
     )
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["ATOM_LENS_CACHE"] = str(Path(folder) / "cache")
-        converted = Path(os.environ["CONVERTED"])
-        (Path(folder) / "cache").mkdir()
-        (Path(folder) / "cache" / "models").symlink_to(converted / "models")
+        os.environ["ATOM_LENS_CACHE"] = folder
         train(recipe, out=folder)
 
 
-def theirs(text: str, steps: int, metric: int, d_sae: int, k: int) -> None:
+def theirs(model: str, text: str, steps: int, metric: int, d_sae: int, k: int) -> None:
     """sae-lens' runner with our architecture, which takes its metric from the first activations."""
     documents = Dataset.from_dict({"text": [one.text for one in JsonLines(path=text).read()]})
     config = LanguageModelSAERunnerConfig(
         sae=AIPTopKTrainingConfig(d_in=WIDTH, d_sae=d_sae, k=k, first_activations=metric),
-        model_name=MODEL,
+        model_name=model,
         hook_name=HOOK,
         dataset_path="text",
         is_dataset_tokenized=False,
@@ -77,7 +75,7 @@ def theirs(text: str, steps: int, metric: int, d_sae: int, k: int) -> None:
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,
     )
-    LanguageModelSAETrainingRunner(config, documents, open_model(MODEL, device="cpu")).run()
+    LanguageModelSAETrainingRunner(config, documents, open_model(model, device="cpu")).run()
 
 
 def main() -> None:
@@ -90,9 +88,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    sizes = (given.text, given.steps, given.metric_tokens, given.d_sae, given.l0)
-    os.environ["CONVERTED"] = os.environ.get("ATOM_LENS_CACHE", str(Path("~/.cache/atom_lens").expanduser()))
-    open_model(MODEL, device="cpu")  # converted before the first round
+    model = find_model(MODEL).path  # converted before the first round
+    sizes = (model, given.text, given.steps, given.metric_tokens, given.d_sae, given.l0)
     contestants: dict[str, Callable[[], None]] = {
         "atom_lens, 1 dictionary": lambda: ours(*sizes, 1),
         "atom_lens, 6 dictionaries": lambda: ours(*sizes, 6),

@@ -112,7 +112,9 @@ def test_the_table_in_the_docs(pair: Pair) -> None:
     shared = pair.shared((*PARTS, *WIDE))
     for names, backends in said.items():
         for name in names.split(", "):
-            assert (f"blocks.0.{name}" in shared) == (backends == "both"), (pair.name, name)
+            hook = f"blocks.0.{name}"
+            assert (hook in shared) == (backends == "both") and backends in ("both", "TransformerLens"), hook
+            assert harvest(pair.backends[0], PROMPTS[:1], hook, "last")[hook].shape[0] == 1
 
 
 def test_models_that_look_ahead_are_refused(tmp_path: Path) -> None:

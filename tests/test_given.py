@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from atom_lens import harvest, load_atoms, train
-from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.cli import main
 from atom_lens.errors import AtomLensError
+from atom_lens.recipe.contexts import corpus
 from atom_lens.recipe.reading import check_recipe
 from atom_lens.recipe.split import harvest_for, prompts_of, split_activations
 from atom_lens.storage.files import read_json
 from atom_lens.studies.evaluate import evaluate_folder
+from atom_lens.studies.intervene.run import intervene
+from atom_lens.studies.shift import shift
 
 ATOMS = {"capacity": 24, "target_l0": 3}
 TRAINING = {"steps": 30, "batch_size": 64, "nulls": False, "device": "cpu"}
@@ -166,16 +168,11 @@ def test_what_is_wrong_is_one_sentence(x: torch.Tensor, tmp_path: Path) -> None:
 
 
 def test_what_needs_texts_says_so(x: torch.Tensor, tmp_path: Path) -> None:
-    from atom_lens.recipe.contexts import corpus
-    from atom_lens.studies.intervene.run import intervene
-    from atom_lens.studies.shift import shift
-
     np.save(tmp_path / "x.npy", x.numpy())
     asked = recipe(tmp_path / "x.npy", intervene={"l0": [3]})
     for call in (lambda: corpus(asked, "activations"), lambda: intervene(asked), lambda: shift(asked)):
         with pytest.raises(AtomLensError, match="needs a model and prompts"):
             call()
-    assert isinstance(prompts_of(asked)[0], Prompt)
 
 
 def test_studies_of_given_activations(
@@ -193,3 +190,19 @@ def test_studies_of_given_activations(
         Path("recipe.yaml").write_text(json.dumps({**asked, "name": command, command: section}), encoding="utf-8")
         assert main([command, "recipe.yaml"]) == 0, capsys.readouterr().err
         assert list(read_json(Path("runs") / command / f"{command}.json")["hooks"]) == ["activations"]
+
+
+def test_rows_are_known_by_what_they_hold(x: torch.Tensor, tmp_path: Path) -> None:
+    """Another file may be what is held out, but not a copy of the one trained on; equal rows are on one side."""
+    for name, rows in (("train", x[:200]), ("copy", x[:200]), ("other", x[200:])):
+        np.save(tmp_path / f"{name}.npy", rows.numpy())
+    folder = train(recipe(tmp_path / "train.npy"), out=tmp_path / "runs")
+    other = evaluate_folder(folder, recipe(tmp_path / "other.npy"))
+    assert other.heldout is not None and other.heldout.n == 40
+    with pytest.raises(AtomLensError, match="were trained with"):
+        evaluate_folder(folder, recipe(tmp_path / "copy.npy", split={"seed": 3}))
+    np.save(tmp_path / "twice.npy", x[:100].repeat(2, 1).numpy())
+    asked = recipe(tmp_path / "twice.npy")
+    prompts = prompts_of(asked)
+    split = split_activations(asked, prompts, harvest_for(asked, prompts), "activations")
+    assert {i % 100 for i in split.prompts}.isdisjoint(i % 100 for i in split.heldout_prompts)

@@ -132,12 +132,7 @@ class _OnDisk(AtomsConfig):
     k: int = Field(ge=1)
     rescale_acts_by_decoder_norm: bool
     ours: ClassVar[str] = ARCHITECTURE
-
-    @property
-    @override
-    def shapes(self) -> dict[str, list[int]]:
-        d, f = self.d_in, self.d_sae
-        return {**super().shapes, "W_enc": [d, f], "b_enc": [f]}
+    tensors: ClassVar[dict[str, str]] = {"W_enc": "df", "b_enc": "f"}
 
 
 CONFIGS["topk"] = _OnDisk

@@ -34,9 +34,11 @@ class AtomsConfig(Strict):
 
     Attributes:
         ours: the architecture that such a folder has once it is loaded with its metric.
+        tensors: name -> shape of the weights beside `W_dec` and `b_dec`, d for d_in and f for d_sae.
     """
 
     ours: ClassVar[str]
+    tensors: ClassVar[dict[str, str]]
 
     d_in: int = Field(ge=1)
     d_sae: int = Field(ge=1)
@@ -50,8 +52,9 @@ class AtomsConfig(Strict):
     @property
     def shapes(self) -> dict[str, list[int]]:
         """Of every tensor of the weights."""
-        d, f = self.d_in, self.d_sae
-        return {"W_dec": [f, d], "b_dec": [d]}
+        sizes = {"d": self.d_in, "f": self.d_sae}
+        every = {"W_dec": "fd", "b_dec": "d", **self.tensors}
+        return {name: [sizes[axis] for axis in shape] for name, shape in every.items()}
 
     @field_validator("metadata")
     @classmethod

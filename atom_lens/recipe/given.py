@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ def given_prompts(recipe: Recipe) -> list[Prompt]:
         names = lines_of(read_text(existing(recipe.split.groups)).removesuffix("\n"))
         if "" in names:
             raise AtomLensError(f"split.groups has an empty line, {names.index('') + 1}: every row needs its group")
-    elif path.is_dir():  # rows of one context must not lie on two sides of a split
-        data = _dataset(path)
-        names = [f"context {i}" for i in range(len(data)) for _ in range(_column(data, recipe.hooks)[1][0])]
-    else:
-        names = [f"row {i}" for i in range(len(next(iter(_matrices(recipe).values()))))]
+    else:  # known by what they hold, whatever the file is called; rows of one context stay on one side of a split
+        rows = next(iter(_matrices(recipe).values()))
+        together = _column(_dataset(path), recipe.hooks)[1][0] if path.is_dir() else 1
+        contexts = [blake2b(some.numpy().tobytes(), digest_size=8).hexdigest() for some in rows.split(together)]
+        names = [f"row {name}" for name in contexts for _ in range(together)]
     return [Prompt(name, document=name) for name in names]
 
 

@@ -12,8 +12,6 @@ F = 128  # atoms
 K = 4  # of them in a code
 
 PLAIN = {"aip_tsae": "JumpReLUSAE", "aip_topk": "TopKSAE", "aip_pursuit": "PursuitSAE"}
-
-
 ARCHITECTURES = tuple(PLAIN)
 
 

@@ -22,12 +22,8 @@ from atom_lens.activations.models import find_model, load_model
 HOOK = "blocks.1.hook_resid_post"
 LATER = "blocks.2.hook_resid_post"
 TOKENS = torch.tensor([[1, 20, 31, 42, 53, 14, 25], [1, 9, 8, 47, 6, 35, 4]])
-
-
 # Left padding of the second row by two.
 PADDED = torch.tensor([[1, 20, 31, 42, 53, 14, 25], [2, 2, 1, 47, 6, 35, 4]])
-
-
 MASK = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
 
 

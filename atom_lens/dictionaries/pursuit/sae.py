@@ -153,14 +153,14 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
             l0: the mean asked for, up to `max_iterations`.
         """
 
+        def pruned(tau: float) -> Tensor:
+            self.threshold.fill_(tau)
+            return self.find(x).count
+
         y, nearest, _ = self._mapped(x)
-        seen = None if self.cfg.prune else lengths(y, nearest.units, most=self.cfg.max_iterations, search=nearest)
-
-        def mean(tau: float) -> float:
-            self.threshold.fill_(tau)  # which decides about pruning, too
-            return float((self.find(x).count if seen is None else seen.at(tau)).double().mean())
-
-        self.threshold.fill_(calibrated(mean, l0))
+        most = self.cfg.max_iterations
+        count = pruned if self.cfg.prune else lengths(y, nearest.units, most=most, search=nearest).at
+        self.threshold.fill_(calibrated(lambda tau: float(count(tau).double().mean()), l0))
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -215,12 +215,7 @@ class _OnDisk(AtomsConfig):
     norm: float = Field(ge=0, le=1, strict=False)
     prune: bool
     ours: ClassVar[str] = ARCHITECTURE
-
-    @property
-    @override
-    def shapes(self) -> dict[str, list[int]]:
-        d, f = self.d_in, self.d_sae
-        return {**super().shapes, "threshold": [f], "aip_eigenvalues": [d], "aip_eigenvectors": [d, d]}
+    tensors: ClassVar[dict[str, str]] = {"threshold": "f", "aip_eigenvalues": "d", "aip_eigenvectors": "dd"}
 
 
 CONFIGS["aip_pursuit"] = _OnDisk

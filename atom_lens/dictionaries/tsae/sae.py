@@ -54,12 +54,7 @@ class TSAE(Metered, JumpReLUSAE):
 class _OnDisk(AtomsConfig):
     architecture: Literal["jumprelu"]
     ours: ClassVar[str] = ARCHITECTURE
-
-    @property
-    @override
-    def shapes(self) -> dict[str, list[int]]:
-        d, f = self.d_in, self.d_sae
-        return {**super().shapes, "W_enc": [d, f], "b_enc": [f], "threshold": [f]}
+    tensors: ClassVar[dict[str, str]] = {"W_enc": "df", "b_enc": "f", "threshold": "f"}
 
 
 CONFIGS["jumprelu"] = _OnDisk
