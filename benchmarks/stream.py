@@ -31,6 +31,7 @@ from atom_lens.activations.prompts.files import JsonLines
 from atom_lens.recipe.reading import check_recipe
 
 MODEL, HOOK, WIDTH, CONTEXT, BATCH = "demo:gemma-3-270m", "blocks.9.hook_resid_post", 640, 128, 256
+BUFFER = 16384  # activations mixed on either side
 
 
 def ours(model: str, text: str, steps: int, metric: int, d_sae: int, k: int, seeds: int) -> None:
@@ -43,7 +44,7 @@ def ours(model: str, text: str, steps: int, metric: int, d_sae: int, k: int, see
             "hooks": [HOOK],
             "positions": "all",
             "split": {"heldout": 0.01},
-            "stream": {"context_size": CONTEXT, "metric_tokens": metric, "heldout_tokens": 1024, "buffer_size": 65536},
+            "stream": {"context_size": CONTEXT, "metric_tokens": metric, "heldout_tokens": 1024, "buffer_size": BUFFER},
             "atoms": {"architecture": "aip_topk", "capacity": d_sae, "target_l0": k},
             "training": {"steps": steps, "batch_size": BATCH, "seeds": seeds, "nulls": False, "device": "cpu"},
         }
@@ -67,7 +68,7 @@ def theirs(model: str, text: str, steps: int, metric: int, d_sae: int, k: int) -
         training_tokens=steps * BATCH + metric,
         train_batch_size_tokens=BATCH,
         store_batch_size_prompts=16,
-        n_batches_in_buffer=32,
+        n_batches_in_buffer=BUFFER // CONTEXT,
         lr=1e-3,
         device="cpu",
         output_path=None,
