@@ -19,19 +19,18 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from support.browser import Browser
 
-from atom_lens import train
+from atom_lens import open_model, train
 from atom_lens.activations.prompts.cities import Cities
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.cli import _Formatter, main
 from atom_lens.evidence.results import Report
 from atom_lens.recipe.contexts import corpus
 from atom_lens.recipe.reading import check_recipe, load_recipe
-from atom_lens.recipe.sections import Model
 from atom_lens.sharing.card import merged_card, run_card
 from atom_lens.storage.files import visible
 from atom_lens.storage.terminal import say
 from atom_lens.studies.report.run import write_page
-from atom_lens.studies.report.words import columns, open_lens
+from atom_lens.studies.report.words import columns, lens_of
 from atom_lens.views.table import aligned
 
 HOOK = "blocks.1.hook_resid_post"
@@ -151,7 +150,7 @@ def test_a_page_is_not_as_long_as_its_prompts(page: Path) -> None:
 
 
 def test_words_of_the_lens_can_be_seen(made: Path) -> None:
-    lens = open_lens(Model(name=str(made / "tiny"), device="cpu"))
+    lens = lens_of(open_model(str(made / "tiny"), device="cpu"))
     table = columns(lens, lens.weights.T[:, :].contiguous())["table"]
     assert {visible(TEXTS[key]) for key in ("control", "override", "unseen", "lines")} <= set(table)
 

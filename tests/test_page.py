@@ -22,7 +22,6 @@ from atom_lens.evidence.measure import observe
 from atom_lens.recipe.contexts import corpus
 from atom_lens.recipe.reading import check_recipe, load_recipe
 from atom_lens.recipe.recipe import Recipe
-from atom_lens.recipe.sections import Model
 from atom_lens.studies.compare.run import compare
 from atom_lens.studies.intervene.run import intervene
 from atom_lens.studies.report.atoms import browse, neighbours, window_margin
@@ -165,7 +164,9 @@ def test_search_sort_and_detail(browser: Browser, tiny: str, run: Path, page: Pa
     assert click("train") == sorted(range(40), key=lambda i: (-fires[i], i))[:25]
     scores = json.loads(browser.js("document.getElementById('atoms-0').textContent"))["identity"]
     assert click("identity") == sorted(range(40), key=lambda i: (-scores[i], i))[:25]
-    margins = window_margin(atoms, observe(atoms, seen.x.select(seen.heldout), atoms.aip)).nan_to_num(-torch.inf)
+    margins = window_margin(atoms, atoms.aip, observe(atoms, seen.x.select(seen.heldout), atoms.aip)).nan_to_num(
+        -torch.inf
+    )
     rounded = [float(f"{margin:.4g}") for margin in margins.tolist()]
     assert click("margin") == sorted(range(40), key=lambda i: (-rounded[i], i))[:25]
 
@@ -275,7 +276,7 @@ def test_ten_thousand_atoms(browser: Browser, tiny: str, work: Path) -> None:
 def test_columns_against_brute_force(run: Path, work: Path) -> None:
     atoms, seen = load_atoms(run, hook=HOOK), corpus(load_recipe(run / "recipe.yaml"), HOOK)
     heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
-    found = browse(atoms, seen, heldout, None)
+    found = browse(atoms, atoms.aip, seen, heldout)
     codes = atoms.encode(seen.x[:]).detach().numpy()
     held = seen.heldout.numpy()
     assert found["train"] == (codes[~held] != 0).sum(0).tolist()
@@ -290,7 +291,7 @@ def test_columns_against_brute_force(run: Path, work: Path) -> None:
         assert found["mean"][i] == pytest.approx(values.mean(), rel=1e-3)
         assert bars[i].tolist() == np.histogram(values, 16, (0, values.max()))[0].tolist()
     report = json.loads((run / HOOK / "report.json").read_text())
-    margin = window_margin(atoms, heldout)
+    margin = window_margin(atoms, atoms.aip, heldout)
     assert int(margin.isnan().sum()) == report["heldout"]["dead_atoms"]
     assert float((margin[~margin.isnan()] > 0).double().mean()) == report["certificates"]["window"]["inside"]
     near, coherence = neighbours(atoms.W_dec.detach(), atoms.aip)
@@ -303,7 +304,7 @@ def test_silent_atoms(run: Path, work: Path) -> None:
     atoms, seen = load_atoms(run, hook=HOOK), corpus(load_recipe(run / "recipe.yaml"), HOOK)
     atoms.threshold.data.fill_(1e9)
     heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
-    found = browse(atoms, seen, heldout, None)
+    found = browse(atoms, atoms.aip, seen, heldout)
     assert set(found["mean"]) == set(found["margin"]) == {None} and found["at"] == [0] * 41 and found["rows"] == {}
 
 
@@ -314,7 +315,7 @@ def test_identity_of_what_is_dead_on_train(run: Path, work: Path) -> None:
     heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
     scores = torch.linspace(0.5, 0.9, 40)
     scores[:5] = 0
-    found = browse(atoms, seen, heldout, scores)
+    found = browse(atoms, atoms.aip, seen, heldout, scores)
     dead = [count == 0 for count in found["train"]]
     assert all(dead[:5]) and not all(dead)
     assert [value is None for value in found["identity"]] == dead
@@ -381,10 +382,10 @@ def test_words_that_fail_leave_the_rest(
 ) -> None:
     """Whatever goes wrong in the logit lens; and no model is loaded for hooks that have no words."""
 
-    def broken(_: Model) -> None:
+    def broken(_: object) -> None:
         raise RuntimeError("no unembedding\nhere")
 
-    monkeypatch.setattr("atom_lens.studies.report.browsers.open_lens", broken)
+    monkeypatch.setattr("atom_lens.studies.report.browsers.lens_of", broken)
     for opened in open_browsers(run, "run", RunReport.read(run / "report.json")):
         assert isinstance(opened, AtomsBrowser)
         assert opened.atoms["words"] == "Logit-lens words are left out: no unembedding here."

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from atom_lens import open_model
 from atom_lens.dictionaries import kind
-from atom_lens.recipe.sections import Model
 from atom_lens.studies.points import Measured, over_layers
 from atom_lens.studies.report.run import write_page
-from atom_lens.studies.report.words import columns, is_residual, open_lens
+from atom_lens.studies.report.words import columns, is_residual, lens_of
 
 
 def test_lens_is_the_models_own(tiny: str, tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_lens_is_the_models_own(tiny: str, tmp_path: Path) -> None:
         norm = model.model.norm if hasattr(model, "model") else model.transformer.ln_f
         with torch.no_grad():
             logits = (norm(directions) - norm(-directions)) @ model.get_output_embeddings().weight.T
-        lens = open_lens(Model(name=folder, device="cpu"))
+        lens = lens_of(open_model(folder, device="cpu"))
         up, down = lens.top(directions)
         assert torch.equal(up, logits.topk(8).indices) and torch.equal(down, (-logits).topk(8).indices)
         words = columns(lens, directions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from conftest import LETTERS
 from transformers import AutoTokenizer
 
-from atom_lens import harvest, load_atoms, train
+from atom_lens import harvest, load_atoms, open_model, train
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.documents import all_prefixes, contexts
 from atom_lens.activations.models import find_model
@@ -22,6 +22,7 @@ from atom_lens.activations.positions import prefixes
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.stream import Stream
 from atom_lens.cli import main
+from atom_lens.interventions.loss import spliced_losses
 from atom_lens.recipe.contexts import corpus
 from atom_lens.recipe.reading import check_recipe
 from atom_lens.recipe.running import beginnings, document_side, stream_of
@@ -220,11 +221,27 @@ def test_other_studies_read_the_beginnings(
     assert again["heldout"]["r2"] == pytest.approx(told["heldout"]["r2"], rel=1e-5)
     assert main(["evaluate", "runs/tiny", "split.seed=1", "--hook", HOOK]) == 2, "other documents are held out"
     assert "are subjects that these atoms were trained with" in capsys.readouterr().err
-    compared = {"units": ["aip_topk", "topk"], "l0": [2.0], "matched": [2.0]}
-    code, _, err = run("name=compared", "--quiet", command="compare", **streamed, compare=compared)
+    mine = {"name": "mine", "path": f"runs/tiny/{HOOK}"}
+    compared = {"units": ["aip_topk", "topk"], "l0": [2.0], "matched": [2.0], "features": [mine], "loss_tokens": 100}
+    code, out, err = run("name=compared", command="compare", **streamed, compare=compared)
     assert code == 0, err
-    cells = json.loads((tmp_path / "runs" / "compared" / "compare.json").read_text())["hooks"][HOOK]["cells"]
-    assert {cell["unit"] for cell in cells} >= {"aip_topk", "topk", "null_data"}
+    assert "CE recovered" in out
+    found = json.loads((tmp_path / "runs" / "compared" / "compare.json").read_text())["hooks"][HOOK]
+    cells = {cell["unit"]: cell for cell in found["cells"]}
+    assert cells.keys() >= {"aip_topk", "topk", "null_data", "mine"}
+    assert all(one["loss"] for cell in cells.values() for one in cell["runs"])
+    assert any(row["recovered"] is not None for row in found["matched"])
+    # The same from the first held-out contexts, found by the side of their documents alone.
+    read = check_recipe(streamed)
+    held = [one for one in beginnings(read) if document_side(read.split, one.group) == "heldout"]
+    ends = list(accumulate(len(one.text.split()) for one in held))
+    held = held[: sum(end < 100 for end in ends) + 1]
+    atoms = load_atoms("runs/tiny", hook=HOOK)
+    expected = spliced_losses(open_model(read.model.name, device="cpu"), held, HOOK, {"mine": atoms})["mine"]
+    (loss,) = (one["loss"] for one in cells["mine"]["runs"])
+    assert loss["n"] == expected.n >= 90 and loss["recovered"] == pytest.approx(expected.recovered, rel=1e-5)
+    code, _, err = run(command="compare", compare=compared | {"features": []})
+    assert code == 2 and "compare.loss_tokens is 100 and positions 'subject_last'" in err
 
 
 @pytest.mark.parametrize(

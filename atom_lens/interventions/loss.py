@@ -91,6 +91,17 @@ def spliced_losses(
     }
 
 
+def first_texts(texts: Sequence[Prompt], tokenizer: Any, n: int) -> list[Prompt]:
+    """The first of `texts` that have `n` tokens together, or all."""
+    chosen, had = [], 0
+    for text in texts:
+        if had >= n:
+            break
+        chosen.append(text)
+        had += len(tokenizer(text.text, add_special_tokens=False)["input_ids"])
+    return chosen
+
+
 def _batches(tokens: Sequence[list[int]]) -> Iterator[list[list[int]]]:
     """Texts of about the same length, together up to so many tokens."""
     batch: list[list[int]] = []

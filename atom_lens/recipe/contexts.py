@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,11 +21,11 @@ from atom_lens.tensors.rows import Rows
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out activations of a recipe at one hook, in the order of its prompts, and where each was read.
+    """Training and held-out activations at one hook, in the order of their prompts, and where each was read.
 
     Attributes:
         x: shape (n, d).
-        prompts: of the recipe.
+        prompts: that they were read from.
         places: of each row the prompt, and the first and one past the last character of the token read, shape (n, 3).
         heldout: rows that no training saw, shape (n,).
     """
@@ -59,9 +61,16 @@ def corpus(recipe: Recipe, hook: str) -> Corpus:
         raise AtomLensError(f"hook is {hook!r}, allowed are the recipe's: {', '.join(found)}")
     rows = found.rows[hook]
     tokenizer = load_tokenizer(find_model(recipe.model.name, recipe.model.revision))
-    texts = [prompt.text for prompt in prompts]
-    offsets = [characters for _, characters in tokenised(tokenizer, texts, recipe.prepend_bos)]
     groups = [prompts[prompt].group for prompt in rows[:, 0].tolist()]
     out, aside = sides(recipe, groups)
-    places = torch.tensor([[prompt, *offsets[prompt][token]] for prompt, token in rows[~aside].tolist()])
+    places = places_of(rows[~aside], prompts, tokenizer, recipe.prepend_bos)
     return Corpus(found.views[hook].select(~aside), prompts, places, out[~aside])
+
+
+def places_of(
+    rows: Int[Tensor, "n 2"], prompts: Sequence[Prompt], tokenizer: Any, prepend_bos: bool
+) -> Int[Tensor, "n 3"]:
+    """Of activations that were read at (prompt, token) the prompt and the characters, as `Corpus.places`."""
+    texts = [prompt.text for prompt in prompts]
+    offsets = [characters for _, characters in tokenised(tokenizer, texts, prepend_bos)]
+    return torch.tensor([[prompt, *offsets[prompt][token]] for prompt, token in rows.tolist()])

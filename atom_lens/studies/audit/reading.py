@@ -17,6 +17,7 @@ from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.prompts.source import Source
 from atom_lens.activations.prompts.standard_library import PythonDocs
 from atom_lens.errors import AtomLensError
+from atom_lens.recipe.contexts import Corpus, places_of
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.running import document_side, first_contexts
 from atom_lens.recipe.sections import Split, Streaming
@@ -27,13 +28,21 @@ _SPLIT = Split.model_validate({"heldout": 0.5})
 
 
 class Read(NamedTuple):
-    """Activations of both sides, and the model and held-out texts that a loss is taken of."""
+    """Activations of both sides, and where a model read them: a loss is taken of the held-out texts."""
 
     x: Rows
     heldout: Rows
     text: str
     model: Any = None
-    texts: Sequence[Prompt] = ()
+    corpus: Corpus | None = None
+
+    @property
+    def texts(self) -> list[Prompt]:
+        """The held-out ones."""
+        if self.corpus is None:
+            return []
+        held = self.corpus.places[self.corpus.heldout, 0].unique().tolist()
+        return [self.corpus.prompts[i] for i in held]
 
 
 def about(dictionary: Any, key: str) -> Any:
@@ -93,11 +102,11 @@ def read_text_of(
             f"the text gives {int((~out).sum())} activations for the metric and {int(out.sum())} held-out ones, at "
             f"least {width} and 2 are needed: give more text"
         )
-    held = [one for one in texts if document_side(split, one.group) == "heldout"]
     what = source.path if isinstance(source, TextFile | JsonLines | HubDataset) else getattr(source, "source", "texts")
     loaded = open_model(model, device=device) if isinstance(model, str) else model
     view = found.views[hook]
-    return Read(view.select(~out), view.select(out), str(what), loaded, held)
+    seen = Corpus(view, texts, places_of(found.rows[hook], texts, tokenizer, bos), out)
+    return Read(view.select(~out), view.select(out), str(what), loaded, seen)
 
 
 def _source(text: Any) -> Source | list[Prompt]:

@@ -27,10 +27,11 @@ from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import Observation, observe
 from atom_lens.evidence.results import Loss, MetricAbout
 from atom_lens.geometry import AtomicInnerProduct, check_rows
-from atom_lens.interventions.loss import spliced_losses
+from atom_lens.interventions.loss import first_texts, spliced_losses
 from atom_lens.storage.files import check_writable
 from atom_lens.storage.terminal import say
 from atom_lens.storage.versions import versions
+from atom_lens.studies.audit.page import write_page
 from atom_lens.studies.audit.reading import Read, about, agreed, official, read_text_of
 from atom_lens.studies.audit.result import Agreement, Audit, Audited, Measured
 from atom_lens.studies.audit.show import show
@@ -59,6 +60,7 @@ def audit(
     loss_tokens: int = _LOSS_TOKENS,
     device: str = "auto",
     seed: int = 0,
+    page: str | Path | None = None,
 ) -> Audit:
     """The evidence about a dictionary, on held-out activations, next to nulls under the same encoder.
 
@@ -83,6 +85,7 @@ def audit(
         loss_tokens: held-out tokens that the loss is taken of; 0 for none.
         device: where the model and the dictionaries run.
         seed: of the nulls.
+        page: an HTML file to write: the tables, and every latent with the contexts that it fires on.
 
     Raises:
         AtomLensError: no such dictionary, model, hook or text, widths that differ, too few tokens for the metric, or
@@ -95,6 +98,8 @@ def audit(
         raise AtomLensError(f"{missing} is None, an audit of given activations needs both x_train and x_heldout")
     if tokens < 2 or loss_tokens < 0:
         raise AtomLensError(f"tokens is {tokens} and loss_tokens {loss_tokens}, allowed are at least 2 and 0")
+    if page is not None:
+        check_writable("page", Path(page))
     device = pick_device(device)
     opened = _named(saes, device, hook)
     if x_train is not None and x_heldout is not None:
@@ -115,11 +120,11 @@ def audit(
             )
     aip = AtomicInnerProduct.estimate(read.x, source=f"{len(read.x)} activations of {read.text}")
     found = {label: _audited(label, one, read, aip, hook, loss_tokens, seed) for label, one in opened.items()}
-    pairs = [
-        _agreement(first, second, opened, {label: seen for label, (_, seen) in found.items()}, aip)
-        for first, second in combinations(opened, 2)
-    ]
-    return Audit(
+    pairs = {
+        (a, b): identity([_atoms(opened[a]), _atoms(opened[b])], aip, [found[a][1].alive, found[b][1].alive])
+        for a, b in combinations(opened, 2)
+    }
+    result = Audit(
         model=name,
         hook=hook,
         text=read.text,
@@ -127,10 +132,13 @@ def audit(
         n_heldout=len(read.heldout),
         metric=MetricAbout(n=aip.n, ridge=aip.ridge, condition=aip.condition, source=aip.source),
         dictionaries=[one for one, _ in found.values()],
-        agreement=pairs,
+        agreement=[Agreement(names=list(names), figures=one.figures) for names, one in pairs.items()],
         seconds=time.monotonic() - start,
         versions=versions(),
     )
+    if page is not None:
+        write_page(Path(page), result, opened, {label: seen for label, (_, seen) in found.items()}, read, aip, pairs)
+    return result
 
 
 def _named(saes: Sequence[Any], device: str, hook: str | None) -> dict[str, Any]:
@@ -192,7 +200,7 @@ def _pursuits(dictionary: Any, x: Rows, aip: AtomicInnerProduct, k: float, seed:
     drawn = _drawn(x, _CALIBRATION, seed)
     random, data = random_atoms(n_atoms, aip, generator), data_atoms(x, n_atoms, mean, generator)
     atoms = {
-        "pursued": (dictionary.W_dec.detach().float(), bias_of(dictionary), 0.0),
+        "pursued": (_atoms(dictionary), bias_of(dictionary), 0.0),
         "random": (random, mean, 0.0),
         "data": (data, mean, 0.0),
         "random_euclidean": (random, mean, 1.0),
@@ -220,22 +228,13 @@ def _losses(
 ) -> dict[str, Loss]:
     if read.model is None or hook is None or not loss_tokens:
         return {}
-    tokenizer, chosen, n = wrap_backend(read.model).tokenizer, [], 0
-    for text in read.texts:
-        chosen.append(text)
-        n += len(tokenizer(text.text, add_special_tokens=False)["input_ids"])
-        if n >= loss_tokens:
-            break
+    chosen = first_texts(read.texts, wrap_backend(read.model).tokenizer, loss_tokens)
     whole = {name: one for name, one in variants.items() if name == "own" or name in _WITH_LOSS}
     return spliced_losses(read.model, chosen, hook, whole, prepend_bos=bos)
 
 
-def _agreement(
-    first: str, second: str, opened: Mapping[str, Any], seen: Mapping[str, Observation], aip: AtomicInnerProduct
-) -> Agreement:
-    names = [first, second]
-    atoms = [opened[name].W_dec.detach().float() for name in names]
-    return Agreement(names=names, figures=identity(atoms, aip, [seen[name].alive for name in names]).figures)
+def _atoms(dictionary: Any) -> Float[Tensor, "F d"]:
+    return dictionary.W_dec.detach().float()
 
 
 def command(
@@ -251,6 +250,7 @@ def command(
     loss_tokens: int = _LOSS_TOKENS,
     device: str = "auto",
     json: Path | None = None,
+    page: Path | None = None,
 ) -> None:
     """The evidence about anybody's dictionary, on held-out text.
 
@@ -268,11 +268,14 @@ def command(
         loss_tokens: held-out tokens that the cross-entropy is taken of; 0 for none
         device: where the model and the dictionary run
         json: also write the result to this file
+        page: also write an HTML page to this file, with a browser of the latents
     """
     if text is not None and dataset is not None:
         raise AtomLensError(f"--text is {text!r} and --dataset {dataset!r}, allowed is one of them")
     if json is not None:
         check_writable("--json", json)
+    if page is not None:
+        check_writable("--page", page)
     found = audit(
         [sae, *more],
         other=other,
@@ -282,6 +285,7 @@ def command(
         tokens=tokens,
         loss_tokens=loss_tokens,
         device=device,
+        page=page,
     )
     if json is not None:
         found.write(json)

@@ -40,4 +40,6 @@ def _means(cell: Cell) -> dict[str, float]:
         key: float(np.mean([getattr(run.heldout, key) for run in cell.runs])) for key in ("r2", "r2_aip", "q_star")
     }
     found["train_r2"] = float(np.mean([run.train.r2 for run in cell.runs]))
+    if losses := [run.loss.recovered for run in cell.runs if run.loss is not None]:
+        found["recovered"] = float(np.mean(losses))
     return found if cell.identity is None else {**found, "pw_mcc": cell.identity.pw_mcc}

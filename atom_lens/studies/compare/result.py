@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from atom_lens.evidence.results import Figures, IdentityFigures, MetricAbout
+from atom_lens.evidence.results import Figures, IdentityFigures, Loss, MetricAbout
 from atom_lens.storage.schema import Result
 from atom_lens.studies.cells import Kept
 
@@ -19,6 +19,9 @@ class Run(Result):
     )
     pursued: Figures | None = Field(
         default=None, description="held-out: its atoms under a threshold-activated pursuit in the AIP, at its mean L0"
+    )
+    loss: Loss | None = Field(
+        default=None, description="of the model with it spliced in, where compare.loss_tokens asks; of a null the lower"
     )
 
 
@@ -50,6 +53,7 @@ class Matched(Result):
     q_star: float | None = None
     train_r2: float | None = None
     pw_mcc: float | None = None
+    recovered: float | None = None
 
 
 class Hook(Result):

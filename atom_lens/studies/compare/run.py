@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,7 @@ from atom_lens.evidence.bootstrap import intervals
 from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import Observation, measure, observe
-from atom_lens.evidence.results import Figures, MetricAbout
+from atom_lens.evidence.results import Figures, Loss, MetricAbout
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.recipe import Recipe, register_section
@@ -37,6 +38,7 @@ from atom_lens.recipe.split import SplitActivations
 from atom_lens.storage.schema import Positive, Section
 from atom_lens.storage.versions import versions
 from atom_lens.studies.cells import claimed, kept, splits
+from atom_lens.studies.compare.cost import Costs
 from atom_lens.studies.compare.matched import matched
 from atom_lens.studies.compare.result import Cell, Comparison, Hook, Rate, Run
 from atom_lens.studies.compare.show import runs_table, show
@@ -55,6 +57,7 @@ class Compare(Section):
     `matched` are L0 on held-out activations at which the units are set side by side, between two points of a sweep.
     `features` are measured at the hook that they were made for. With several `lr`, each trained kind takes the one that
     explains most of the validation rows at the middle of its sweep, from one seed; without any, `training.lr`.
+    The model's loss with each dictionary in it is taken of `loss_tokens` held-out tokens, where positions are all.
     """
 
     units: list[Unit] = Field(
@@ -65,6 +68,7 @@ class Compare(Section):
     matched: list[Positive] = []
     lr: list[Positive] = []
     features: list[Features] = []
+    loss_tokens: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _levels_are_allowed(self) -> Compare:
@@ -104,6 +108,11 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
         raise AtomLensError(
             "compare.lr has several values and split.validation is 0, allowed is a share above 0 to choose on"
         )
+    if recipe.section(Compare).loss_tokens and recipe.positions != "all":
+        raise AtomLensError(
+            f"compare.loss_tokens is {recipe.section(Compare).loss_tokens} and positions {recipe.positions!r}, a loss "
+            "is of dictionaries of all tokens: positions: all, or loss_tokens: 0"
+        )
     homes = {features.name: _home(features, recipe) for features in recipe.section(Compare).features}
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
@@ -125,12 +134,14 @@ def _compare(recipe: Recipe, folder: Path, homes: Mapping[str, str | None]) -> N
     hooks = {}
     atoms, _ = recipe.to_train("compare")
     asked = recipe.section(Compare)
+    costs = Costs(recipe, asked.loss_tokens)
     for hook, split in splits(recipe, folder):
         aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge, f"{len(split.x)} training activations")
+        on = _On(split, aip, partial(costs.of, hook=hook))
         here = [features for features in asked.features if homes[features.name] in (None, hook)]
         cells = [
             kept(folder / "cells" / hook / f"{key}.json", Cell, make, _says)
-            for key, make in _cells(recipe, split, aip, here, folder / "cells" / hook)
+            for key, make in _cells(recipe, on, here, folder / "cells" / hook)
         ]
         hooks[hook] = Hook(
             n=len(split.x),
@@ -150,39 +161,46 @@ def _says(cell: Cell) -> str:
     return f"held-out R² {run.r2:.3f}, q* {run.q_star:.3f}, L0 {run.l0.mean:.1f}"
 
 
-def _cells(
-    recipe: Recipe, split: SplitActivations, aip: AtomicInnerProduct, here: Sequence[Features], folder: Path
-) -> Iterator[tuple[str, Callable[[], Cell]]]:
+class _On(NamedTuple):
+    """What every dictionary of a hook is measured on: rows, metric, and the model that it may cost something."""
+
+    split: SplitActivations
+    aip: AtomicInnerProduct
+    cost: Callable[[Sequence[Dictionary]], list[Loss | None]]
+
+
+def _cells(recipe: Recipe, on: _On, here: Sequence[Features], folder: Path) -> Iterator[tuple[str, Callable[[], Cell]]]:
     """(name, what measures it), nulls first; `here` are the features of this hook."""
     assert recipe.atoms is not None and recipe.training is not None
     training, asked = recipe.training, recipe.section(Compare)
+    split, aip = on.split, on.aip
     setup = Setup(split.x, aip, recipe.atoms, training.device, training.steps, split.validation)
     # No pursuit takes more atoms than there are, or than directions.
     ks = sorted({min(max(1, round(level)), recipe.atoms.capacity, *split.x.shape) for level in asked.l0})
     for k in ks:
         for null in kinds(Drawn):
-            yield f"{null.name}-{k}", partial(_null_cell, null, k, setup, split, training.seed)
+            yield f"{null.name}-{k}", partial(_null_cell, null, k, setup, on, training.seed)
     for one in map(find_kind, asked.units):
         if isinstance(one, Trained):
             levels = sorted(getattr(asked, one.sparsity))
             own = _with_rate(one, levels[len(levels) // 2], setup, training, asked.lr, folder)
             for level in levels:
-                yield f"{one.name}-{level:g}", partial(_trained, one, level, setup, split, own)
+                yield f"{one.name}-{level:g}", partial(_trained, one, level, setup, on, own)
         elif isinstance(one, Fixed) and one.sparsity is None:
-            yield one.name, partial(_fixed, one, None, setup, split)
+            yield one.name, partial(_fixed, one, None, setup, on)
         elif isinstance(one, Fixed):
             for k in sorted({*ks, aip.width} if one.whole else ks):
-                yield f"{one.name}-{k}", partial(_fixed, one, k, setup, split)
+                yield f"{one.name}-{k}", partial(_fixed, one, k, setup, on)
     for features in here:
         yield (
             f"features_{features.name}",
-            lambda features=features: _cell(features.name, None, [pretrained(features, training.device)], split, aip),
+            lambda features=features: _cell(features.name, None, [pretrained(features, training.device)], on),
         )
 
 
-def _fixed(kind: Fixed, k: int | None, setup: Setup, split: SplitActivations) -> Cell:
+def _fixed(kind: Fixed, k: int | None, setup: Setup, on: _On) -> Cell:
     dictionary = kind.make(setup, setup.aip.width if k is None else k)
-    return _cell(kind.name, None if k is None else float(k), [dictionary], split, setup.aip)
+    return _cell(kind.name, None if k is None else float(k), [dictionary], on)
 
 
 def _with_rate(
@@ -207,14 +225,14 @@ def _with_rate(
     return training.model_copy(update={"lr": chosen.lr})
 
 
-def _trained(kind: Trained, level: float, setup: Setup, split: SplitActivations, training: Training) -> Cell:
+def _trained(kind: Trained, level: float, setup: Setup, on: _On, training: Training) -> Cell:
     """All seeds of one kind at one sparsity, from one pass over the activations."""
     learners = {str(i): kind.start(setup, level, training.seed + i) for i in range(training.seeds)}
     # TSAEs start from data, stock SAEs from noise: what agrees before training says nothing.
     starts = [_start(learner, setup.aip) for learner in learners.values()]
-    fit_together({"x": split.x}, learners, training)
+    fit_together({"x": on.split.x}, learners, training)
     dictionaries = [kind.finish(learner, setup.aip) for learner in learners.values()]
-    cell = _cell(kind.name, level, dictionaries, split, setup.aip).model_copy(update={"lr": training.lr})
+    cell = _cell(kind.name, level, dictionaries, on).model_copy(update={"lr": training.lr})
     if cell.identity is None:
         return cell
     same = cell.identity.model_copy(update={"pw_mcc_start": identity(starts, setup.aip).pw_mcc})
@@ -230,15 +248,14 @@ def _start(learner: Learner, aip: AtomicInnerProduct) -> Float[Tensor, "F d"]:
     return weights if whitening is None else weights @ whitening.inverse_matrix
 
 
-def _cell(
-    unit: str, level: float | None, dictionaries: Sequence[Dictionary], split: SplitActivations, aip: AtomicInnerProduct
-) -> Cell:
-    runs, alive = [], []
-    for dictionary in dictionaries:
+def _cell(unit: str, level: float | None, dictionaries: Sequence[Dictionary], on: _On) -> Cell:
+    runs, alive, (split, aip, _) = [], [], on
+    for dictionary, loss in zip(dictionaries, on.cost(dictionaries), strict=True):
         seen = {"train": observe(dictionary, split.x, aip), "heldout": observe(dictionary, split.heldout, aip)}
         interval = {"interval": intervals(seen["heldout"], groups=split.subjects)}
         heldout = seen["heldout"].figures.model_copy(update=interval)
-        runs.append(Run(train=seen["train"].figures, heldout=heldout, **_encoded(dictionary, heldout, split, aip)))
+        encoded = _encoded(dictionary, heldout, split, aip)
+        runs.append(Run(train=seen["train"].figures, heldout=heldout, loss=loss, **encoded))
         alive.append(seen["train"].alive)
     same = None
     if len(dictionaries) > 1 and all(mask.any() for mask in alive):
@@ -266,8 +283,9 @@ def _aside(split: SplitActivations) -> Float[Tensor | Rows, "n d"]:
     return split.x if split.validation is None else split.validation
 
 
-def _null_cell(null: Drawn, k: int, setup: Setup, split: SplitActivations, seed: int) -> Cell:
+def _null_cell(null: Drawn, k: int, setup: Setup, on: _On, seed: int) -> Cell:
     """A null at its best in either norm: R² of a Euclidean pursuit, all else of a pursuit under the metric."""
+    split = on.split
     mean = mean_row(split.x).to(split.x.dtype)
     atoms = null.draw(setup, torch.Generator().manual_seed(seed))
     k = min(k, *atoms.shape)  # a data point at the mean is no atom
@@ -276,7 +294,8 @@ def _null_cell(null: Drawn, k: int, setup: Setup, split: SplitActivations, seed:
         _best(observe(pursued, rows, setup.aip), euclidean.residual(rows)) for rows in (split.x, split.heldout)
     )
     encoded = _encoded(pursued, heldout, split, setup.aip)
-    return Cell(unit=null.name, level=float(k), runs=[Run(train=train, heldout=heldout, **encoded)])
+    loss = min(on.cost([pursued, euclidean]), key=lambda one: one.spliced if one else 0)
+    return Cell(unit=null.name, level=float(k), runs=[Run(train=train, heldout=heldout, loss=loss, **encoded)])
 
 
 def _best(seen: Observation, residual: Float[Tensor, " n"]) -> Figures:

@@ -82,12 +82,16 @@ def _table(
     hooks: int = 1,
 ) -> Table:
     groups = [("", 2), *((label, 2) for label in LABELS.values()), ("L0", 2), ("dead atoms", 2), ("PW-MCC", 3)]
+    costly = any(run.loss for cells in rows for cell in cells for run in cell.runs)
+    lost = ["CE recovered", "KL"] if costly else []
     heads: list[table.Cell | str] = ["dictionary", "asked"]
     heads += [table.Cell(label, held=split == "heldout") for _ in range(5) for split, label in SPLITS.items()]
-    return Table(title, [*heads, "", "at start", "> 0.9"], [_row(cells, hooks) for cells in rows], groups, facts, notes)
+    heads += ["", "at start", "> 0.9", *lost]
+    shown = [_row(cells, hooks, costly) for cells in rows]
+    return Table(title, heads, shown, [*groups, *([("", 2)] if costly else [])], facts, notes)
 
 
-def _row(cells: Sequence[Cell], hooks: int) -> Row:
+def _row(cells: Sequence[Cell], hooks: int, costly: bool) -> Row:
     """One kind at one sparsity: a cell of a comparison, or its cells at those of `hooks` where it is."""
     one, level = kind(cells[0].unit), cells[0].level
     shown: list[table.Cell | str] = ["" if level is None else f"{level:g}"]
@@ -104,6 +108,9 @@ def _row(cells: Sequence[Cell], hooks: int) -> Row:
     for key, form in (("pw_mcc", ".3f"), ("pw_mcc_start", ".3f"), ("above_09", ".1%")):
         same = [found for cell in cells if (found := getattr(cell.identity, key, None)) is not None]
         shown.append(f"{np.mean(same):{form}}" if same else "")
+    for key in ("recovered", "kl") if costly else ():
+        found = [getattr(run.loss, key) for cell in cells for run in cell.runs if run.loss is not None]
+        shown.append(f"{np.mean(found):.3f}" if found else "")
     where = "" if len(cells) == hooks else f" ({len(cells)} of {hooks} hooks)"
     return Row(one.label + where, shown, one.role == "null")
 
@@ -124,14 +131,15 @@ def _matched(found: Hook, title: str) -> list[Table]:
     tables = []
     for l0 in dict.fromkeys(row.l0 for row in found.matched):
         here = [row for row in found.matched if row.l0 == l0]
+        lost = ["CE recovered"] if any(row.recovered is not None for row in here) else []
         rows = []
         for row in sorted((row for row in here if row.between), key=lambda row: -(row.r2 or 0)):
             low, high = row.between or (0, 0)
-            values = [row.r2, row.r2_aip, row.q_star, row.train_r2, row.pw_mcc]
+            values = [row.r2, row.r2_aip, row.q_star, row.train_r2, row.pw_mcc, *([row.recovered] if lost else [])]
             cells = ["" if one is None else f"{one:.3f}" for one in values]
             one = kind(row.unit)
             rows.append(Row(one.label, [*cells, f"{low:.1f} and {high:.1f}"], one.role == "null"))
-        heads = ["held-out", *LABELS.values(), "R² train", "PW-MCC", "between L0"]
+        heads = ["held-out", *LABELS.values(), "R² train", "PW-MCC", *lost, "between L0"]
         missing = [kind(r.unit).label for r in here if not r.between and kind(r.unit).role in COMPETING]
         notes = [f"No sweep crosses this L0: {', '.join(missing)}."] if missing else []
         tables.append(Table(f"{title}, at L0 {l0:g}", heads, rows, notes=notes))

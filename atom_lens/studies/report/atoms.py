@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csc_array
 from torch import Tensor
 
-from atom_lens.dictionaries.metered import Metered
+from atom_lens.dictionaries.protocol import Dictionary
 from atom_lens.dictionaries.tsae.sae import TSAE
 from atom_lens.evidence.certificates import atom_coherence, whitened_units
 from atom_lens.evidence.codes import active_rows, codes_of
@@ -20,7 +20,8 @@ from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.contexts import Corpus
 from atom_lens.storage.files import visible
 
-_EACH = 4  # contexts shown of either split
+_EACH = 4  # contexts shown of either split,
+_CONTEXTS = 16_384  # of all atoms together about so many, and one of each atom at least
 _BEFORE, _AFTER = 120, 60  # characters shown around the token read
 _LONGEST = 120  # characters of a token, a subject, an answer
 _BARS = 16
@@ -28,34 +29,42 @@ _NEIGHBOURS = 5
 
 
 def browse(
-    atoms: Metered, corpus: Corpus, heldout: Observation, identity: Float[Tensor, " F"] | None
+    atoms: Dictionary,
+    aip: AtomicInnerProduct,
+    corpus: Corpus,
+    heldout: Observation,
+    identity: Float[Tensor, " F"] | None = None,
+    other: str = "train",
 ) -> dict[str, Any]:
     """Columns of the browser, one entry per atom where nothing else is said.
 
     Args:
         atoms: of one hook, F of them.
+        aip: coherence is taken under it.
         corpus: what they are read on.
         heldout: `observe` of the atoms on the held-out rows of `corpus`.
         identity: of every atom the mean coherence with its partners in runs from other seeds, 0 for a dead one.
+        other: what a reader calls the activations that are not held out.
 
     Returns:
         Plain data for JSON, null where there is no figure: "train" and "heldout" (activations it is active at, of
-        "n_train" and "n_heldout"), "mean" (coefficient), "bars" (histogram of coefficients from 0 to the atom's
-        largest, 16 each), "identity", "margin", "near" and "coherence" (5 neighbours each), and contexts: atom i has
-        entries at[i] to at[i + 1] of "row" and "value"; "row" counts in the columns of "rows".
+        "n_train" and "n_heldout"), "other", "mean" (coefficient), "bars" (histogram of coefficients from 0 to the
+        atom's largest, 16 each), "identity", "margin", "near" and "coherence" (5 neighbours each), and contexts: atom i
+        has entries at[i] to at[i + 1] of "row" and "value"; "row" counts in the columns of "rows".
     """
     codes = codes_of(atoms, corpus.x)
     held = corpus.heldout.numpy()
-    near, coherence = neighbours(atoms.W_dec.detach(), atoms.aip)
+    near, coherence = neighbours(atoms.W_dec.detach().cpu(), aip)
     firing = _firing(codes, held)
     if identity is not None:  # what is dead on train was matched to nobody: that is no figure, least of all 0
         identity = identity.double().masked_fill(torch.tensor(firing["train"]) == 0, torch.nan)
     return {
         "n_train": int((~held).sum()),
         "n_heldout": int(held.sum()),
+        "other": other,
         **firing,
         "identity": None if identity is None else compact(identity),
-        "margin": compact(window_margin(atoms, heldout)),
+        "margin": compact(window_margin(atoms, aip, heldout)),
         "near": near.flatten().tolist(),
         "coherence": compact(coherence.flatten()),
         "neighbours": near.shape[1],
@@ -84,7 +93,7 @@ def neighbours(
     return torch.cat(found), torch.cat(values)
 
 
-def window_margin(atoms: Metered, seen: Observation) -> Float[Tensor, " F"]:
+def window_margin(atoms: Dictionary, aip: AtomicInnerProduct, seen: Observation) -> Float[Tensor, " F"]:
     """How far each threshold is inside its identifiability window, in units of itself; below 0 outside, NaN if silent.
 
     The window is that of the report's certificates: each atom's own extremes on the split `seen`.
@@ -94,11 +103,11 @@ def window_margin(atoms: Metered, seen: Observation) -> Float[Tensor, " F"]:
     if not alive.any() or not isinstance(atoms, TSAE):  # other encoders have no such window
         return margin
     living = atoms.W_dec.detach().float()[alive]
-    tau = atoms.threshold.detach()[alive].double() * atoms.aip.whiten(living).norm(dim=1)
+    tau = atoms.threshold.detach()[alive].double() * aip.whiten(living).norm(dim=1)
     k_active = seen.k_atom[alive]
     window = threshold_window(
         tau,
-        atom_coherence(living, atoms.aip).double(),
+        atom_coherence(living, aip).double(),
         torch.full_like(k_active, int(seen.l0.max())),
         k_active,
         seen.smallest[alive],
@@ -133,11 +142,12 @@ def _contexts(codes: csc_array, corpus: Corpus) -> dict[str, Any]:
     """The strongest contexts of either split, of every atom, and the texts that any of them needs, once."""
     held = corpus.heldout.numpy()
     kept: dict[int, int] = {}
+    each = min(_EACH, max(1, _CONTEXTS // (len(codes.indptr) - 1)))
     at, row, value = [0], [], []
     for atom in range(len(codes.indptr) - 1):
         rows, values = active_rows(codes, atom)
         out = held[rows]
-        shown = np.sort(np.concatenate([np.flatnonzero(side)[:_EACH] for side in (out, ~out)]))
+        shown = np.sort(np.concatenate([np.flatnonzero(side)[:each] for side in (out, ~out)]))
         row += [kept.setdefault(one, len(kept)) for one in rows[shown].tolist()]
         value.append(values[shown])
         at.append(len(row))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
@@ -11,16 +11,18 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from atom_lens.activations.connect import open_model
 from atom_lens.dictionaries.load import load_atoms
-from atom_lens.dictionaries.metered import Metered
+from atom_lens.dictionaries.protocol import Dictionary
 from atom_lens.errors import AtomLensError
 from atom_lens.evidence.measure import Observation, observe
 from atom_lens.evidence.results import Report
 from atom_lens.recipe.contexts import Corpus, corpus
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.recipe import Recipe
+from atom_lens.recipe.sections import Model
 from atom_lens.studies.report.atoms import browse
-from atom_lens.studies.report.words import Lens, columns, is_residual, open_lens
+from atom_lens.studies.report.words import Lens, columns, is_residual, lens_of
 from atom_lens.studies.train.result import RunReport
 from atom_lens.studies.train.run import IDENTITY_FILENAME
 
@@ -44,7 +46,7 @@ def open_browsers(path: Path, name: str, result: RunReport) -> Iterator[Browser 
     except (ValueError, OSError) as error:
         yield f"{name}: {_LEFT_OUT}, {_sentence(error)}."
         return
-    lens = _lens(recipe, result.hooks)
+    lens = lens_for(result.hooks, lambda: _opened(recipe.model))
     missing: dict[str, list[str]] = {}
     for hook, report in result.hooks.items():
         logger.info("%s, %s: reading atoms and contexts", name, hook)
@@ -56,21 +58,26 @@ def open_browsers(path: Path, name: str, result: RunReport) -> Iterator[Browser 
         yield f"{name} · {', '.join(hooks)}: {_LEFT_OUT}, {why}."
 
 
+def _opened(model: Model) -> Any:
+    return open_model(model.name, revision=model.revision, dtype=model.dtype, device=model.device)
+
+
 def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def _lens(recipe: Recipe, hooks: Iterable[str]) -> Lens | str | None:
+def lens_for(hooks: Iterable[str], open_model: Callable[[], Any]) -> Lens | str | None:
     """None where no hook has words: a model takes minutes to load."""
     if not any(is_residual(hook) for hook in hooks):
         return None
     try:
-        return open_lens(recipe.model)
+        return lens_of(open_model())
     except Exception as error:  # the words are extra: whatever a model of any kind does here, the page goes on
         return f"Logit-lens words are left out: {_sentence(error)}."
 
 
-def _words(lens: Lens | str | None, hook: str, atoms: Metered) -> dict[str, Any] | str:
+def words_of(lens: Lens | str | None, hook: str, atoms: Dictionary) -> dict[str, Any] | str:
+    """The logit-lens words of atoms for the browser, or the sentence that says why there are none."""
     if lens is None or not is_residual(hook):
         return (
             f"Logit-lens words are left out: hook {hook!r} is not in the residual stream, where the unembedding reads."
@@ -90,7 +97,7 @@ def _atoms(path: Path, recipe: Recipe, hook: str, report: Report, lens: Lens | s
     _check_same(report, seen, heldout)
     identity = path / hook / IDENTITY_FILENAME
     scores = load_file(identity)["identity"] if identity.is_file() else None
-    return {**browse(atoms, seen, heldout, scores), "words": _words(lens, hook, atoms)}
+    return {**browse(atoms, atoms.aip, seen, heldout, scores), "words": words_of(lens, hook, atoms)}
 
 
 def _check_same(report: Report, seen: Corpus, heldout: Observation) -> None:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from atom_lens.errors import AtomLensError
-from atom_lens.storage.files import replacing
 from atom_lens.storage.schema import Result
 from atom_lens.storage.terminal import say
 from atom_lens.storage.text import read_text
 from atom_lens.studies.report.browsers import Browser, open_browsers
 from atom_lens.studies.study import STUDIES, Part
 from atom_lens.studies.train.result import RunReport
-from atom_lens.views.page import About, Section, render
+from atom_lens.views.page import About, Section, save
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,7 @@ def write_page(runs: Sequence[str | Path], out: Path | None = None) -> Path:
     command = ["atom-lens", "report", *map(str, runs), *([] if out is None else ["--out", str(out)])]
     abouts = [About(folder.name, folder.recipe, folder.versions) for folder in folders]
     title = ", ".join(folder.name for folder in folders)
-    text = render(title, sections_of(folders), abouts, shlex.join(command))
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is no UTF-8
+    save(path, title, sections_of(folders), abouts, shlex.join(command))
     return path
 
 
@@ -100,9 +97,9 @@ def sections_of(folders: Sequence[Folder]) -> list[Section]:
     found = [one for folder in folders if isinstance(folder.results.get("train"), RunReport) for one in _open(folder)]
     browsers = {one.label: one.atoms for one in found if isinstance(one, Browser)}
     missing = " ".join(one for one in found if isinstance(one, str))
-    sections = [_joined(title, parts) for title in dict.fromkeys(part.title for part in parts)]
+    sections = joined(parts)
     if browsers or missing:
-        intro = "Every atom, with the contexts it fires on hardest: four of the training split, four held-out."
+        intro = "Every atom, with the contexts it fires on hardest, of the training split and held-out."
         sections.append(Section("Atoms", f"{intro * bool(browsers)} {missing}".strip(), browsers=browsers))
     return sections
 
@@ -111,6 +108,11 @@ def _open(folder: Folder) -> list[Browser | str]:
     result = folder.results["train"]
     assert isinstance(result, RunReport)
     return list(open_browsers(folder.path, folder.name, result))
+
+
+def joined(parts: Sequence[Part]) -> list[Section]:
+    """A section for each title."""
+    return [_joined(title, parts) for title in dict.fromkeys(part.title for part in parts)]
 
 
 def _joined(title: str, parts: Sequence[Part]) -> Section:

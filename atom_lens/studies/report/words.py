@@ -10,8 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atom_lens.activations.connect import open_model
-from atom_lens.recipe.sections import Model
 from atom_lens.storage.files import visible
 
 WORDS = 8
@@ -43,13 +41,8 @@ class Lens:
 
 
 @torch.no_grad()
-def open_lens(model: Model) -> Lens:
-    """The lens of a recipe's model.
-
-    Raises:
-        AtomLensError: the model cannot be loaded.
-    """
-    bridge = open_model(model.name, revision=model.revision, dtype=model.dtype, device=model.device)
+def lens_of(bridge: Any) -> Lens:
+    """The lens of a live model, a TransformerBridge."""
     unembedding = bridge.W_U.detach().float()[:, : len(bridge.tokenizer)]
     # Any norm maps a vector of signs, of mean 0 and mean square 1, to gain * signs + bias: so models that keep their
     # gain less 1, and those that call it something else, need no cases.

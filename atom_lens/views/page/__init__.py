@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 
 from atom_lens._version import __version__
-from atom_lens.storage.files import visible
+from atom_lens.storage.files import replacing, visible
 from atom_lens.views.plot import Draw, svg
 from atom_lens.views.table import Cell, Table
 
@@ -73,6 +74,13 @@ def render(title: str, sections: Sequence[Section], folders: Sequence[About], co
         svg=svg,
         cell=lambda one: Cell(one) if isinstance(one, str) else one,
     )
+
+
+def save(path: Path, title: str, sections: Sequence[Section], folders: Sequence[About], command: str) -> None:
+    """Write a page, whole or not at all."""
+    text = render(title, sections, folders, command)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is no UTF-8
 
 
 def _visible(value: Any) -> Any:

@@ -24,12 +24,12 @@
     columns = [
       { key: "index", label: "atom", value: (i) => i },
       { key: "heldout", label: "held-out", title: "share of held-out activations it fires on", value: (i) => data.heldout[i], show: (i) => share(data.heldout[i], data.n_heldout) },
-      { key: "train", label: "train", title: "share of training activations it fires on", value: (i) => data.train[i], show: (i) => share(data.train[i], data.n_train) },
+      { key: "train", label: data.other, title: `share of its ${data.other} activations that it fires on`, value: (i) => data.train[i], show: (i) => share(data.train[i], data.n_train) },
       { key: "mean", label: "mean coef.", title: "mean coefficient where it fires", value: (i) => data.mean[i] },
-      { key: "identity", label: "identity", title: "mean coherence with its partners in runs from other seeds", value: (i) => data.identity[i], show: (i) => fixed(data.identity[i]) },
+      { key: "identity", label: "identity", title: "mean coherence with its partners in the other runs or dictionaries", value: (i) => data.identity[i], show: (i) => fixed(data.identity[i]) },
       { key: "margin", label: "margin", title: "of its threshold to the identifiability window, in units of the threshold", value: (i) => data.margin[i] },
       { key: "near", label: "coherence", title: "largest coherence with another atom", value: (i) => nearest[i], show: (i) => fixed(nearest[i]) },
-    ].filter((column) => column.key !== "identity" || data.identity);
+    ].filter(({ key }) => !["identity", "margin"].includes(key) || data[key]?.some((value) => value !== null));
     $("words-note").hidden = hasWords();
     if (!hasWords()) $("words-note").textContent = data.words;
     if (!columns.some((column) => column.key === sorted.key)) sorted = { key: "heldout", down: true };
@@ -126,7 +126,7 @@
     line.dir = "auto";
     const fill = make("i");
     fill.style.width = `${100 * Math.abs(data.value[at]) / data.largest[i]}%`;
-    const under = make("div", "under", null, make("span", out ? "badge out" : "badge", out ? "held-out" : "train"), make("span", "strength", null, fill), make("span", "", number(data.value[at])));
+    const under = make("div", "under", null, make("span", out ? "badge out" : "badge", out ? "held-out" : data.other), make("span", "strength", null, fill), make("span", "", number(data.value[at])));
     if (text.answer[row] !== null) under.append(make("span", "answer", "answer: ", make("bdi", "", text.answer[row])));
     return make("li", "", null, line, under);
   }

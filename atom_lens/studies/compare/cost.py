@@ -1,0 +1,47 @@
+"""What the dictionaries of a comparison cost the model: its loss on held-out texts with each of them spliced in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from atom_lens.activations.connect import open_model, wrap_backend
+from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.dictionaries import Dictionary
+from atom_lens.evidence.results import Loss
+from atom_lens.interventions.loss import first_texts, spliced_losses
+from atom_lens.recipe.recipe import Recipe
+from atom_lens.recipe.split import prompts_of, sides
+
+
+class Costs:
+    """Cross-entropy and KL of the recipe's model with a dictionary in it.
+
+    The model is loaded when the first dictionary comes: a comparison that goes on may have none left.
+
+    Args:
+        recipe: tells the model and the texts.
+        tokens: held-out tokens that the loss is taken of; 0 for none.
+    """
+
+    def __init__(self, recipe: Recipe, tokens: int) -> None:
+        self.recipe, self.tokens = recipe, tokens
+
+    @cached_property
+    def _model(self) -> object:
+        asked = self.recipe.model
+        return open_model(asked.name, asked.backend, revision=asked.revision, dtype=asked.dtype, device=asked.device)
+
+    @cached_property
+    def _texts(self) -> list[Prompt]:
+        prompts = prompts_of(self.recipe)
+        out, _ = sides(self.recipe, [prompt.group for prompt in prompts])
+        held = [prompt for prompt, is_out in zip(prompts, out.tolist(), strict=True) if is_out]
+        return first_texts(held, wrap_backend(self._model).tokenizer, self.tokens)
+
+    def of(self, dictionaries: Sequence[Dictionary], hook: str) -> list[Loss | None]:
+        """The loss with each of them at `hook`; None for each where none is asked for."""
+        if not self.tokens:
+            return [None] * len(dictionaries)
+        named = {str(number): one for number, one in enumerate(dictionaries)}
+        return list(spliced_losses(self._model, self._texts, hook, named, self.recipe.prepend_bos).values())
