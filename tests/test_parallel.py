@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from conftest import LETTERS
 from safetensors.torch import load_file
 from support.launching import launched
 
@@ -55,6 +56,87 @@ def test_two_processes_give_what_one_gives(folder: Path) -> None:
         for other in reports[1:]:
             for part in ("train", "heldout", "nulls", "certificates", "metric", "identity"):
                 assert one[part] == other[hook][part], (hook, part)
+
+
+@pytest.fixture
+def streamed(folder: Path) -> Path:
+    """The recipe on running text, with one dictionary only: the other processes have nothing to train."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(LETTERS[64:90], k=draw.randint(1, 60))) for _ in range(150)]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    recipe |= {
+        "prompts": {"source": "jsonl", "path": "text.jsonl"},
+        "hooks": ["blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"],
+        "positions": "all",
+        "split": {"heldout": 0.2, "validation": 0.1},
+        "stream": {"context_size": 16, "metric_tokens": 600, "heldout_tokens": 200, "buffer_size": 2560},
+        "training": {"steps": 80, "batch_size": 32, "device": "cpu", "nulls": False, "checkpoint_minutes": 0},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+READ = """
+import sys
+from atom_lens.activations import stream
+whole, number = stream.read_activations, 0
+def counted(backend, reads, hooks, **rest):
+    passes, run = 0, backend.run
+    def running(*given):
+        nonlocal passes
+        passes += 1
+        return run(*given)
+    backend.run = running
+    try:
+        return whole(backend, reads, hooks, **rest)
+    finally:
+        backend.run = run
+        with open(f"passes-{sys.argv[1]}.txt", "a") as file:
+            file.write(f"{passes} {sum(len(read.tokens) for read in reads)}\\n")
+stream.read_activations = counted
+from atom_lens.cli import main
+sys.exit(main(["train", "recipe.yaml", f"--out={sys.argv[1]}"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_stream_is_read_together(streamed: Path) -> None:
+    """Each process runs the model on its share of the contexts, and the weights are those of one process."""
+    (streamed / "script.py").write_text(READ)
+    for processes in (1, 2, 3):
+        run = launched(processes, ["script.py", f"runs-{processes}"], streamed)
+        assert run.returncode == 0, run.stderr
+    runs = [streamed / f"runs-{processes}" / "tiny" for processes in (1, 2, 3)]
+    for name in ("blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"):
+        one, *others = (load_file(run / name / "sae_weights.safetensors") for run in runs)
+        for other in others:
+            assert all(torch.equal(value, other[key]) for key, value in one.items())
+    counts = [[line.split() for line in (streamed / f"passes-runs-{n}.txt").read_text().splitlines()] for n in (1, 2)]
+    one, two = (sum(int(passes) for passes, _ in each) for each in counts)
+    assert one < two <= one + 2 * len(counts[1]), "a forward pass is made by one of them (and one more looks ahead)"
+    assert 2 * len(counts[0]) == len(counts[1])
+
+
+@pytest.mark.slow
+def test_a_stream_that_was_read_together_goes_on(streamed: Path) -> None:
+    """Killed at some step, and begun again by as many processes: the weights are those of a run that was not."""
+    whole = launched(2, ["-m", "atom_lens", "train", "recipe.yaml", "--out=whole"], streamed)
+    assert whole.returncode == 0, whole.stderr
+    stop = (
+        "import os, sys\nfrom atom_lens.training import checkpoint\nkeep, steps = checkpoint.Checkpoints.keep, []\n"
+        "def counted(self):\n    keep(self)\n    steps.append(1)\n    if len(steps) == 30:\n        os._exit(9)\n"
+        "checkpoint.Checkpoints.keep = counted\nfrom atom_lens.cli import main\n"
+        "sys.exit(main(['train', 'recipe.yaml', '--out=stopped']))\n"
+    )
+    (streamed / "stop.py").write_text(stop)
+    assert launched(2, ["stop.py"], streamed).returncode != 0
+    again = launched(2, ["-m", "atom_lens", "train", "recipe.yaml", "--out=stopped"], streamed)
+    assert again.returncode == 0, again.stderr
+    assert "going on from step 30" in again.stderr
+    for weights in (streamed / "whole" / "tiny").glob("*/sae_weights.safetensors"):
+        one, other = load_file(weights), load_file(streamed / "stopped" / weights.relative_to(streamed / "whole"))
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 @pytest.mark.slow

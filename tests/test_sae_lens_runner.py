@@ -132,7 +132,15 @@ def test_the_runner_goes_on_from_a_checkpoint(architecture: str, tmp_path: Path)
     assert not torch.equal(atoms.W_dec, saved.finish().W_dec), "it has gone on"
 
 
-def test_the_command_line(tiny: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "own"),
+    [
+        ("aip_tsae", {"target_l0": 2.0, "noise": 0.1}),
+        ("aip_topk", {"k": 2, "noise": 0.1}),
+        ("aip_pursuit", {"k": 2, "norm": 0.25}),
+    ],
+)
+def test_the_command_line(architecture: str, own: dict[str, float], tiny: str, tmp_path: Path) -> None:
     """sae-lens' own, in a process of its own: a local model by name, a local data set."""
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "gpt2")
     size: dict[str, Any] = {"vocab_size": 210, "n_positions": 64, "n_ctx": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -141,12 +149,11 @@ def test_the_command_line(tiny: str, tmp_path: Path) -> None:
     words = Dataset.from_dict({"text": ["Paris is a city in the capital of France Rome Oslo Lyon"] * 400})
     words.to_parquet(tmp_path / "texts" / "train.parquet")
     options = {
-        "architecture": "aip_tsae",
+        "architecture": architecture,
         "d_in": 16,
         "d_sae": 32,
-        "target_l0": 2.0,
+        **own,
         "first_activations": 300,
-        "noise": 0.1,
         "model_name": "gpt2",
         "hook_name": HOOK,
         "dataset_path": "texts",
@@ -168,4 +175,4 @@ def test_the_command_line(tiny: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     atoms = load_atoms(tmp_path / "atoms")
-    assert atoms.aip.n == 300 and atoms.cfg.metadata.training_architecture_details["noise"] == 0.1
+    assert atoms.aip.n == 300 and atoms.cfg.architecture() == architecture

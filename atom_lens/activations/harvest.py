@@ -175,14 +175,20 @@ def read_activations(
     allocate: Allocate = in_memory,
     batch_tokens: int | None = None,
     done: Callable[[int], Any] = lambda prompts: None,
+    shared: bool = False,
 ) -> dict[str, Float[Tensor, "n _"]]:
-    """hook -> what it gives at all tokens of `reads`, in their order; `done` hears of every batch of prompts."""
+    """hook -> what it gives at all tokens of `reads`, in their order; `done` hears of every batch of prompts.
+
+    With `shared` every process asks for the same, reads a share of the batches, and gets all.
+    """
     first_row = torch.tensor([0, *(len(read.tokens) for read in reads)]).cumsum(0).tolist()
     values: dict[str, Tensor] = {}
     budget = batch_tokens or (1024 if backend.device.type == "cpu" else 16_384)
-    batches = _batches([len(read.ids) for read in reads], budget)
-    # Into files each process writes the rows that are its own; in memory it would be left without the others'.
-    for batch in batches if allocate is in_memory else parallel.mine(batches):
+    batches = list(_batches([len(read.ids) for read in reads], budget))
+    shared = shared and len(batches) >= parallel.size()  # a process without a batch would not know the widths
+    # Into files each process writes the rows that are its own; in memory it is left without the others', unless these
+    # are asked for.
+    for batch in batches if allocate is in_memory and not shared else parallel.mine(batches):
         longest = len(reads[batch[0]].ids)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -199,9 +205,11 @@ def read_activations(
             x = _rows_of(hook, kept)
             if hook not in values:
                 values[hook] = allocate(hook, first_row[-1], x.shape[1])
+                if shared:
+                    values[hook].zero_()
             values[hook][to] = x
         done(len(batch))
-    return values
+    return {hook: parallel.summed(x) for hook, x in values.items()} if shared else values
 
 
 def _check_causal(backend: Backend, hooks: Sequence[str]) -> None:

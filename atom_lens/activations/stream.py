@@ -21,7 +21,8 @@ _NOTHING = "the stream has no training documents that can be read: give more doc
 class Stream:
     """Activations of all tokens of some documents at some hooks, in one forward pass for all hooks.
 
-    After the last document comes the first again.
+    After the last document comes the first again. Several processes (`parallel`) read the same stream together, each
+    running the model on a share of the contexts.
 
     Args:
         backend: the model.
@@ -60,7 +61,7 @@ class Stream:
         while not (reads := self._reads(n)):
             if self.passes > began + 1:
                 raise AtomLensError(_NOTHING)
-        found = read_activations(self.backend, reads, list(self.limits))
+        found = read_activations(self.backend, reads, list(self.limits), shared=True)
         within = _all(x.norm(dim=1) <= self.limits[hook] for hook, x in found.items())
         return {hook: x[within] for hook, x in found.items()}
 

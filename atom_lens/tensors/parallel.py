@@ -110,6 +110,11 @@ def agreed(make: Callable[[], T], source: int = 0) -> T:
     return json.loads(bytes(sent(letters, source).tolist()))
 
 
+def all_agree(holds: bool) -> bool:
+    """Whether something holds in every process."""
+    return not largest(torch.tensor(int(not holds)))
+
+
 def together() -> None:
     """Wait until every process is here."""
     if _active:

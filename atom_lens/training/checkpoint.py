@@ -26,6 +26,7 @@ from torch import Tensor
 from atom_lens.dictionaries.learning import Learning
 from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import regular_file, replacing
+from atom_lens.tensors import parallel
 from atom_lens.tensors.rows import Rows
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class BatchSource(Protocol):
     """Endless batches, by the names of their streams, that can be put back where they were."""
 
     checkpoints: Checkpoints | None
+    together: bool
 
     @property
     def about(self) -> dict[str, Any]: ...
@@ -59,7 +61,10 @@ class Batches:
         left: rows of this epoch that are still to come.
         generator: shuffles the next epoch.
         checkpoints: kept between two steps, if any.
+        together: no; each of several processes goes through them by itself.
     """
+
+    together = False
 
     def __init__(self, streams: Mapping[str, Float[Tensor | Rows, "n _"]], batch_size: int, seed: int) -> None:
         self.streams, self.batch_size = streams, batch_size
@@ -133,26 +138,30 @@ class Checkpoints:
         # Where sae-lens has just emptied its firing counts, going on would divide by their zero.
         if steps == 0 or steps % self.trainer.cfg.feature_sampling_window == 0:
             return
-        if time.monotonic() - self.last >= self.seconds:
+        due = time.monotonic() - self.last >= self.seconds
+        if parallel.agreed(lambda: due) if self.batches.together else due:
             self.keep()
             self.last = time.monotonic()
 
     def keep(self) -> None:
-        """Write the file."""
+        """Write the file; processes that read together replace theirs at once, when all have written."""
         tensors: dict[str, Tensor] = {}
         learners = {name: _state(trainer) for name, trainer in self.trainer.trainers.items()}
         state = {**self.batches.state(), "learners": learners}
         text = json.dumps({"format": _FORMAT, "about": self.about, "here": self.here, "state": _packed(state, tensors)})
         with replacing(self.path) as temporary:
             save_file(tensors, temporary, {"atom_lens": text, "sha256": _digest(text, tensors)})
+            if self.batches.together:
+                parallel.together()
 
     def restore(self) -> bool:
-        """Put trainer and data where the file says, if there is one.
+        """Put trainer and data where the file says, if there is one; of processes that read together, if all have one.
 
         Raises:
             AtomLensError: it is damaged, or of another training.
         """
-        if not self.path.exists():
+        there, together = self.path.exists(), self.batches.together
+        if not (parallel.all_agree(there) if together else there):
             return False
         regular_file(self.path)
         try:
@@ -177,6 +186,11 @@ class Checkpoints:
         if found["here"] != self.here:
             logger.warning("the checkpoint is of %s, here is %s: the last bits may differ", found["here"], self.here)
         state = _unpacked(found["state"], tensors)
+        step = next(iter(state["learners"].values()))["n_training_steps"]
+        if together and parallel.agreed(lambda: step) != step:
+            raise AtomLensError(
+                f"checkpoint {str(self.path)!r} is of step {step}, process 0 has another: remove both to start over"
+            )
         self.batches.restore(state)
         for name, trainer in self.trainer.trainers.items():
             _restore(trainer, state["learners"][name])

@@ -56,6 +56,9 @@ def fit_together(
     """
     found = {name: torch.zeros(learner.sae.cfg.d_sae) for name, learner in learners.items()}
     own = dict(parallel.mine(learners.items()))
+    if not own and not isinstance(streams, Mapping):
+        # Processes read a stream together: one with nothing to train keeps step with the others by a copy.
+        own = dict([next(iter(learners.items()))])
     if own:
         trainer = _trained(streams, own, training, logging, checkpoint, evaluator)
         found |= {name: one.log_feature_sparsity.cpu().float() for name, one in trainer.trainers.items()}

@@ -29,7 +29,10 @@ class Mixing:
 
     Attributes:
         checkpoints: kept between two steps, if any.
+        together: several processes read it together, batch by batch.
     """
+
+    together = True
 
     def __init__(
         self, stream: Stream, batch_size: int, buffer_size: int, seed: int, shuffled: Mapping[str, str] | None = None

@@ -130,8 +130,9 @@ def _train(
         if recipe.stream is None
         else _mixing(stream_of(recipe, prompts, found), recipe.stream.buffer_size, training, hooks)
     )
-    with wandb_run(recipe.wandb, recipe.name) as logs:
-        evaluator = _evaluator(planned, recipe).several if logs.log_to_wandb else None
+    with wandb_run(recipe.wandb if parallel.rank() == 0 else None, recipe.name) as logs:
+        # Several processes measure together, at steps that each of them would have to reach.
+        evaluator = _evaluator(planned, recipe).several if logs.log_to_wandb and parallel.size() == 1 else None
         sparsity = fit_together(batches, learners, training, logs, checkpoint, evaluator)
         seconds = time.monotonic() - start
         took = f"{', '.join(hooks)}: trained {len(learners)} dictionaries in one pass in {seconds:.0f} s"
