@@ -23,6 +23,7 @@ from atom_lens.interventions.facts import padded
 from atom_lens.interventions.splice import heads_merged
 
 _TOKENS = 256  # of a batch: its logits are tokens x vocabulary
+_ROWS = 8  # of logits at a time where a copy is made: copies of all would cost more in page faults than in arithmetic
 
 
 @torch.no_grad()
@@ -147,7 +148,10 @@ def _changed(
 def _logprobs(
     backend: Backend, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos vocab"]:
-    return backend.logits(tokens, mask, tokens.shape[1]).float().log_softmax(dim=-1)
+    logits = backend.logits(tokens, mask, tokens.shape[1]).float().contiguous()
+    for part in logits.flatten(0, 1).split(_ROWS):
+        part.copy_(part.log_softmax(dim=-1))
+    return logits
 
 
 def _cross_entropy(
@@ -163,4 +167,6 @@ def _kl(
 ) -> Float[Tensor, ""]:
     if found is clean:
         return torch.zeros((), dtype=torch.float64, device=clean.device)
-    return ((clean - found) * clean.exp()).sum(dim=-1)[real].double().sum()
+    pairs = zip(clean.flatten(0, 1).split(_ROWS), found.flatten(0, 1).split(_ROWS), strict=True)
+    each = torch.cat([((one - other) * one.exp()).sum(dim=-1) for one, other in pairs])
+    return each[real.flatten()].double().sum()

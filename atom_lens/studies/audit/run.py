@@ -43,7 +43,7 @@ _LOSS_TOKENS = 2048
 # A pursuit solves a system of the size of a code for every row and atom: beyond this it takes longer than all else.
 _PURSUED = 64
 _WITH_LOSS = {"pursued", "data", "data_euclidean"}  # a loss takes as long as all else
-_WORK = 1 << 19  # rows times atoms of a code that pursuits go through
+_WORK = 1 << 18  # rows times atoms of a code that pursuits go through
 _CALIBRATION = 2048  # rows on which thresholds of pursuits are set
 
 
