@@ -19,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import atom_lens.studies  # noqa: F401 -- they register the sections that recipes may have
 from atom_lens.activations.models import DEMO, find_model
 
-pytest_plugins = [f"support.{name}" for name in ("auditing", "browser", "command", "judging", "live", "talking")]
+pytest_plugins = [
+    f"support.{name}" for name in ("auditing", "browser", "command", "judging", "live", "paging", "talking")
+]
 
 NAMES = "Paris Lyon New York San Francisco Rome Oslo is a city in the of capital France Italy"
 LETTERS = [chr(c) for c in range(33, 127)]
