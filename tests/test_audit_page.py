@@ -76,3 +76,19 @@ def test_given_activations_have_tables_alone(generator: torch.Generator, tmp_pat
     assert not browsers(tmp_path / "audit.html")
     with pytest.raises(ValueError, match="page is .* a folder"):
         audit(topk(), x[:500], x[500:], page=tmp_path)
+
+
+def test_weights_and_biases(stock: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: the table and the page are among the files of the run, the numbers in its log."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    options = ["--text", str(text), "--tokens", "1000", "--loss-tokens", "0", "--device", "cpu"]
+    assert main(["audit", str(stock), *options, "--wandb", "mine", "--page", str(tmp_path / "audit.html")]) == 0
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    (html,) = run.rglob("*.html")
+    assert "atoms-0" in html.read_text()
+    (table,) = run.rglob("*.table.json")
+    found = json.loads(table.read_text())
+    assert found["columns"][:3] == ["held-out", "R²", "R² (AIP)"] and found["data"][0][0] == "its own encoder"
+    (log,) = run.glob("*.wandb")
+    assert b"r2_aip" in log.read_bytes()

@@ -67,10 +67,13 @@ class Table:
     def csv(self) -> str:
         """Heads and cells, a line each."""
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow([_of(cell).text for cell in self.heads])
-        writer.writerows([row.head, *(_of(cell).text for cell in row.cells)] for row in self.rows)
+        csv.writer(out, lineterminator="\n").writerows(self.grid())
         return out.getvalue()
+
+    def grid(self) -> list[list[str]]:
+        """The texts of the heads, then of each row."""
+        rows = [[row.head, *(_of(cell).text for cell in row.cells)] for row in self.rows]
+        return [[_of(cell).text for cell in self.heads], *rows]
 
 
 def _of(cell: Cell | str) -> Cell:

@@ -251,6 +251,7 @@ def command(
     device: str = "auto",
     json: Path | None = None,
     page: Path | None = None,
+    wandb: str | None = None,
 ) -> None:
     """The evidence about anybody's dictionary, on held-out text.
 
@@ -269,6 +270,7 @@ def command(
         device: where the model and the dictionary run
         json: also write the result to this file
         page: also write an HTML page to this file, with a browser of the latents
+        wandb: also log tables, numbers and page to this project of Weights & Biases
     """
     if text is not None and dataset is not None:
         raise AtomLensError(f"--text is {text!r} and --dataset {dataset!r}, allowed is one of them")
@@ -289,4 +291,8 @@ def command(
     )
     if json is not None:
         found.write(json)
+    if wandb is not None:
+        from atom_lens.studies.audit.log import log_audit  # wandb takes a second to import
+
+        log_audit(found, wandb, page)
     say(study.text(found, sae))
