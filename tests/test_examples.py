@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,34 +40,37 @@ def test_aip_correction(demo: str, tmp_path: Path) -> None:
     assert (tmp_path / "aip.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-@pytest.mark.demo
-def test_causal_edit(demo: str) -> None:
-    """Nothing changes without an edit, the whole activation of Tokyo makes Paris Japanese, and atoms have names."""
-    printed = run("03_causal_edit.py", "--cities", "900", "--steps", "100")
-    answers = dict(re.findall(r"^  (.{40}) (.+)$", printed, flags=re.MULTILINE))
-    said = {label.strip(): text for label, text in answers.items()}
-    assert said["clean"].startswith("'") or said["clean"] == said["atoms in, no edit"]
-    assert said["atoms in, no edit"].startswith("France")
-    assert said["Tokyo's whole activation (the ceiling)"].startswith("Japan")
-    assert len(re.findall(r"fires most on", printed)) == 5
+def causal_edit(printed: str) -> bool:
+    """Nothing changes without an edit, and the whole activation of Tokyo makes Paris Japanese."""
+    said = {label.strip(): text for label, text in re.findall(r"^(.{40}) (.+)$", printed, flags=re.MULTILINE)}
+    assert said["clean"] == said["atoms in, no edit"] == said["clean again"] and said["clean"].startswith("France")
+    assert len(re.findall(r"^atom +\d+ ", printed, flags=re.MULTILINE)) == 5
+    return said["Tokyo's whole activation"].startswith("Japan")
 
 
 @pytest.mark.slow
 @pytest.mark.demo
 @pytest.mark.parametrize(
-    ("name", "sizes", "fewer", "last"),
+    ("name", "sizes", "fewer", "holds"),
     [
-        ("03_causal_edit", "CITIES, STEPS = 3000, 400", "CITIES, STEPS = 900, 60", "clean again"),
+        ("03_causal_edit", "CITIES, STEPS = 3000, 400", "CITIES, STEPS = 900, 60", causal_edit),
         (
             "04_audit",
             "PARAGRAPHS, STEPS, TOKENS, LOSS_TOKENS = 800, 600, 4096, 512",
             "PARAGRAPHS, STEPS, TOKENS, LOSS_TOKENS = 200, 20, 1500, 64",
-            "given activations",
+            lambda printed: "given activations" in printed,
+        ),
+        (
+            "05_train_on_text",
+            "TOKENS, D_SAE, L0, AUDITED, LOSS_TOKENS = 100_000, 640, 8, 8192, 1024",
+            "TOKENS, D_SAE, L0, AUDITED, LOSS_TOKENS = 22_000, 640, 8, 256, 64",
+            lambda printed: len(re.findall(r"CE recovered", printed)) == 2 and "atom" in printed,
         ),
     ],
 )
-def test_notebooks_run_top_to_bottom(name: str, sizes: str, fewer: str, last: str, demo: str, tmp_path: Path) -> None:
+def test_notebooks_run_top_to_bottom(
+    name: str, sizes: str, fewer: str, holds: Callable[[str], bool], demo: str, tmp_path: Path
+) -> None:
     notebook = json.loads((EXAMPLES / f"{name}.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert any("text" in output or "data" in output for cell in cells for output in cell["outputs"]), "kept with output"
@@ -75,4 +79,4 @@ def test_notebooks_run_top_to_bottom(name: str, sizes: str, fewer: str, last: st
     (tmp_path / "notebook.py").write_text(code.replace(sizes, fewer))
     ended = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert last in ended.stdout
+    assert holds(ended.stdout), ended.stdout

@@ -291,8 +291,8 @@ def command(
     )
     if json is not None:
         found.write(json)
+    say(study.text(found, sae))
     if wandb is not None:
         from atom_lens.studies.audit.log import log_audit  # wandb takes a second to import
 
         log_audit(found, wandb, page)
-    say(study.text(found, sae))

@@ -137,7 +137,7 @@ def _compare(recipe: Recipe, folder: Path, homes: Mapping[str, str | None]) -> N
     costs = Costs(recipe, asked.loss_tokens)
     for hook, split in splits(recipe, folder):
         aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge, f"{len(split.x)} training activations")
-        on = _On(split, aip, partial(costs.of, hook=hook))
+        on = _Setting(split, aip, partial(costs.of, hook=hook))
         here = [features for features in asked.features if homes[features.name] in (None, hook)]
         cells = [
             kept(folder / "cells" / hook / f"{key}.json", Cell, make, _says)
@@ -161,7 +161,7 @@ def _says(cell: Cell) -> str:
     return f"held-out R² {run.r2:.3f}, q* {run.q_star:.3f}, L0 {run.l0.mean:.1f}"
 
 
-class _On(NamedTuple):
+class _Setting(NamedTuple):
     """What every dictionary of a hook is measured on: rows, metric, and the model that it may cost something."""
 
     split: SplitActivations
@@ -169,7 +169,9 @@ class _On(NamedTuple):
     cost: Callable[[Sequence[Dictionary]], list[Loss | None]]
 
 
-def _cells(recipe: Recipe, on: _On, here: Sequence[Features], folder: Path) -> Iterator[tuple[str, Callable[[], Cell]]]:
+def _cells(
+    recipe: Recipe, on: _Setting, here: Sequence[Features], folder: Path
+) -> Iterator[tuple[str, Callable[[], Cell]]]:
     """(name, what measures it), nulls first; `here` are the features of this hook."""
     assert recipe.atoms is not None and recipe.training is not None
     training, asked = recipe.training, recipe.section(Compare)
@@ -198,7 +200,7 @@ def _cells(recipe: Recipe, on: _On, here: Sequence[Features], folder: Path) -> I
         )
 
 
-def _fixed(kind: Fixed, k: int | None, setup: Setup, on: _On) -> Cell:
+def _fixed(kind: Fixed, k: int | None, setup: Setup, on: _Setting) -> Cell:
     dictionary = kind.make(setup, setup.aip.width if k is None else k)
     return _cell(kind.name, None if k is None else float(k), [dictionary], on)
 
@@ -225,7 +227,7 @@ def _with_rate(
     return training.model_copy(update={"lr": chosen.lr})
 
 
-def _trained(kind: Trained, level: float, setup: Setup, on: _On, training: Training) -> Cell:
+def _trained(kind: Trained, level: float, setup: Setup, on: _Setting, training: Training) -> Cell:
     """All seeds of one kind at one sparsity, from one pass over the activations."""
     learners = {str(i): kind.start(setup, level, training.seed + i) for i in range(training.seeds)}
     # TSAEs start from data, stock SAEs from noise: what agrees before training says nothing.
@@ -248,7 +250,7 @@ def _start(learner: Learner, aip: AtomicInnerProduct) -> Float[Tensor, "F d"]:
     return weights if whitening is None else weights @ whitening.inverse_matrix
 
 
-def _cell(unit: str, level: float | None, dictionaries: Sequence[Dictionary], on: _On) -> Cell:
+def _cell(unit: str, level: float | None, dictionaries: Sequence[Dictionary], on: _Setting) -> Cell:
     runs, alive, (split, aip, _) = [], [], on
     for dictionary, loss in zip(dictionaries, on.cost(dictionaries), strict=True):
         seen = {"train": observe(dictionary, split.x, aip), "heldout": observe(dictionary, split.heldout, aip)}
@@ -283,7 +285,7 @@ def _aside(split: SplitActivations) -> Float[Tensor | Rows, "n d"]:
     return split.x if split.validation is None else split.validation
 
 
-def _null_cell(null: Drawn, k: int, setup: Setup, on: _On, seed: int) -> Cell:
+def _null_cell(null: Drawn, k: int, setup: Setup, on: _Setting, seed: int) -> Cell:
     """A null at its best in either norm: R² of a Euclidean pursuit, all else of a pursuit under the metric."""
     split = on.split
     mean = mean_row(split.x).to(split.x.dtype)
