@@ -63,7 +63,7 @@ def causal_edit(printed: str) -> bool:
         (
             "05_train_on_text",
             "TOKENS, D_SAE, L0, AUDITED, LOSS_TOKENS = 100_000, 640, 8, 8192, 1024",
-            "TOKENS, D_SAE, L0, AUDITED, LOSS_TOKENS = 22_000, 640, 8, 256, 64",
+            "TOKENS, D_SAE, L0, AUDITED, LOSS_TOKENS = 22_000, 128, 4, 256, 64",
             lambda printed: len(re.findall(r"CE recovered", printed)) == 2 and "atom" in printed,
         ),
     ],
