@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import wandb
 from conftest import shifted
 from support.auditing import HOOK, topk
 from support.browser import Browser
@@ -58,6 +60,7 @@ def test_its_numbers_are_those_of_the_audit(page: Path, text: Path) -> None:
             assert f"{before}{token}{after}".strip("…") in documents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_opens(browser: Browser, page: Path, width: int) -> None:
     browser.open(page, width)
@@ -78,13 +81,22 @@ def test_given_activations_have_tables_alone(generator: torch.Generator, tmp_pat
         audit(topk(), x[:500], x[500:], page=tmp_path)
 
 
-def test_weights_and_biases(stock: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline: the table and the page are among the files of the run, the numbers in its log."""
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where runs of Weights & Biases go; it reads the environment once in a process, unless it is ended."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb.teardown()
+    yield tmp_path / "wandb"
+    wandb.teardown()
+
+
+@pytest.mark.slow
+def test_weights_and_biases(stock: Path, text: Path, tmp_path: Path, offline: Path) -> None:
+    """Offline: the table and the page are among the files of the run, the numbers in its log."""
     options = ["--text", str(text), "--tokens", "1000", "--loss-tokens", "0", "--device", "cpu"]
     assert main(["audit", str(stock), *options, "--wandb", "mine", "--page", str(tmp_path / "audit.html")]) == 0
-    (run,) = tmp_path.glob("wandb/offline-run-*")
+    (run,) = offline.glob("offline-run-*")
     (html,) = run.rglob("*.html")
     assert "atoms-0" in html.read_text()
     (table,) = run.rglob("*.table.json")

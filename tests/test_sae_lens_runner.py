@@ -136,8 +136,8 @@ def test_the_runner_goes_on_from_a_checkpoint(architecture: str, tmp_path: Path)
     ("architecture", "own"),
     [
         ("aip_tsae", {"target_l0": 2.0, "noise": 0.1}),
-        ("aip_topk", {"k": 2, "noise": 0.1}),
-        ("aip_pursuit", {"k": 2, "norm": 0.25}),
+        pytest.param("aip_topk", {"k": 2, "noise": 0.1}, marks=pytest.mark.slow),
+        pytest.param("aip_pursuit", {"k": 2, "norm": 0.25}, marks=pytest.mark.slow),
     ],
 )
 def test_the_command_line(architecture: str, own: dict[str, float], tiny: str, tmp_path: Path) -> None:
