@@ -29,17 +29,7 @@ pytestmark = pytest.mark.slow  # a run and studies of every kind, and a browser
 
 
 @pytest.fixture(scope="module")
-def work(paged: Path) -> Path:
-    return paged
-
-
-@pytest.fixture(scope="module")
-def run(paged_run: Path) -> Path:
-    return paged_run
-
-
-@pytest.fixture(scope="module")
-def page(tiny: str, run: Path, work: Path, request: pytest.FixtureRequest) -> Path:
+def page(tiny: str, paged_run: Path, paged: Path, request: pytest.FixtureRequest) -> Path:
     """One page about a run and a study of every kind."""
     units = {"units": ["neurons", "topk", "tsae_free"], "l0": [2.0, 4.0], "matched": [3.0]}
     two = ["blocks.0.hook_resid_post", HOOK]
@@ -47,8 +37,8 @@ def page(tiny: str, run: Path, work: Path, request: pytest.FixtureRequest) -> Pa
     grid = {"n": [24, 48, 96], "capacities": [8, 16, 32], "levels": [0.3]}
     once = {"steps": 10, "batch_size": 16, "device": "cpu"}
     studies.append(scale(page_recipe(tiny, "grid", hooks=[HOOK], scale=grid, training=once)))
-    studies.append(intervene(load_recipe(study(request.getfixturevalue("talking"), work))))
-    return write_page([run, *studies], work / "all.html")
+    studies.append(intervene(load_recipe(study(request.getfixturevalue("talking"), paged))))
+    return write_page([paged_run, *studies], paged / "all.html")
 
 
 def test_it_is_whole_and_asks_for_nothing(browser: Browser, page: Path) -> None:
@@ -85,7 +75,7 @@ def test_it_is_whole_and_asks_for_nothing(browser: Browser, page: Path) -> None:
     assert set(browser.requests) == {page.resolve().as_uri()}
 
 
-def test_hostile_text_stays_text(browser: Browser, run: Path, page: Path) -> None:
+def test_hostile_text_stays_text(browser: Browser, paged_run: Path, page: Path) -> None:
     html = page.read_text(encoding="utf-8")
     assert "<img" not in html and "onerror" in html
     browser.open(page)
@@ -100,10 +90,10 @@ def test_hostile_text_stays_text(browser: Browser, run: Path, page: Path) -> Non
     assert browser.js("document.querySelectorAll('img').length") == 0 and browser.troubles == []
 
 
-def test_search_sort_and_detail(browser: Browser, tiny: str, run: Path, page: Path) -> None:
+def test_search_sort_and_detail(browser: Browser, tiny: str, paged_run: Path, page: Path) -> None:
     """The list against the atoms themselves: who fires where, in which order, and what a card says."""
     hook = "blocks.0.hook_resid_post"
-    atoms, seen = load_atoms(run, hook=hook), corpus(load_recipe(run / "recipe.yaml"), hook)
+    atoms, seen = load_atoms(paged_run, hook=hook), corpus(load_recipe(paged_run / "recipe.yaml"), hook)
     codes = codes_of(atoms, seen.x).toarray()
     held = seen.heldout.numpy()
     browser.open(page)
@@ -216,11 +206,11 @@ def test_on_a_phone(browser: Browser, page: Path) -> None:
     assert browser.js("getComputedStyle(card).display") == "none" and browser.troubles == []
 
 
-def test_ten_thousand_atoms(browser: Browser, tiny: str, work: Path) -> None:
+def test_ten_thousand_atoms(browser: Browser, tiny: str, paged: Path) -> None:
     """Usable at once, and a page of rows in the document, however many atoms there are."""
     one = {"steps": 2, "batch_size": 16, "device": "cpu", "nulls": False}
     many = page_recipe(tiny, "many", hooks=[HOOK], atoms={"capacity": 10_000, "target_l0": 40.0}, training=one)
-    file = write_page([train(many)], work / "many.html")
+    file = write_page([train(many)], paged / "many.html")
     browser.open(file)
     # Time is the machine's; what makes it short is a page of rows in the document, and half a kilobyte per atom.
     assert 0 < browser.js("Number(document.documentElement.dataset.ready)") < 60_000
@@ -234,10 +224,10 @@ def test_ten_thousand_atoms(browser: Browser, tiny: str, work: Path) -> None:
     assert data / 10_000 < 1000 and file.stat().st_size < data + 200_000
 
 
-def test_two_comparisons_are_not_one_cloud(page: Path, work: Path, tmp_path: Path) -> None:
+def test_two_comparisons_are_not_one_cloud(page: Path, paged: Path, tmp_path: Path) -> None:
     """Of the same hooks, say at n / F of 40 and of 1: a plot each, by the folder's name."""
-    shutil.copytree(work / "runs" / "comparison", tmp_path / "memorised")
-    sections = sections_of(read_folders([work / "runs" / "comparison", tmp_path / "memorised"]))
+    shutil.copytree(paged / "runs" / "comparison", tmp_path / "memorised")
+    sections = sections_of(read_folders([paged / "runs" / "comparison", tmp_path / "memorised"]))
     (plane,) = (section for section in sections if section.id == "dictionaries-and-nulls")
     both = [f"{name}, blocks.{i}.hook_resid_post of " for name in ("comparison", "memorised") for i in (0, 1)]
     assert [choice.partition(" of ")[0] + " of " for choice in plane.choices] == both

@@ -27,18 +27,8 @@ HOOK = "blocks.1.hook_resid_post"
 pytestmark = pytest.mark.slow  # a run of three hooks
 
 
-@pytest.fixture(scope="module")
-def work(paged: Path) -> Path:
-    return paged
-
-
-@pytest.fixture(scope="module")
-def run(paged_run: Path) -> Path:
-    return paged_run
-
-
-def test_columns_against_brute_force(run: Path, work: Path) -> None:
-    atoms, seen = load_atoms(run, hook=HOOK), corpus(load_recipe(run / "recipe.yaml"), HOOK)
+def test_columns_against_brute_force(paged_run: Path, paged: Path) -> None:
+    atoms, seen = load_atoms(paged_run, hook=HOOK), corpus(load_recipe(paged_run / "recipe.yaml"), HOOK)
     heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
     found = browse(atoms, atoms.aip, seen, heldout)
     codes = atoms.encode(seen.x[:]).detach().numpy()
@@ -54,7 +44,7 @@ def test_columns_against_brute_force(run: Path, work: Path) -> None:
             continue
         assert found["mean"][i] == pytest.approx(values.mean(), rel=1e-3)
         assert bars[i].tolist() == np.histogram(values, 16, (0, values.max()))[0].tolist()
-    report = json.loads((run / HOOK / "report.json").read_text())
+    report = json.loads((paged_run / HOOK / "report.json").read_text())
     margin = window_margin(atoms, atoms.aip, heldout)
     assert int(margin.isnan().sum()) == report["heldout"]["dead_atoms"]
     assert float((margin[~margin.isnan()] > 0).double().mean()) == report["certificates"]["window"]["inside"]
@@ -63,18 +53,18 @@ def test_columns_against_brute_force(run: Path, work: Path) -> None:
     assert torch.allclose(coherence, cosine.topk(5).values, atol=1e-6) and not (near == torch.arange(40)[:, None]).any()
 
 
-def test_silent_atoms(run: Path, work: Path) -> None:
+def test_silent_atoms(paged_run: Path, paged: Path) -> None:
     """Atoms that never fire have no figures, and the page says so with dashes, not numbers."""
-    atoms, seen = load_atoms(run, hook=HOOK), corpus(load_recipe(run / "recipe.yaml"), HOOK)
+    atoms, seen = load_atoms(paged_run, hook=HOOK), corpus(load_recipe(paged_run / "recipe.yaml"), HOOK)
     atoms.threshold.data.fill_(1e9)
     heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
     found = browse(atoms, atoms.aip, seen, heldout)
     assert set(found["mean"]) == set(found["margin"]) == {None} and found["at"] == [0] * 41 and found["rows"] == {}
 
 
-def test_identity_of_what_is_dead_on_train(run: Path, work: Path) -> None:
+def test_identity_of_what_is_dead_on_train(paged_run: Path, paged: Path) -> None:
     """Nobody was matched to it: no figure, not the least."""
-    atoms, seen = load_atoms(run, hook=HOOK), corpus(load_recipe(run / "recipe.yaml"), HOOK)
+    atoms, seen = load_atoms(paged_run, hook=HOOK), corpus(load_recipe(paged_run / "recipe.yaml"), HOOK)
     atoms.threshold.data[:5] = 1e9
     heldout = observe(atoms, seen.x.select(seen.heldout), atoms.aip)
     scores = torch.linspace(0.5, 0.9, 40)
@@ -88,17 +78,17 @@ def test_identity_of_what_is_dead_on_train(run: Path, work: Path) -> None:
     )
 
 
-def test_what_is_missing_is_said(run: Path, work: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_said(paged_run: Path, paged: Path, tmp_path: Path) -> None:
     """Without its prompts a run still has figures and nulls, and one sentence on the rest."""
     copy = tmp_path / "moved"
-    shutil.copytree(run, copy)
+    shutil.copytree(paged_run, copy)
     text = (copy / "recipe.yaml").read_text().replace("prompts.jsonl", "gone.jsonl")
     (copy / "recipe.yaml").write_text(text)
     file = write_page([copy])
     assert file == tmp_path / "report.html"
     html = file.read_text(encoding="utf-8")
     assert "atoms are left out, file &#39;gone.jsonl&#39; does not exist." in html and 'id="browser"' not in html
-    held = json.loads((run / HOOK / "report.json").read_text())["heldout"]
+    held = json.loads((paged_run / HOOK / "report.json").read_text())["heldout"]
     low, high = held["interval"]["r2"]
     assert f'<td class="held">{held["r2"]:.4f}<small>{low:.3f} to {high:.3f}</small></td>' in html
 
@@ -114,13 +104,13 @@ def test_what_is_missing_is_said(run: Path, work: Path, tmp_path: Path) -> None:
     ],
 )
 def test_prompts_that_were_edited_are_noticed(
-    run: Path, work: Path, tmp_path: Path, edit: Callable[[list[str]], list[str]], message: str
+    paged_run: Path, paged: Path, tmp_path: Path, edit: Callable[[list[str]], list[str]], message: str
 ) -> None:
     """Another split would put wrong badges on contexts; the run's own figures stay."""
     copy = tmp_path / "moved"
-    shutil.copytree(run, copy)
+    shutil.copytree(paged_run, copy)
     prompts = tmp_path / "edited.jsonl"
-    prompts.write_text("\n".join(edit((work / "prompts.jsonl").read_text().splitlines())))
+    prompts.write_text("\n".join(edit((paged / "prompts.jsonl").read_text().splitlines())))
     (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace("prompts.jsonl", str(prompts)))
     found = list(open_browsers(copy, "moved", RunReport.read(copy / "report.json")))
     assert all(isinstance(one, str) and one.startswith("moved · blocks.") for one in found)
@@ -131,9 +121,9 @@ def test_prompts_that_were_edited_are_noticed(
     assert "are not those of the run" in html and 'id="browser"' not in html and "Results and nulls" in html
 
 
-def test_one_hook_that_fails_leaves_the_others(run: Path, work: Path, tmp_path: Path) -> None:
+def test_one_hook_that_fails_leaves_the_others(paged_run: Path, paged: Path, tmp_path: Path) -> None:
     copy = tmp_path / "part"
-    shutil.copytree(run, copy)
+    shutil.copytree(paged_run, copy)
     (copy / "blocks.0.hook_resid_post" / "sae_weights.safetensors").unlink()
     first, second, said = open_browsers(copy, "part", RunReport.read(copy / "report.json"))
     assert not isinstance(first, str) and first.label == f"part · {HOOK}"
@@ -142,7 +132,7 @@ def test_one_hook_that_fails_leaves_the_others(run: Path, work: Path, tmp_path: 
 
 
 def test_words_that_fail_leave_the_rest(
-    tiny: str, run: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: str, paged_run: Path, paged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever goes wrong in the logit lens; and no model is loaded for hooks that have no words."""
 
@@ -150,7 +140,7 @@ def test_words_that_fail_leave_the_rest(
         raise RuntimeError("no unembedding\nhere")
 
     monkeypatch.setattr("atom_lens.studies.report.browsers.lens_of", broken)
-    for opened in open_browsers(run, "run", RunReport.read(run / "report.json")):
+    for opened in open_browsers(paged_run, "run", RunReport.read(paged_run / "report.json")):
         assert isinstance(opened, AtomsBrowser)
         assert opened.atoms["words"] == "Logit-lens words are left out: no unembedding here."
     once = {"steps": 2, "batch_size": 16, "device": "cpu", "nulls": False}

@@ -31,6 +31,7 @@ from atom_lens.interventions.loss import first_texts, spliced_losses
 from atom_lens.storage.files import check_writable
 from atom_lens.storage.terminal import say
 from atom_lens.storage.versions import versions
+from atom_lens.studies.audit.log import log_audit
 from atom_lens.studies.audit.page import write_page
 from atom_lens.studies.audit.reading import Read, about, agreed, official, read_text_of
 from atom_lens.studies.audit.result import Agreement, Audit, Audited, Measured
@@ -293,6 +294,4 @@ def command(
         found.write(json)
     say(study.text(found, sae))
     if wandb is not None:
-        from atom_lens.studies.audit.log import log_audit  # wandb takes a second to import
-
         log_audit(found, wandb, page)
