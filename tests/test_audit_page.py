@@ -96,6 +96,7 @@ def test_weights_and_biases(stock: Path, text: Path, tmp_path: Path, offline: Pa
     """Offline: the table and the page are among the files of the run, the numbers in its log."""
     options = ["--text", str(text), "--tokens", "1000", "--loss-tokens", "0", "--device", "cpu"]
     assert main(["audit", str(stock), *options, "--wandb", "mine", "--page", str(tmp_path / "audit.html")]) == 0
+    wandb.teardown()  # its service writes the log when it ends, at the latest
     (run,) = offline.glob("offline-run-*")
     (html,) = run.rglob("*.html")
     assert "atoms-0" in html.read_text()
