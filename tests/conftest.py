@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -29,10 +30,22 @@ WORDS = [*NAMES.split(), *LETTERS, *("##" + letter for letter in LETTERS)]
 
 
 @pytest.fixture(scope="session")
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of our own for the tests: the user's stays as it is. All workers share it, so models convert once."""
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """A cache for the tests, which all workers share: the user's stays as it is.
+
+    Converting the demo model takes a minute, so pytest keeps models from one run to the next: `pytest --cache-clear`
+    converts anew.
+    """
     folder = tmp_path_factory.getbasetemp()
-    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
+    folder.mkdir(exist_ok=True)
+    assert pytestconfig.cache is not None
+    kept = pytestconfig.cache.mkdir("atom-lens")
+    for name in ("gguf", "models"):
+        (kept / name).mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (folder / name).symlink_to(kept / name)
+    return folder
 
 
 @pytest.fixture(autouse=True)
