@@ -66,7 +66,9 @@ def test_jsonl(tmp_path) -> None:
     with pytest.raises(ValueError, match="facts.jsonl line 1: subject is 1984, allowed is text"):
         JsonLines(path=str(path)).read()
     path.write_text('{"words": "a"}\n')
-    with pytest.raises(ValueError, match=r"line 1: neither a text nor a template with a subject, but \['words'\]"):
+    with pytest.raises(
+        ValueError, match=r"line 1: neither a text, nor tokens, nor a template with a subject, but \['words'\]"
+    ):
         JsonLines(path=str(path)).read()
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import LETTERS
+from datasets import load_from_disk
+from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
 from transformers import AutoTokenizer
 
 from atom_lens import harvest, load_atoms, open_model, train
@@ -59,6 +61,45 @@ def streamed(recipe: dict[str, Any], texts: list[str], tmp_path: Path) -> dict[s
         "atoms": {"architecture": "aip_pursuit", "capacity": 32, "target_l0": 2.0},
         "training": {"steps": 60, "batch_size": 32, "device": "cpu", "seeds": 2},
     }
+
+
+@pytest.fixture
+def tokens(tiny: str, texts: list[str], tmp_path: Path) -> Path:
+    """The same documents as sae-lens tokenises and packs them: a data set of contexts, which cross documents."""
+    folder = tmp_path / "tokens"
+    config = PretokenizeRunnerConfig(
+        tokenizer_name=tiny,
+        dataset_path="json",
+        data_files=[str(tmp_path / f"text-{number}.jsonl") for number in (0, 1)],
+        num_proc=1,
+        context_size=12,
+        save_path=str(folder),
+    )
+    PretokenizeRunner(config).run()
+    return folder
+
+
+def test_tokens_of_sae_lens_are_read(streamed: dict[str, Any], tokens: Path, tiny: str, tmp_path: Path) -> None:
+    prompts = {"source": "dataset", "path": str(tokens), "columns": {"tokens": "input_ids"}, "tokenizer": tiny}
+    recipe = check_recipe({**streamed, "prompts": prompts})
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rows = load_from_disk(str(tokens))["input_ids"]
+    written = [token for row in rows for token in row.tolist() if token != tokenizer.bos_token_id]
+    read = [
+        token
+        for context, _ in contexts(recipe.source("stream").documents(), tokenizer, 12, True)
+        for token in tokenizer(context.text, add_special_tokens=False)["input_ids"]
+    ]
+    assert read == written and len(read) > 3000
+    assert load_atoms(train(recipe, out=tmp_path), hook=HOOK).cfg.d_sae == 32
+    with pytest.raises(ValueError, match="columns has tokens but tokenizer is null, allowed is the name of "):
+        prompts_of(check_recipe({**streamed, "prompts": {**prompts, "tokenizer": None}}))
+    with pytest.raises(ValueError, match=r"row 1: neither a text, nor tokens, nor a template .*, but \['input_ids'\]"):
+        prompts_of(check_recipe({**streamed, "prompts": {**prompts, "columns": {}}}))
+    with pytest.raises(ValueError, match="line 1: tokens is a, allowed are whole numbers"):
+        path = tmp_path / "words.jsonl"
+        path.write_text('{"tokens": "a"}')
+        prompts_of(check_recipe({**streamed, "prompts": {"source": "jsonl", "path": str(path), "tokenizer": tiny}}))
 
 
 def test_contexts_are_the_document_in_pieces(tiny: str, texts: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from itertools import islice
 from pathlib import Path
@@ -11,13 +11,15 @@ from typing import Any, Literal
 from pydantic import Field
 from typing_extensions import override
 
+from atom_lens.activations.models import find_model, load_tokenizer
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.prompts.source import Source
 from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import parse_json, shown
+from atom_lens.storage.schema import Section
 from atom_lens.storage.text import existing, lines_in
 
-_FIELDS = ("text", "template", "subject", "answer")
+_FIELDS = ("text", "template", "subject", "answer", "tokens")
 
 
 class TextFile(Source):
@@ -36,58 +38,92 @@ class TextFile(Source):
         return islice((Prompt(line) for line in lines if line.strip()), self.limit)
 
 
-class JsonLines(Source):
-    """JSON lines with `text` or `template`, `subject`, `answer`; `columns` says how the files call them.
+class Rows(Section):
+    """Rows that have `text`, or `template` and `subject`, and perhaps `answer`; `columns` says how they call them.
 
-    `path` may stand for several files, with * and ?.
+    Rows that are tokenised have `tokens`: ids of `tokenizer`, which is named as models are. They are decoded, without
+    special tokens, and the model that reads them tokenises the text anew; so they may be the ids of another model.
     """
 
-    source: Literal["jsonl"] = "jsonl"
-    path: str
     columns: dict[str, str] = {}
+    tokenizer: str | None = None
     limit: int | None = Field(None, ge=1)
 
     def read(self) -> list[Prompt]:
-        return list(self.documents())
+        return list(self._prompts(self._rows(streaming=False)))
+
+    def documents(self) -> Iterator[Prompt]:
+        return self._prompts(self._rows(streaming=True))
+
+    def _rows(self, streaming: bool) -> Iterable[tuple[str, Any]]:
+        """The rows, each with where it stands."""
+        raise NotImplementedError
+
+    def _prompts(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Prompt]:
+        unknown = set(self.columns) - set(_FIELDS)
+        if unknown:
+            raise AtomLensError(f"columns has {sorted(unknown)}, allowed are {', '.join(_FIELDS)}")
+        decode = self._decode()
+        made, missing = 0, set(self.columns)
+        for where, row in islice(rows, self.limit):
+            fields = {name: _reach(row, self.columns.get(name, name)) for name in _FIELDS}
+            missing -= {name for name, value in fields.items() if value is not None}
+            try:
+                prompt = _from_fields(fields, row, decode)
+            except ValueError as error:
+                raise AtomLensError(f"{where}: {error}") from error
+            made += 1
+            yield prompt
+        for name in sorted(missing if made else ()):
+            raise AtomLensError(f"columns.{name} is {self.columns[name]!r}, which none of the {made} rows has")
+
+    def _decode(self) -> Callable[[list[int]], str] | None:
+        if self.tokenizer is None:
+            if "tokens" in self.columns:
+                raise AtomLensError("columns has tokens but tokenizer is null, allowed is the name of who made them")
+            return None
+        tokenizer = load_tokenizer(find_model(self.tokenizer))
+        return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class JsonLines(Rows, Source):
+    """Files of JSON lines; `path` may stand for several, with * and ?. Columns as in `Rows`."""
+
+    source: Literal["jsonl"] = "jsonl"
+    path: str
 
     @override
-    def documents(self) -> Iterator[Prompt]:
-        rows = (row for file in _files(self.path) for row in _json_lines(file))
-        return _from_rows(rows, self.columns, self.limit)
+    def _rows(self, streaming: bool) -> Iterable[tuple[str, Any]]:
+        return (row for file in _files(self.path) for row in _json_lines(file))
 
 
-class HubDataset(Source):
-    """A data set on the Hugging Face Hub, or a local one; `columns` as in `JsonLines`, dots reach into objects.
+class HubDataset(Rows, Source):
+    """A data set on the Hugging Face Hub, or a local one, one that `save_to_disk` wrote included. Columns as in `Rows`.
 
-    CounterFact: ``columns={"template": "requested_rewrite.prompt", "subject": "requested_rewrite.subject",
-    "answer": "requested_rewrite.target_true.str"}``.
+    Dots reach into objects. CounterFact: ``columns={"template": "requested_rewrite.prompt", "subject":
+    "requested_rewrite.subject", "answer": "requested_rewrite.target_true.str"}``. What sae-lens' `PretokenizeRunner`
+    writes: ``columns={"tokens": "input_ids"}`` and the `tokenizer` that it was given.
     """
 
     source: Literal["dataset"] = "dataset"
     path: str
     config: str | None = None
     split: str = "train"
-    columns: dict[str, str] = {}
-    limit: int | None = Field(None, ge=1)
-
-    def read(self) -> list[Prompt]:
-        return list(self._rows(streaming=False))
 
     @override
-    def documents(self) -> Iterator[Prompt]:
-        return self._rows(streaming=True)
-
-    def _rows(self, streaming: bool) -> Iterator[Prompt]:
-        from datasets import load_dataset
+    def _rows(self, streaming: bool) -> Iterable[tuple[str, Any]]:
+        from datasets import load_dataset, load_from_disk
 
         try:
-            rows = load_dataset(self.path, self.config, split=self.split, streaming=streaming)
+            if (Path(self.path) / "state.json").is_file():
+                rows = load_from_disk(self.path)
+            else:
+                rows = load_dataset(self.path, self.config, split=self.split, streaming=streaming)
         except Exception as error:
             raise AtomLensError(
                 f"the data set {self.path!r} (split {self.split!r}) could not be loaded: {error}"
             ) from error
-        numbered = ((f"{self.path} row {number}", row) for number, row in enumerate(rows, 1))
-        return _from_rows(numbered, self.columns, self.limit)
+        return ((f"{self.path} row {number}", row) for number, row in enumerate(rows.with_format(None), 1))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -111,26 +147,12 @@ def _files(path: str) -> list[Path]:
     return [file for file in found if file.is_file()] or [existing(path)]
 
 
-def _from_rows(rows: Iterable[tuple[str, Any]], columns: dict[str, str], limit: int | None) -> Iterator[Prompt]:
-    """Prompts of `rows`, each with where it stands."""
-    unknown = set(columns) - set(_FIELDS)
-    if unknown:
-        raise AtomLensError(f"columns has {sorted(unknown)}, allowed are {', '.join(_FIELDS)}")
-    made, missing = 0, set(columns)
-    for where, row in islice(rows, limit):
-        fields = {name: _reach(row, columns.get(name, name)) for name in _FIELDS}
-        try:
-            prompt = _from_fields(fields, row)
-        except ValueError as error:
-            raise AtomLensError(f"{where}: {error}") from error
-        made += 1
-        missing -= {name for name, value in fields.items() if value is not None}
-        yield prompt
-    for name in sorted(missing if made else ()):
-        raise AtomLensError(f"columns.{name} is {columns[name]!r}, which none of the {made} rows has")
-
-
-def _from_fields(fields: dict[str, Any], row: dict[str, Any]) -> Prompt:
+def _from_fields(fields: dict[str, Any], row: dict[str, Any], decode: Callable[[list[int]], str] | None) -> Prompt:
+    tokens = fields.pop("tokens")
+    if decode and not fields["text"] and tokens is not None:
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise AtomLensError(f"tokens is {shown(tokens)}, allowed are whole numbers")
+        fields["text"] = decode(tokens)
     for name, value in fields.items():
         if not isinstance(value, str | None):
             raise AtomLensError(f"{name} is {shown(value)}, allowed is text")
@@ -140,7 +162,7 @@ def _from_fields(fields: dict[str, Any], row: dict[str, Any]) -> Prompt:
         return Prompt.fill(template, subject, answer)
     if text:
         return Prompt(text, subject, answer=answer)
-    raise AtomLensError(f"neither a text nor a template with a subject, but {shown(sorted(row))}")
+    raise AtomLensError(f"neither a text, nor tokens, nor a template with a subject, but {shown(sorted(row))}")
 
 
 def _reach(row: Any, path: str) -> Any:
