@@ -144,11 +144,11 @@ def test_the_lines_of_the_readme_run(demo: str, tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "\nParis is" in ended.stdout  # what follows is drawn, and may have more lines
-    report = Report.read(tmp_path / "runs" / "pursuit" / "blocks.9.hook_resid_post" / "report.json")
-    row = next(line for line in readme.splitlines() if re.match(r"atoms +[\d.]", line))
-    said = [float(number) for number in row.split()[1:4]]
-    assert report.heldout is not None
-    assert said == pytest.approx([report.heldout.r2, report.heldout.r2_aip, report.heldout.q_star], abs=0.02)
+    report = Report.read(tmp_path / "runs" / "quickstart" / "blocks.9.hook_resid_post" / "report.json")
+    for start, found in (("atoms +", report.heldout), (r"TSAE, free \(ours\) +", report.also["tsae_free"].heldout)):
+        [said] = re.findall(rf"^{start}([\d.]+) +([\d.]+) +([\d.]+) ", readme, flags=re.MULTILINE)
+        assert found is not None
+        assert [float(number) for number in said] == pytest.approx([found.r2, found.r2_aip, found.q_star], abs=0.02)
 
 
 def test_pictures_are_small() -> None:

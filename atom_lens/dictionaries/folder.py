@@ -20,6 +20,8 @@ from atom_lens.storage.sealed import verify
 
 AIP_FILENAME = "aip.safetensors"
 ATOMS_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, AIP_FILENAME)
+# Folders within one of atoms begin with these: of other seeds, of other kinds, of a pursuit distilled into one matrix.
+WITHIN = SEED, ALSO, DISTILLED = "seed-", "also-", "distilled"
 _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 

@@ -190,12 +190,17 @@ class MetricAbout(Result):
     source: str = ""
 
 
-class Distilled(Result):
+class Another(Result):
+    """Another dictionary of the same size, trained on the same activations."""
+
+    train: Figures
+    heldout: Figures
+
+
+class Distilled(Another):
     """A plain TopK SAE over the atoms of a pursuit: what is lost with one encoder matrix."""
 
     k: int = Field(description="atoms of a code")
-    train: Figures
-    heldout: Figures
     shared_atoms: float = Field(description="mean share of a held-out code of the pursuit that its code has, too")
 
 
@@ -224,5 +229,6 @@ class Report(Result):
     nulls: dict[str, Null] = Field(description="`random` and `data`; `frozen` and `shuffled` where they were trained")
     identity: IdentityFigures | None = Field(default=None, description="with `training.seeds` above 1")
     distilled: Distilled | None = Field(default=None, description="with `atoms.pursuit.distilled`")
+    also: dict[str, Another] = Field(default={}, description="other kinds of dictionaries: those of `training.also`")
     seconds: dict[str, float] = {}
     versions: dict[str, str]

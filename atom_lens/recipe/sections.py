@@ -58,6 +58,7 @@ class Metric(Section):
 
 
 Architecture = Literal["aip_tsae", "aip_topk", "aip_pursuit"]
+Also = Literal["tsae_free", "tsae_tied", "aip_topk", "aip_pursuit"]
 
 
 class Wandb(Section):
@@ -153,6 +154,7 @@ class Training(Section):
     seeds: int = Field(1, ge=1, description="runs from independent starts, trained in one pass")
     checkpoint_minutes: float = Field(5.0, ge=0, description="between checkpoints that a stopped run goes on from")
     nulls: bool = Field(True, description="also train the frozen-decoder and the shuffled-coordinates null")
+    also: list[Also] = Field([], description="other kinds, trained in the same pass and shown in the same table")
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Training:

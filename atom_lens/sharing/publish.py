@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
-from atom_lens.dictionaries.folder import AIP_FILENAME
+from atom_lens.dictionaries.folder import AIP_FILENAME, WITHIN
 from atom_lens.dictionaries.load import matching
 from atom_lens.errors import AtomLensError
 from atom_lens.evidence.results import Report
@@ -25,8 +25,6 @@ from atom_lens.storage.terminal import say
 from atom_lens.studies.train.show import evidence
 from atom_lens.views.plot import save_png
 
-# Folders within one of atoms: those of other seeds, and of a pursuit distilled into one matrix.
-_WITHIN = ("seed-", "distilled")
 # What is published of a folder of atoms; anything else that lies there stays at home.
 _ATOMS = (
     SAE_CFG_FILENAME,
@@ -140,7 +138,7 @@ def _stale(name: str, files: dict[str, Path]) -> bool:
     """Whether a file of the repository is one that a publish wrote for a hook published now, and that is no more."""
     parts = name.split("/")
     ours = len(parts) in (2, 3) and f"{parts[0]}/{SAE_CFG_FILENAME}" in files and parts[-1] in (*_ATOMS, FIGURE)
-    return ours and name not in files and (len(parts) == 2 or parts[1].startswith(_WITHIN))
+    return ours and name not in files and (len(parts) == 2 or parts[1].startswith(WITHIN))
 
 
 def _files(folder: Path, hooks: Sequence[str]) -> dict[str, Path]:
@@ -156,7 +154,7 @@ def _files(folder: Path, hooks: Sequence[str]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     folders = [(folder, _RUN)]
     for hook in sorted(wanted):
-        within = [one for one in sorted((folder / hook).iterdir()) if one.is_dir() and one.name.startswith(_WITHIN)]
+        within = [one for one in sorted((folder / hook).iterdir()) if one.is_dir() and one.name.startswith(WITHIN)]
         folders += [(atoms, _ATOMS) for atoms in (folder / hook, *within)]
     for place, names in folders:
         listed = {*verify(place), MANIFEST}

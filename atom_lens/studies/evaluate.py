@@ -8,6 +8,7 @@ from itertools import compress
 from pathlib import Path
 
 from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.dictionaries.folder import WITHIN
 from atom_lens.dictionaries.load import atoms_folder, open_dictionary
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.errors import AtomLensError
@@ -41,7 +42,7 @@ _READ = {
 def recipe_beside(path: str | Path) -> Path:
     """The recipe.yaml of the run that atoms at `path` belong to."""
     atoms = Path(path)
-    if atoms.name.startswith(("seed-", "distilled")):  # these lie within the atoms of the first seed
+    if atoms.name.startswith(WITHIN):  # these lie within the atoms of the first seed
         atoms = atoms.parent
     for folder in (atoms, atoms.parent):
         if (folder / "recipe.yaml").is_file():

@@ -61,7 +61,7 @@ def q_star() -> None:
 
 
 def memory() -> None:
-    """Figures of recipes/quickstart.yaml (README): what in sample and held-out say, atoms beside nulls."""
+    """Figures of recipes/headline.yaml: what in sample and held-out say, atoms beside nulls."""
     names = ["atoms", "data points\nas atoms", "random\ndirections"]
     train, heldout = [0.9998, 1.0, 0.5131], [0.2768, 0.7019, 0.5764]
     figure, panel = plt.subplots(figsize=(6.0, 3.3), layout="constrained")

@@ -1,4 +1,4 @@
-"""Controls: the runs from other starts and the trained nulls, in the same pass over the activations as the atoms."""
+"""Controls: other starts, other kinds and trained nulls, in the same pass over the activations as the atoms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atom_lens.dictionaries import Learner, Setup, recipes_kind
+from atom_lens.dictionaries import Learner, Setup, find_kind, recipes_kind
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.nulls import TrainedNull, shuffle_coordinates
 from atom_lens.dictionaries.registry import Trained
@@ -29,6 +29,7 @@ class Fitted:
     Attributes:
         runs: the atoms, one per seed.
         sparsity: log10 firing frequencies of each run, shape (F,).
+        also: the dictionaries of other kinds, by kind.
         nulls: the trained nulls by name.
         start_pw_mcc: agreement of the runs before they learned anything: they start from training activations, and
             where n is near F from the same ones. None for a single run.
@@ -36,16 +37,18 @@ class Fitted:
 
     runs: list[Metered]
     sparsity: list[Float[Tensor, " F"]]
+    also: dict[str, Metered]
     nulls: dict[str, TrainedNull]
     start_pw_mcc: float | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained at one hook: `training.seeds` dictionaries and, unless they are off, the trained nulls.
+    """What is to be trained at one hook: `training.seeds` dictionaries, other kinds and, unless they are off, nulls.
 
     Attributes:
-        kind: of all of them.
+        kind: of the atoms and of the nulls.
+        also: the other kinds; their learners have their names.
         aip: the metric of the activations.
         learners: by name, at their start.
         streams: the activations that they read, by the names of their streams.
@@ -54,6 +57,7 @@ class Plan:
     """
 
     kind: Trained
+    also: list[Trained]
     aip: AtomicInnerProduct
     learners: dict[str, Learner]
     streams: dict[str, Tensor | Rows]
@@ -66,10 +70,11 @@ class Plan:
             name: TrainedNull(self.kind.finish(self.learners[name], what[2]), *what)
             for name, what in self.empty.items()
         }
-        seeds = [name for name in self.learners if name not in nulls]
         # What a recipe can train is ours, and has a metric.
+        also = {kind.name: cast("Metered", kind.finish(self.learners[kind.name], self.aip)) for kind in self.also}
+        seeds = [name for name in self.learners if name not in {*nulls, *also}]
         runs = [cast("Metered", self.kind.finish(self.learners[name], self.aip)) for name in seeds]
-        return Fitted(runs, [sparsity[name] for name in seeds], nulls, self.start_pw_mcc)
+        return Fitted(runs, [sparsity[name] for name in seeds], also, nulls, self.start_pw_mcc)
 
 
 def plan(
@@ -100,6 +105,8 @@ def plan(
     if training.seeds > 1:
         # In training coordinates the AIP is Euclidean.
         start = identity([learner.sae.W_dec.detach().clone() for learner in learners.values()]).pw_mcc
+    also = [find_kind(name, Trained) for name in dict.fromkeys(training.also)]
+    learners |= {one.name: one.start(setup, atoms.target_l0, seed) for one in also}
     streams: dict[str, Tensor | Rows] = {stream: x}
     empty: dict[str, Any] = {}
     if training.nulls:
@@ -115,7 +122,7 @@ def plan(
             learners["frozen"] = tsae.start(nothing, atoms.target_l0, seed, "free", freeze_decoder=True)
         empty["shuffled"] = (rows, heldout_rows, alone)
         learners["shuffled"] = kind.start(nothing._replace(x=rows, aip=alone, stream=shuffled), atoms.target_l0, seed)
-    return Plan(kind, aip, learners, streams, empty, start)
+    return Plan(kind, also, aip, learners, streams, empty, start)
 
 
 def shuffled_name(stream: str) -> str:

@@ -20,6 +20,7 @@ from atom_lens.activations.harvest import Harvest
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.stream import Stream
 from atom_lens.dictionaries.aip_topk import AIPTopK
+from atom_lens.dictionaries.folder import ALSO, DISTILLED, SEED
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.pursuit.sae import PursuitSAE
 from atom_lens.dictionaries.tsae.sae import model_metadata
@@ -27,7 +28,7 @@ from atom_lens.evidence.evaluator import AtomEvaluator
 from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import observe
 from atom_lens.evidence.report import evaluate
-from atom_lens.evidence.results import Distilled, Report
+from atom_lens.evidence.results import Another, Distilled, Report
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import dump_recipe, load_recipe
 from atom_lens.recipe.recipe import Recipe
@@ -48,7 +49,6 @@ from atom_lens.training.fit import encoder_seconds, fit_together, wandb_run
 from atom_lens.training.mixing import Mixing
 
 logger = logging.getLogger(__name__)
-DISTILLED = "distilled"
 IDENTITY_FILENAME = "identity.safetensors"
 _WATCHED = 2048  # rows measured while dictionaries train
 study = register(Study(name="train", file="report.json", result=RunReport, show=show))
@@ -228,14 +228,21 @@ def _keep(
     if isinstance(atoms, PursuitSAE) and asked.pursuit.distilled:
         small = distil(atoms, x, training)
         report = report.model_copy(update={"distilled": _distilled(atoms, small, one.split, aip)})
+    also = {
+        name: Another(train=observe(run, x, aip).figures, heldout=observe(run, one.split.heldout, aip).figures)
+        for name, run in fitted.also.items()
+    }
+    report = report.model_copy(update={"also": also})
     logger.debug("%s:\n%s", hook, report_table(report).text())
     if parallel.rank() == 0:
         with new_folder(work / hook) as temporary:
             save_atoms(atoms, temporary, report, fitted.sparsity[0], *scores[:1])
             for seed, run in enumerate(fitted.runs[1:], start=1):
-                save_atoms(run, temporary / f"seed-{seed}", None, fitted.sparsity[seed], scores[seed])
+                save_atoms(run, temporary / f"{SEED}{seed}", None, fitted.sparsity[seed], scores[seed])
             if small is not None:
                 save_atoms(small, temporary / DISTILLED, None, None)
+            for name, run in fitted.also.items():
+                save_atoms(run, temporary / f"{ALSO}{name}", None, None)
     return report
 
 

@@ -79,6 +79,8 @@ def layers_part(curves: dict[str, dict[int, list[Measured]]]) -> Part:
 def measured(report: Report) -> list[Measured]:
     """The atoms and their nulls."""
     found = [Measured(_ATOMS, "", [_splits(report.train, report.heldout)])]
+    for name, one in report.also.items():
+        found.append(Measured(kind(name), "", [_splits(one.train, one.heldout)]))
     for name, null in report.nulls.items():
         found.append(Measured(kind(f"null_{name}"), "", [_splits(null.train, null.heldout)]))
     return found
@@ -117,6 +119,8 @@ def report_table(report: Report, title: str = "") -> Table:
     rows = [Row("atoms", _cells(_splits(report.train, report.heldout), _interval))]
     if one := report.distilled:
         rows.append(Row("distilled into TopK", _cells(_splits(one.train, one.heldout), _interval)))
+    for name, one in report.also.items():
+        rows.append(Row(kind(name).label, _cells(_splits(one.train, one.heldout), _interval)))
     for name, null in report.nulls.items():
         rows.append(Row(kind(f"null_{name}").label, _cells(_splits(null.train, null.heldout), _lead), null=True))
     facts = [
