@@ -11,7 +11,7 @@ from atom_lens.dictionaries.load import atoms_folder, open_dictionary
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.weights import Thresholds
 from atom_lens.errors import AtomLensError
-from atom_lens.storage.files import new_folder, read_json
+from atom_lens.storage.files import check_new, new_folder, read_json
 from atom_lens.storage.terminal import say
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -42,8 +42,7 @@ def convert(
         AtomLensError: nothing known at `source`, or a dtype that is not allowed.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"output folder {str(out)!r} is not empty: choose another or remove it")
+    check_new(out)
     if dtype not in (None, *_DTYPES):
         raise AtomLensError(f"dtype is {dtype!r}, allowed are {', '.join(_DTYPES)}")
     if threshold not in get_args(Thresholds):

@@ -170,6 +170,12 @@ def check_writable(option: str, path: Path) -> None:
         raise AtomLensError(f"{option} is {str(path)!r}, and nothing may be written in {str(there)!r}")
 
 
+def check_new(path: Path, another: str = "another") -> None:
+    """Refuse, before any work, an output folder that holds something already (a FileExistsError)."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"output folder {str(path)!r} is not empty: choose {another} or remove it")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN), whole or not at all."""
     with replacing(path) as temporary:

@@ -13,7 +13,7 @@ from atom_lens.errors import AtomLensError
 from atom_lens.recipe.reading import dump_recipe
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.split import SplitActivations, harvest_for, prompts_of, split_activations
-from atom_lens.storage.files import locked, new_folder, replacing, sweep
+from atom_lens.storage.files import check_new, locked, new_folder, replacing, sweep
 from atom_lens.storage.schema import Result
 from atom_lens.storage.text import read_text
 from atom_lens.studies.train.folder import same_activations
@@ -56,15 +56,9 @@ def result_folder(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: something else is there.
     """
-    check_new(path)
+    check_new(path, "another name=")
     with locked(path.resolve()), new_folder(path) as work:
         yield work
-
-
-def check_new(path: Path) -> None:
-    """Refuse, before any work, a folder that holds something already."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"output folder {str(path)!r} is not empty: choose another name= or remove it")
 
 
 class Kept(Result):

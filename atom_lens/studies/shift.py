@@ -21,9 +21,10 @@ from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.recipe import Prompts, Recipe, register_section
 from atom_lens.recipe.split import SplitActivations, harvest_for, split_activations
+from atom_lens.storage.files import check_new
 from atom_lens.storage.schema import Result, Section
 from atom_lens.storage.versions import versions
-from atom_lens.studies.cells import check_new, result_folder
+from atom_lens.studies.cells import result_folder
 from atom_lens.studies.study import Part, Study, recipe_command, register
 from atom_lens.views.plot import Draw, Panel, plain
 from atom_lens.views.table import Row, Table
@@ -73,7 +74,7 @@ def shift(recipe: Recipe, out: str | Path = "runs") -> Path:
         "other text": Domain(prompts=recipe.other_text),
     }
     folder = Path(out) / recipe.name
-    check_new(folder)
+    check_new(folder, "another name=")
     texts = {name: domain.prompts.read() for name, domain in domains.items()}
     for name, domain in domains.items():  # of every domain, before the first is harvested
         try:

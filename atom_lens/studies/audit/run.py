@@ -28,10 +28,11 @@ from atom_lens.evidence.measure import Observation, observe
 from atom_lens.evidence.results import Loss, MetricAbout
 from atom_lens.geometry import AtomicInnerProduct, check_rows
 from atom_lens.interventions.loss import first_texts, spliced_losses
-from atom_lens.storage.files import check_writable
+from atom_lens.storage.files import check_new, check_writable
 from atom_lens.storage.terminal import say
 from atom_lens.storage.versions import versions
 from atom_lens.studies.audit.log import log_audit
+from atom_lens.studies.audit.neuronpedia import layer_of, write_dashboards
 from atom_lens.studies.audit.page import write_page
 from atom_lens.studies.audit.reading import Read, about, agreed, official, read_text_of
 from atom_lens.studies.audit.result import Agreement, Audit, Audited, Measured
@@ -62,6 +63,7 @@ def audit(
     device: str = "auto",
     seed: int = 0,
     page: str | Path | None = None,
+    neuronpedia: str | Path | None = None,
 ) -> Audit:
     """The evidence about a dictionary, on held-out activations, next to nulls under the same encoder.
 
@@ -87,6 +89,7 @@ def audit(
         device: where the model and the dictionaries run.
         seed: of the nulls.
         page: an HTML file to write: the tables, and every latent with the contexts that it fires on.
+        neuronpedia: a folder to write: every latent in the files of sae-dashboard, which Neuronpedia imports.
 
     Raises:
         AtomLensError: no such dictionary, model, hook or text, widths that differ, too few tokens for the metric, or
@@ -101,9 +104,13 @@ def audit(
         raise AtomLensError(f"tokens is {tokens} and loss_tokens {loss_tokens}, allowed are at least 2 and 0")
     if page is not None:
         check_writable("page", Path(page))
+    if neuronpedia is not None:
+        check_new(Path(neuronpedia))
     device = pick_device(device)
     opened = _named(saes, device, hook)
     if x_train is not None and x_heldout is not None:
+        if neuronpedia is not None:
+            raise AtomLensError("neuronpedia is given, allowed is it with text and not with x_train and x_heldout")
         width = next(iter(opened.values())).W_dec.shape[1]
         x, rest = (
             float32_rows(check_rows(one, name, width)) for name, one in (("x_train", x_train), ("x_heldout", x_heldout))
@@ -111,6 +118,8 @@ def audit(
         read, hook, name = Read(x, rest, "given activations"), None, None
     else:
         hook = agreed(opened, "hook_name", "hook", hook)
+        if neuronpedia is not None:
+            layer_of(hook)
         model = model if model is not None else official(str(agreed(opened, "model_name", "model", None)))
         read = read_text_of(opened, saes, model, hook, text, tokens, device)
         name = model if isinstance(model, str) else type(model).__name__
@@ -139,6 +148,8 @@ def audit(
     )
     if page is not None:
         write_page(Path(page), result, opened, {label: seen for label, (_, seen) in found.items()}, read, aip, pairs)
+    if neuronpedia is not None:
+        write_dashboards(Path(neuronpedia), opened, read, str(hook), str(name))
     return result
 
 
@@ -252,6 +263,7 @@ def command(
     device: str = "auto",
     json: Path | None = None,
     page: Path | None = None,
+    neuronpedia: Path | None = None,
     wandb: str | None = None,
 ) -> None:
     """The evidence about anybody's dictionary, on held-out text.
@@ -271,6 +283,7 @@ def command(
         device: where the model and the dictionary run
         json: also write the result to this file
         page: also write an HTML page to this file, with a browser of the latents
+        neuronpedia: also write dashboards of all latents to this folder, in the files that Neuronpedia imports
         wandb: also log tables, numbers and page to this project of Weights & Biases
     """
     if text is not None and dataset is not None:
@@ -279,6 +292,8 @@ def command(
         check_writable("--json", json)
     if page is not None:
         check_writable("--page", page)
+    if neuronpedia is not None:
+        check_new(neuronpedia)
     found = audit(
         [sae, *more],
         other=other,
@@ -289,6 +304,7 @@ def command(
         loss_tokens=loss_tokens,
         device=device,
         page=page,
+        neuronpedia=neuronpedia,
     )
     if json is not None:
         found.write(json)

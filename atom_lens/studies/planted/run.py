@@ -12,9 +12,10 @@ from atom_lens.errors import AtomLensError
 from atom_lens.recipe.reading import load_section
 from atom_lens.recipe.recipe import Name
 from atom_lens.recipe.sections import Training
+from atom_lens.storage.files import check_new
 from atom_lens.storage.schema import Section, Seed
 from atom_lens.storage.versions import versions
-from atom_lens.studies.cells import check_new, result_folder
+from atom_lens.studies.cells import result_folder
 from atom_lens.studies.planted.garden import (
     Planted,
     check_planted,
@@ -129,7 +130,7 @@ def planted(recipe: PlantedRecipe, out: str | Path = "runs") -> Path:
     for part in (recipe.theorem, *recipe.learning.values()):
         check_planted(part.planted)
     folder = Path(out) / recipe.name
-    check_new(folder)
+    check_new(folder, "another name=")
     theorem, falling = check_theorem(recipe.theorem, recipe.seed), decay(recipe.theorem, recipe.seed)
     learning = {}
     for name, setting in recipe.learning.items():

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atom_lens.errors import AtomLensError
-from atom_lens.storage.files import locked, new_folder, read_json, settle, sweep, write_json
+from atom_lens.storage.files import check_new, locked, new_folder, read_json, settle, sweep, write_json
 from atom_lens.storage.sealed import seal
 from atom_lens.storage.text import read_text
 from atom_lens.tensors import parallel
@@ -57,8 +57,7 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
         )
     target = path.resolve()  # where a link leads, the run goes
     with locked(target):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"output folder {str(path)!r} is not empty: choose another name= or remove it")
+        check_new(path, "another name=")
         sweep(work.parent, work.name)
         if work.exists():
             kept = work / "recipe.yaml"

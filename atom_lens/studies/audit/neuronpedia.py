@@ -1,0 +1,164 @@
+"""Dashboards of every latent for Neuronpedia: in the files that sae-dashboard's runner writes for its import."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.sparse import csc_array
+from torch import Tensor
+
+from atom_lens.activations.connect import wrap_backend
+from atom_lens.activations.positions import tokenised
+from atom_lens.errors import AtomLensError
+from atom_lens.evidence.codes import active_rows, codes_of
+from atom_lens.recipe.contexts import Corpus
+from atom_lens.storage.files import new_folder, write_json
+from atom_lens.studies.audit.reading import Read
+from atom_lens.studies.report.browsers import lens_for
+from atom_lens.studies.report.words import Lens
+
+_BATCH = 128  # latents of a file
+_TOP, _INTERVALS, _EACH = 20, 5, 4  # contexts: the strongest, and some of each of so many intervals below the largest
+_BARS = 40
+_WORDS = 10
+# What sae-dashboard has besides; those who read its files ask for the keys.
+_NOT_MEASURED = [
+    f"{what}_{of}"
+    for what, of in [
+        *(("neuron_alignment", of) for of in ("indices", "values", "l1")),
+        *((f"correlated_{what}", of) for what in ("neurons", "features") for of in ("indices", "l1", "pearson")),
+        ("decoder_weights", "dist"),
+    ]
+] + ["vector"]
+
+
+def write_dashboards(folder: Path, opened: Mapping[str, Any], read: Read, hook: str, model: str) -> None:
+    """Write a folder of ``batch-0.json``, ``batch-1.json``, ... for each dictionary, all of them or nothing.
+
+    Args:
+        folder: must not exist, or be empty.
+        opened: the dictionaries by name; the name becomes that of the source set.
+        read: text of both sides, and the model that read it.
+        hook: where the dictionaries act.
+        model: the name of the model.
+
+    Raises:
+        FileExistsError: the folder has something in it.
+    """
+    assert read.corpus is not None
+    lens = lens_for([hook], lambda: read.model)
+    contexts = _Contexts(read.corpus, wrap_backend(read.model).tokenizer)
+    with new_folder(folder) as temporary:
+        for name, one in opened.items():
+            within = temporary / re.sub(r"[^\w.-]+", "-", name).strip("-.")
+            within.mkdir()
+            codes = codes_of(one, read.corpus.x)
+            directions = one.W_dec.detach().cpu().float()
+            about = {"model_id": model, "layer": layer_of(hook), "sae_set": within.name, "sae_id_suffix": None}
+            for number, part in enumerate(torch.arange(len(directions)).split(_BATCH)):
+                latents = [
+                    {
+                        "feature_index": latent,
+                        **_words(directions[latent], lens if isinstance(lens, Lens) else None),
+                        **contexts.fired(codes, latent),
+                        **{key: [] for key in _NOT_MEASURED},
+                        "dataset": read.text,
+                    }
+                    for latent in part.tolist()
+                ]
+                write_json(within / f"batch-{number}.json", {**about, "features": latents})
+
+
+def layer_of(hook: str | None) -> int:
+    """The layer of a hook.
+
+    Raises:
+        AtomLensError: it is in none.
+    """
+    found = re.match(r"blocks\.(\d+)\.", hook or "")
+    if found is None:
+        raise AtomLensError(f"hook is {hook!r}, dashboards for Neuronpedia are of text at a hook of a layer")
+    return int(found[1])
+
+
+class _Contexts:
+    """The tokens of each context, and of each row where it stands among them."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Any) -> None:
+        self.prompt, starts, _ = corpus.places.numpy().T
+        texts = [prompt.text for prompt in corpus.prompts]
+        spans = [characters for _, characters in tokenised(tokenizer, texts, prepend_bos=False)]
+        self.tokens = [[text[a:b] for a, b in one] for text, one in zip(texts, spans, strict=True)]
+        begins = [{start: at for at, (start, end) in enumerate(one) if end > start} for one in spans]
+        self.at = np.array([begins[prompt][start] for prompt, start in zip(self.prompt, starts, strict=True)])
+
+    def fired(self, codes: csc_array, latent: int) -> dict[str, Any]:
+        """How often a latent fires, how hard, and where."""
+        rows, values = active_rows(codes, latent)
+        return {
+            "frac_nonzero": len(rows) / len(self.prompt),
+            **_bars("freq_hist_data", np.abs(values)),
+            "n_prompts_total": len(self.tokens),
+            "n_tokens_in_prompt": max(map(len, self.tokens)),
+            "activations": list(self._shown(rows, values)) if len(rows) else [],
+        }
+
+    def _shown(self, rows: np.ndarray, values: np.ndarray) -> Iterator[dict[str, Any]]:
+        """The contexts with the largest coefficients, and some of each interval of sizes; `values` fall in size."""
+        sizes, prompts = np.abs(values), self.prompt[rows]
+        first = np.sort(np.unique(prompts, return_index=True)[1])  # of each context its largest coefficient
+        groups = [(-1.0, 99.0, -1.0, first[:_TOP])]  # so sae-dashboard marks the strongest
+        edges = np.linspace(0, sizes[0], _INTERVALS + 1)
+        for low, high in reversed(list(pairwise(edges))):
+            inside = (sizes > low) & (sizes <= high)
+            groups.append((low, high, inside.mean(), first[inside[first]][:_EACH]))
+        for low, high, share, chosen in groups:
+            for one in chosen:
+                here = prompts == prompts[one]
+                coefficients = np.zeros(len(self.tokens[prompts[one]]))
+                coefficients[self.at[rows[here]]] = values[here]
+                yield {
+                    "bin_min": float(low),
+                    "bin_max": float(high),
+                    "bin_contains": float(share),
+                    "tokens": self.tokens[prompts[one]],
+                    "values": coefficients.round(3).tolist(),
+                    "qualifying_token_index": int(self.at[rows[one]]),
+                }
+
+
+def _words(direction: Float[Tensor, " d"], lens: Lens | None) -> dict[str, Any]:
+    """The words that a latent promotes and suppresses, and how all logits lie; nothing without a lens."""
+    if lens is None:
+        none: list[Any] = []
+        return {
+            "neg_str": none,
+            "neg_values": none,
+            "pos_str": none,
+            "pos_values": none,
+            **_bars("logits_hist_data", none),
+        }
+    logits = direction @ lens.weights
+    ends: dict[str, Int[Tensor, " k"]] = {
+        "pos": logits.topk(_WORDS).indices,
+        "neg": logits.topk(_WORDS, largest=False).indices,
+    }
+    found: dict[str, Any] = _bars("logits_hist_data", logits.numpy())
+    for name, ids in ends.items():
+        found[f"{name}_str"] = lens.tokenizer.batch_decode(ids[:, None].tolist())
+        found[f"{name}_values"] = [round(value, 3) for value in logits[ids].tolist()]
+    return found
+
+
+def _bars(name: str, values: Any) -> dict[str, list[float]]:
+    """A histogram: the middles of its bars, and how many values each holds."""
+    heights, edges = np.histogram(values, _BARS) if len(values) else (np.zeros(0), np.zeros(1))
+    middles = (edges[1:] + edges[:-1]) / 2
+    return {f"{name}_bar_values": middles.round(4).tolist(), f"{name}_bar_heights": heights.astype(float).tolist()}
