@@ -18,7 +18,7 @@ from support.launching import launched
 from atom_lens.evidence.measure import observe
 from atom_lens.evidence.results import Figures
 from atom_lens.studies.scale import run as scale_run
-from atom_lens.studies.scale.law import critical_capacity, laws
+from atom_lens.studies.scale.law import critical_capacity, growth, laws
 from atom_lens.studies.scale.result import Cell, Run
 from atom_lens.training.fit import fit_together
 
@@ -28,7 +28,10 @@ GRID = {"capacities": [8, 64], "n": [32, 64], "levels": [0.5]}
 
 def cell(n: int, capacity: int, r2: float, data: str = "activations", heldout: float = -0.2) -> Cell:
     """As scale.json has it, R² alone; two seeds whose mean is `r2`."""
-    splits = [(Figures.model_construct(r2=r2 + off), Figures.model_construct(r2=heldout)) for off in (-0.01, 0.01)]
+    splits = [
+        (Figures.model_construct(r2=r2 + off), Figures.model_construct(r2=heldout, r2_aip=heldout))
+        for off in (-0.01, 0.01)
+    ]
     runs = [Run.model_construct(train=train, heldout=held) for train, held in splits]
     return Cell.model_construct(n=n, capacity=capacity, data=data, runs=runs)
 
@@ -61,6 +64,20 @@ def test_the_interval_is_that_of_the_regression() -> None:
     assert law["exponent"] == pytest.approx(slope)
     half = 3.182446 * float(np.sqrt(covariance[0, 0]))  # 97.5% of Student's t with 3 degrees of freedom
     assert law["exponent_interval"] == pytest.approx([slope - half, slope + half], rel=1e-5)
+
+
+@settings(max_examples=25)
+@given(st.floats(0.2, 0.9), st.floats(0.3, 1.2), st.floats(0.05, 0.5))
+def test_a_planted_growth_is_found(limit: float, exponent: float, gain: float) -> None:
+    """From numbers of activations above the capacity alone; below it they may be anything."""
+    sizes = [2000, 4000, 8000, 16000, 32000]
+    cells = [cell(500, 1000, 0.0, heldout=-3.0)]
+    cells += [cell(n, 1000, 0.0, heldout=limit - gain * (n / 2000) ** -exponent) for n in sizes]
+    found = growth(cells)[0]
+    assert (found.key, found.capacity, found.n) == ("r2", 1000, sizes)
+    assert found.limit == pytest.approx(limit, abs=1e-4) and found.exponent == pytest.approx(exponent, abs=1e-3)
+    assert found.factor == pytest.approx(gain * 2000**exponent, rel=1e-2)
+    assert growth(cells[:4])[0].limit is None, "three points are no fit"
 
 
 def test_a_crossing_outside_the_grid_is_none() -> None:

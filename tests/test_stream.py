@@ -283,6 +283,15 @@ def test_other_studies_read_the_beginnings(
     assert loss["n"] == expected.n >= 90 and loss["recovered"] == pytest.approx(expected.recovered, rel=1e-5)
     code, _, err = run(command="compare", compare=compared | {"features": []})
     assert code == 2 and "compare.loss_tokens is 100 and positions 'subject_last'" in err
+    grid = {"capacities": [16, 32], "n": [300, 500], "levels": [0.5], "loss_tokens": 100}
+    code, out, err = run("name=grid", command="scale", **streamed, scale=grid)
+    assert code == 0, err
+    assert out.count("cross-entropy recovered") == 2, "a table for each hook"
+    rows = json.loads((tmp_path / "runs" / "grid" / "scale.json").read_text())["hooks"][HOOK]["cells"]
+    for cell in rows:
+        losses = [one["loss"] for one in cell["runs"]]
+        assert all(losses) if cell["data"] == "activations" else not any(losses)
+    assert losses[0] is None and rows[0]["runs"][0]["loss"]["clean"] == pytest.approx(expected.clean, rel=1e-5)
 
 
 @pytest.mark.parametrize(

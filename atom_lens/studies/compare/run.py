@@ -38,10 +38,10 @@ from atom_lens.recipe.split import SplitActivations
 from atom_lens.storage.schema import Positive, Section
 from atom_lens.storage.versions import versions
 from atom_lens.studies.cells import claimed, kept, splits
-from atom_lens.studies.compare.cost import Costs
 from atom_lens.studies.compare.matched import matched
 from atom_lens.studies.compare.result import Cell, Comparison, Hook, Rate, Run
 from atom_lens.studies.compare.show import runs_table, show
+from atom_lens.studies.cost import Costs
 from atom_lens.studies.study import Study, recipe_command, register
 from atom_lens.studies.units import Features, Unit, measured_kinds, pretrained
 from atom_lens.tensors.rows import Rows, mean_row
@@ -108,15 +108,11 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
         raise AtomLensError(
             "compare.lr has several values and split.validation is 0, allowed is a share above 0 to choose on"
         )
-    if recipe.section(Compare).loss_tokens and recipe.positions != "all":
-        raise AtomLensError(
-            f"compare.loss_tokens is {recipe.section(Compare).loss_tokens} and positions {recipe.positions!r}, a loss "
-            "is of dictionaries of all tokens: positions: all, or loss_tokens: 0"
-        )
+    costs = Costs(recipe, "compare", recipe.section(Compare).loss_tokens)
     homes = {features.name: _home(features, recipe) for features in recipe.section(Compare).features}
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
-        _compare(recipe, folder, homes)
+        _compare(recipe, folder, homes, costs)
     return folder
 
 
@@ -130,11 +126,10 @@ def _home(features: Features, recipe: Recipe) -> str | None:
     return hook
 
 
-def _compare(recipe: Recipe, folder: Path, homes: Mapping[str, str | None]) -> None:
+def _compare(recipe: Recipe, folder: Path, homes: Mapping[str, str | None], costs: Costs) -> None:
     hooks = {}
     atoms, _ = recipe.to_train("compare")
     asked = recipe.section(Compare)
-    costs = Costs(recipe, asked.loss_tokens)
     for hook, split in splits(recipe, folder):
         aip = AtomicInnerProduct.estimate(split.x, recipe.metric.ridge, f"{len(split.x)} training activations")
         on = _Setting(split, aip, partial(costs.of, hook=hook))

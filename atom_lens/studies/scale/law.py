@@ -1,4 +1,4 @@
-"""The capacity law F_c(n): read off the grid, and fitted."""
+"""The laws of the grid: the critical capacity over n, and what more activations give held-out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import curve_fit
 from scipy.stats import linregress, t
 
-from atom_lens.studies.scale.result import Cell, Law, Point
+from atom_lens.studies.scale.result import Cell, Growth, Law, Point
 
 _LEAST_POINTS = 3  # of a line with an interval
+_LEAST_GROWTH = 4  # of a curve of three parameters
 
 
 def laws(cells: Sequence[Cell], levels: Sequence[float]) -> list[Law]:
@@ -62,3 +64,31 @@ def _line(points: Sequence[Point]) -> dict[str, Any]:
         "exponent_interval": [slope - half, slope + half],
         "factor": float(np.exp(fitted.intercept)),
     }
+
+
+def growth(cells: Sequence[Cell]) -> list[Growth]:
+    """For each kind of data, norm and capacity how held-out R² grows with n."""
+    found = []
+    for data, capacity in dict.fromkeys((cell.data, cell.capacity) for cell in cells):
+        here = sorted(
+            (cell for cell in cells if (cell.data, cell.capacity) == (data, capacity) and cell.n > capacity),
+            key=lambda cell: cell.n,
+        )
+        n = [cell.n for cell in here]
+        for key in ("r2", "r2_aip"):
+            curve = _saturation(n, [cell.mean("heldout", key) for cell in here])
+            found.append(Growth(data=data, key=key, capacity=capacity, n=n, **curve))
+    return found
+
+
+def _saturation(n: Sequence[int], values: Sequence[float]) -> dict[str, float]:
+    if len(n) < _LEAST_GROWTH:
+        return {}
+    # In units of the smallest n the factor is what is gained at most: parameters of about the same size.
+    share = np.array(n) / n[0]
+    start = (values[-1], values[-1] - values[0], 0.5)
+    try:
+        (limit, gain, exponent), _ = curve_fit(lambda m, a, b, c: a - b * m**-c, share, values, start, maxfev=10_000)
+    except RuntimeError:  # it does not level off
+        return {}
+    return {"limit": float(limit), "factor": float(gain * n[0] ** exponent), "exponent": float(exponent)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from atom_lens.evidence.results import Figures, IdentityFigures, Interval
+from atom_lens.evidence.results import Figures, IdentityFigures, Interval, Loss
 from atom_lens.storage.schema import Result
 from atom_lens.studies.cells import Kept
 
@@ -14,6 +14,7 @@ class Run(Result):
 
     train: Figures
     heldout: Figures
+    loss: Loss | None = Field(default=None, description="with it spliced into the model, with `scale.loss_tokens`")
 
 
 class Cell(Result):
@@ -56,12 +57,28 @@ class Law(Result):
     factor: float | None = None
 
 
+class Growth(Result):
+    """What more activations give, held-out, at one capacity: limit - factor n^-exponent, by least squares.
+
+    None where fewer than 4 numbers of activations exceed the capacity: below it they are memorised.
+    """
+
+    data: str
+    key: str = Field(description="`r2` or `r2_aip`")
+    capacity: int
+    n: list[int] = Field(description="what it is fitted to")
+    limit: float | None = None
+    factor: float | None = None
+    exponent: float | None = None
+
+
 class Grid(Result):
     """One hook."""
 
     d_in: int
     cells: list[Cell] = Field(min_length=1)
     laws: list[Law]
+    growth: list[Growth] = []
 
 
 class Scaling(Result):

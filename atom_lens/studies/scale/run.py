@@ -8,7 +8,8 @@ pass over its rows, and every n is kept as soon as it is measured.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,11 +18,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from atom_lens.dictionaries import Learner, Setup, recipes_kind
+from atom_lens.dictionaries import Dictionary, Learner, Setup, recipes_kind
 from atom_lens.dictionaries.nulls import shuffle_coordinates
 from atom_lens.errors import AtomLensError
 from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import observe
+from atom_lens.evidence.results import Loss
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.recipe import Recipe, register_section
@@ -29,7 +31,8 @@ from atom_lens.recipe.split import SplitActivations
 from atom_lens.storage.schema import Section
 from atom_lens.storage.versions import versions
 from atom_lens.studies.cells import claimed, kept, splits
-from atom_lens.studies.scale.law import laws
+from atom_lens.studies.cost import Costs
+from atom_lens.studies.scale.law import growth, laws
 from atom_lens.studies.scale.result import Cell, Grid, Row, Run, Scaling
 from atom_lens.studies.scale.show import show
 from atom_lens.studies.study import Study, recipe_command, register
@@ -47,6 +50,7 @@ class Scale(Section):
     capacities: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     n: list[Annotated[int, Field(ge=2)]] = Field(min_length=1, description="training activations, drawn nested")
     null: bool = Field(True, description="the same grid on activations whose coordinates were shuffled")
+    loss_tokens: int = Field(0, ge=0, description="held-out tokens that the loss of each dictionary is taken of")
     levels: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.9], min_length=1, description="of R², at which the critical capacity is read off"
     )
@@ -69,12 +73,13 @@ def scale(recipe: Recipe, out: str | Path = "runs") -> Path:
     if (least := min(recipe.section(Scale).capacities)) < atoms.target_l0:
         raise AtomLensError(f"scale.capacities has {least}, allowed is at least atoms.target_l0={atoms.target_l0:g}")
     folder = Path(out) / recipe.name
+    costs = Costs(recipe, "scale", recipe.section(Scale).loss_tokens)
     with parallel.processes(), claimed(folder, recipe):
-        _scale(recipe, folder)
+        _scale(recipe, folder, costs)
     return folder
 
 
-def _scale(recipe: Recipe, folder: Path) -> None:
+def _scale(recipe: Recipe, folder: Path, costs: Costs) -> None:
     hooks = {}
     for hook, split in splits(recipe, folder):
         if max(recipe.section(Scale).n) > len(split.x):
@@ -82,11 +87,18 @@ def _scale(recipe: Recipe, folder: Path) -> None:
                 f"scale.n has {max(recipe.section(Scale).n)}, the training activations at {hook} are {len(split.x)}"
             )
         rows = [
-            kept(folder / "cells" / hook / f"n-{n}.json", Row, lambda n=n, split=split: _row(recipe, split, n), _says)
+            kept(
+                folder / "cells" / hook / f"n-{n}.json",
+                Row,
+                partial(_row, recipe, split, n, partial(costs.of, hook=hook)),
+                _says,
+            )
             for n in sorted(recipe.section(Scale).n)
         ]
         cells = [cell for row in rows for cell in row.cells]
-        hooks[hook] = Grid(d_in=split.x.shape[1], cells=cells, laws=laws(cells, recipe.section(Scale).levels))
+        hooks[hook] = Grid(
+            d_in=split.x.shape[1], cells=cells, laws=laws(cells, recipe.section(Scale).levels), growth=growth(cells)
+        )
     if parallel.rank() == 0:
         study.keep(Scaling(model=recipe.model.name, hooks=hooks, versions=versions()), folder)
 
@@ -96,7 +108,9 @@ def _says(row: Row) -> str:
     return "held-out R² " + ", ".join(f"{value:.3f} at F = {capacity}" for capacity, value in r2.items())
 
 
-def _row(recipe: Recipe, split: SplitActivations, n: int) -> Row:
+def _row(
+    recipe: Recipe, split: SplitActivations, n: int, cost: Callable[[Sequence[Dictionary]], list[Loss | None]]
+) -> Row:
     """All capacities at the same n activations, all seeds, real and shuffled, from one pass."""
     assert recipe.atoms is not None and recipe.training is not None
     training = recipe.training
@@ -129,7 +143,11 @@ def _row(recipe: Recipe, split: SplitActivations, n: int) -> Row:
             same = None
             if len(runs) > 1 and all(mask.any() for mask in alive):
                 same = identity([run.W_dec.detach() for run in runs], aip, alive).figures
-            measured = [Run(train=one["train"].figures, heldout=one["heldout"].figures) for one in seen]
+            losses = cost(runs) if name == "activations" else [None] * len(runs)
+            measured = [
+                Run(train=one["train"].figures, heldout=one["heldout"].figures, loss=loss)
+                for one, loss in zip(seen, losses, strict=True)
+            ]
             cells.append(Cell(n=n, capacity=capacity, data=name, runs=measured, identity=same))
     return Row(cells=cells)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from matplotlib.axes import Axes
 
 from atom_lens.studies.scale.result import Cell, Grid, Law, Scaling
@@ -10,12 +12,40 @@ from atom_lens.views import table
 from atom_lens.views.plot import QUIET, SERIES, Draw, Panel, log_ticks, r2_axis
 from atom_lens.views.table import Row, Table, shown_interval
 
-_BLOCKS = (
-    ("R² held-out", "activations", "heldout"),
-    ("R² train", "activations", "train"),
-    ("shuffled, R² held-out", "shuffled", "heldout"),
-    ("shuffled, R² train", "shuffled", "train"),
-)
+# A table of the grid: its title, the data, what a cell shows (None where it has no such number), and below it what.
+_Value = Callable[[Cell], float | None]
+_GRIDS: list[tuple[str, str, _Value, str, _Value]] = [
+    (
+        f"{'shuffled, ' * (data == 'shuffled')}R² {label}",
+        data,
+        lambda cell, split=split: cell.mean(split, "r2"),
+        "q*",
+        lambda cell, split=split: cell.mean(split, "q_star"),
+    )
+    for data in ("activations", "shuffled")
+    for label, split in (("held-out", "heldout"), ("train", "train"))
+]
+_GRIDS += [
+    (
+        "R² (AIP) held-out",
+        "activations",
+        lambda cell: cell.mean("heldout", "r2_aip"),
+        "PW-MCC",
+        lambda cell: cell.identity and cell.identity.pw_mcc,
+    ),
+    (
+        "cross-entropy recovered",
+        "activations",
+        lambda cell: _loss(cell, "recovered"),
+        "KL",
+        lambda cell: _loss(cell, "kl"),
+    ),
+]
+
+
+def _loss(cell: Cell, key: str) -> float | None:
+    found = [getattr(run.loss, key) for run in cell.runs if run.loss is not None]
+    return sum(found) / len(found) if found else None
 
 
 def show(result: Scaling, name: str) -> list[Part]:
@@ -23,7 +53,7 @@ def show(result: Scaling, name: str) -> list[Part]:
     tables, held, train, critical = [], {}, {}, {}
     for hook, grid in result.hooks.items():
         title = f"{name} · {hook} of {result.model}"
-        tables += [*_grids(grid, title), _laws(grid, title)]
+        tables += [*_grids(grid, title), _laws(grid, title), *_growth(grid, title)]
         held[title], train[title] = cliff(grid, "heldout"), cliff(grid, "train")
         if any(law.points for law in grid.laws):
             critical[title] = law_plot(grid)
@@ -43,13 +73,13 @@ def show(result: Scaling, name: str) -> list[Part]:
 def _grids(grid: Grid, title: str) -> list[Table]:
     capacities = sorted({cell.capacity for cell in grid.cells})
     tables = []
-    for label, data, split in _BLOCKS:
-        cells = [cell for cell in grid.cells if cell.data == data]
+    for label, data, value, below, small in _GRIDS:
+        cells = [cell for cell in grid.cells if cell.data == data and value(cell) is not None]
         rows = []
         for n in sorted({cell.n for cell in cells}):
             at = {cell.capacity: cell for cell in cells if cell.n == n}
             shown = [
-                table.Cell(f"{at[f].mean(split, 'r2'):.3f}", f"q* {at[f].mean(split, 'q_star'):.3f}")
+                table.Cell(f"{value(at[f]):.3f}", "" if small(at[f]) is None else f"{below} {small(at[f]):.3f}")
                 for f in capacities
             ]
             rows.append(Row(f"n = {n:,}", shown, data == "shuffled"))
@@ -69,6 +99,27 @@ def _laws(grid: Grid, title: str) -> Table:
         rows.append(Row(law.data, cells, law.data == "shuffled"))
     note = "A crossing is seen at an n where mean R² passes the level inside the grid; a law needs three of them."
     return Table(f"{title}: critical capacity F_c(n) = factor n^exponent", heads, rows, notes=[note])
+
+
+def _growth(grid: Grid, title: str) -> list[Table]:
+    rows = [
+        Row(
+            one.data,
+            [
+                f"{one.capacity:,}",
+                {"r2": "R²", "r2_aip": "R² (AIP)"}[one.key],
+                f"{one.limit:.3f}",
+                f"{one.factor:.3g}",
+                f"{one.exponent:.2f}",
+                f"{min(one.n):,} to {max(one.n):,}",
+            ],
+            one.data == "shuffled",
+        )
+        for one in grid.growth
+        if one.limit is not None
+    ]
+    heads = ["data", "F", "", "limit", "factor", "exponent", "n"]
+    return [Table(f"{title}: held-out R² over n, limit - factor n^-exponent", heads, rows)] if rows else []
 
 
 def cliff(grid: Grid, split: str) -> Draw:

@@ -1,4 +1,4 @@
-"""What the dictionaries of a comparison cost the model: its loss on held-out texts with each of them spliced in."""
+"""What the dictionaries of a study cost the model: its loss on held-out texts with each of them spliced in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cached_property
 from atom_lens.activations.connect import open_model, wrap_backend
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.dictionaries import Dictionary
+from atom_lens.errors import AtomLensError
 from atom_lens.evidence.results import Loss
 from atom_lens.interventions.loss import first_texts, spliced_losses
 from atom_lens.recipe.recipe import Recipe
@@ -17,14 +18,23 @@ from atom_lens.recipe.split import prompts_of, sides
 class Costs:
     """Cross-entropy and KL of the recipe's model with a dictionary in it.
 
-    The model is loaded when the first dictionary comes: a comparison that goes on may have none left.
+    The model is loaded when the first dictionary comes: a study that goes on may have none left.
 
     Args:
         recipe: tells the model and the texts.
+        study: for messages.
         tokens: held-out tokens that the loss is taken of; 0 for none.
+
+    Raises:
+        AtomLensError: a loss is asked for, and the dictionaries are not of all tokens.
     """
 
-    def __init__(self, recipe: Recipe, tokens: int) -> None:
+    def __init__(self, recipe: Recipe, study: str, tokens: int) -> None:
+        if tokens and recipe.positions != "all":
+            raise AtomLensError(
+                f"{study}.loss_tokens is {tokens} and positions {recipe.positions!r}, a loss is of dictionaries of all "
+                "tokens: positions: all, or loss_tokens: 0"
+            )
         self.recipe, self.tokens = recipe, tokens
 
     @cached_property
