@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import atom_lens.studies  # noqa: F401 -- they register the sections of the recipe
 from atom_lens import AtomicInnerProduct
 from atom_lens.dictionaries import Setup, Trained, find_kind
 from atom_lens.recipe.reading import dump_recipe, load_recipe
