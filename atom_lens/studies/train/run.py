@@ -24,6 +24,7 @@ from atom_lens.dictionaries.folder import ALSO, DISTILLED, SEED
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.dictionaries.pursuit.sae import PursuitSAE
 from atom_lens.dictionaries.tsae.sae import model_metadata
+from atom_lens.evidence.bootstrap import intervals
 from atom_lens.evidence.evaluator import AtomEvaluator
 from atom_lens.evidence.identity import identity
 from atom_lens.evidence.measure import observe
@@ -228,11 +229,9 @@ def _keep(
     if isinstance(atoms, PursuitSAE) and asked.pursuit.distilled:
         small = distil(atoms, x, training)
         report = report.model_copy(update={"distilled": _distilled(atoms, small, one.split, aip)})
-    also = {
-        name: Another(train=observe(run, x, aip).figures, heldout=observe(run, one.split.heldout, aip).figures)
-        for name, run in fitted.also.items()
-    }
-    report = report.model_copy(update={"also": also})
+    report = report.model_copy(
+        update={"also": {name: _other(run, one.split, aip) for name, run in fitted.also.items()}}
+    )
     logger.debug("%s:\n%s", hook, report_table(report).text())
     if parallel.rank() == 0:
         with new_folder(work / hook) as temporary:
@@ -244,6 +243,12 @@ def _keep(
             for name, run in fitted.also.items():
                 save_atoms(run, temporary / f"{ALSO}{name}", None, None)
     return report
+
+
+def _other(atoms: Metered, split: SplitActivations, aip: AtomicInnerProduct) -> Another:
+    seen = observe(atoms, split.heldout, aip)
+    interval = {"interval": intervals(seen, groups=split.subjects)}
+    return Another(train=observe(atoms, split.x, aip).figures, heldout=seen.figures.model_copy(update=interval))
 
 
 @torch.no_grad()
