@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.sparse import csc_array
 from torch import Tensor
 
@@ -66,12 +66,12 @@ def write_dashboards(folder: Path, opened: Mapping[str, Any], read: Read, hook: 
                 latents = [
                     {
                         "feature_index": latent,
-                        **_words(directions[latent], lens if isinstance(lens, Lens) else None),
+                        **words,
                         **contexts.fired(codes, latent),
                         **{key: [] for key in _NOT_MEASURED},
                         "dataset": read.text,
                     }
-                    for latent in part.tolist()
+                    for latent, words in zip(part.tolist(), _words(directions[part], lens), strict=True)
                 ]
                 write_json(within / f"batch-{number}.json", {**about, "features": latents})
 
@@ -134,30 +134,22 @@ class _Contexts:
                 }
 
 
-def _words(direction: Float[Tensor, " d"], lens: Lens | None) -> dict[str, Any]:
-    """The words that a latent promotes and suppresses, and how all logits lie; nothing without a lens."""
-    if lens is None:
-        none: list[Any] = []
-        return {
-            "neg_str": none,
-            "neg_values": none,
-            "pos_str": none,
-            "pos_values": none,
-            **_bars("logits_hist_data", none),
-        }
-    logits = direction @ lens.weights
-    ends: dict[str, Int[Tensor, " k"]] = {
-        "pos": logits.topk(_WORDS).indices,
-        "neg": logits.topk(_WORDS, largest=False).indices,
-    }
-    found: dict[str, Any] = _bars("logits_hist_data", logits.numpy())
-    for name, ids in ends.items():
-        found[f"{name}_str"] = lens.tokenizer.batch_decode(ids[:, None].tolist())
-        found[f"{name}_values"] = [round(value, 3) for value in logits[ids].tolist()]
+def _words(directions: Float[Tensor, "B d"], lens: Lens | str | None) -> list[dict[str, Any]]:
+    """The words that latents promote and suppress, and how all logits lie; nothing without a lens."""
+    if not isinstance(lens, Lens):
+        none = {f"{end}_{what}": [] for end in ("neg", "pos") for what in ("str", "values")}
+        return [{**none, **_bars("logits_hist_data", [])}] * len(directions)
+    logits = directions @ lens.weights
+    ends = {"pos": logits.topk(_WORDS, dim=1), "neg": logits.topk(_WORDS, dim=1, largest=False)}
+    found = [_bars("logits_hist_data", row) for row in logits.numpy()]
+    for end, best in ends.items():
+        for latent, values, ids in zip(found, best.values.tolist(), best.indices, strict=True):
+            latent[f"{end}_str"] = lens.tokenizer.batch_decode(ids[:, None].tolist())
+            latent[f"{end}_values"] = [round(value, 3) for value in values]
     return found
 
 
-def _bars(name: str, values: Any) -> dict[str, list[float]]:
+def _bars(name: str, values: Any) -> dict[str, Any]:
     """A histogram: the middles of its bars, and how many values each holds."""
     heights, edges = np.histogram(values, _BARS) if len(values) else (np.zeros(0), np.zeros(1))
     middles = (edges[1:] + edges[:-1]) / 2
