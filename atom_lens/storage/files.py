@@ -176,10 +176,10 @@ def check_new(path: Path, another: str = "another") -> None:
         raise FileExistsError(f"output folder {str(path)!r} is not empty: choose {another} or remove it")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write strict JSON (no NaN), whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def regular_file(path: Path, limit: int | None = None) -> int:

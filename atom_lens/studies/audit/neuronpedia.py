@@ -73,7 +73,7 @@ def write_dashboards(folder: Path, opened: Mapping[str, Any], read: Read, hook: 
                     }
                     for latent, words in zip(part.tolist(), _words(directions[part], lens), strict=True)
                 ]
-                write_json(within / f"batch-{number}.json", {**about, "features": latents})
+                write_json(within / f"batch-{number}.json", {**about, "features": latents}, indent=None)
 
 
 def layer_of(hook: str | None) -> int:
