@@ -143,7 +143,8 @@ def test_the_lines_of_the_readme_run(demo: str, tmp_path: Path) -> None:
     [lines] = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     ended = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert "\nParis is" in ended.stdout  # what follows is drawn, and may have more lines
+    # What follows is drawn, and may have more lines.
+    assert re.search(r"^Paris is", ended.stdout, flags=re.MULTILINE), ended.stdout
     report = Report.read(tmp_path / "runs" / "quickstart" / "blocks.9.hook_resid_post" / "report.json")
     for start, found in (("atoms +", report.heldout), (r"TSAE, free \(ours\) +", report.also["tsae_free"].heldout)):
         [said] = re.findall(rf"^{start}([\d.]+) +([\d.]+) +([\d.]+) ", readme, flags=re.MULTILINE)
