@@ -26,8 +26,6 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     asked.add_argument("--text", required=True, help="documents, in JSON lines")
     asked.add_argument("--out", type=Path, default=Path("gallery"))
-    asked.add_argument("--l0", type=float, default=8.0)
-    asked.add_argument("--steps", type=int, default=2000)
     given = asked.parse_args()
     recipe = load_recipe(
         "text",
@@ -37,7 +35,7 @@ def main() -> None:
             f"prompts.path={given.text}",
             "stream.metric_tokens=250000",
             "stream.heldout_tokens=40000",
-            f"training.steps={given.steps}",
+            "training.steps=2000",
         ],
     )
     atoms, training = recipe.to_train("the gallery")
@@ -55,7 +53,7 @@ def main() -> None:
     }
     setup = Setup(split.x, aip, atoms, training.device, training.steps, split.validation, about)
     kinds = {name: find_kind(name, Trained) for name in KINDS}
-    learners = {name: kind.start(setup, given.l0, training.seed) for name, kind in kinds.items()}
+    learners = {name: kind.start(setup, atoms.target_l0, training.seed) for name, kind in kinds.items()}
     fit_together({"x": split.x}, learners, training)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")

@@ -47,9 +47,8 @@ def test_values_are_those_of_the_dictionary(folder: Path, stock: Path, tiny: str
     for latent in latents(folder):
         assert len(latent["freq_hist_data_bar_heights"]) == 40 or not latent["activations"]
         for one in latent["activations"]:
-            text = "".join(one["tokens"])
             ids = words(" ".join(one["tokens"]), return_tensors="pt").input_ids
-            assert ids.shape[1] == len(one["tokens"]) + 1 and text
+            assert ids.shape[1] == len(one["tokens"]) + 1
             with torch.no_grad():
                 x = model.run_with_cache(ids)[1][HOOK][0, 1:]
                 codes = atoms.encode(x)[:, latent["feature_index"]].numpy()

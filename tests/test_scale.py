@@ -78,6 +78,7 @@ def test_a_planted_growth_is_found(limit: float, exponent: float, gain: float) -
     assert found.limit == pytest.approx(limit, abs=1e-4) and found.exponent == pytest.approx(exponent, abs=1e-3)
     assert found.factor == pytest.approx(gain * 2000**exponent, rel=1e-2)
     assert growth(cells[:4])[0].limit is None, "three points are no fit"
+    assert growth([cell(n, 1000, 0.0, heldout=limit) for n in sizes])[0].limit is None, "nothing grows"
 
 
 def test_a_crossing_outside_the_grid_is_none() -> None:

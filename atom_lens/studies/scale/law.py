@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,8 +88,12 @@ def _saturation(n: Sequence[int], values: Sequence[float]) -> dict[str, float]:
     # In units of the smallest n the factor is what is gained at most: parameters of about the same size.
     share = np.array(n) / n[0]
     start = (values[-1], values[-1] - values[0], 0.5)
-    try:
-        (limit, gain, exponent), _ = curve_fit(lambda m, a, b, c: a - b * m**-c, share, values, start, maxfev=10_000)
-    except RuntimeError:  # it does not level off
-        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # values that leave a parameter open, or run off
+        try:
+            (limit, gain, exponent), _ = curve_fit(
+                lambda m, a, b, c: a - b * m**-c, share, values, start, maxfev=10_000
+            )
+        except (RuntimeError, Warning):
+            return {}
     return {"limit": float(limit), "factor": float(gain * n[0] ** exponent), "exponent": float(exponent)}
