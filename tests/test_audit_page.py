@@ -16,6 +16,7 @@ from support.auditing import HOOK, topk
 from support.browser import Browser
 
 from atom_lens.cli import main
+from atom_lens.studies.audit.result import Audit
 from atom_lens.studies.audit.run import audit
 
 
@@ -28,6 +29,19 @@ def page(tiny: str, stock: Path, text: Path, tmp_path: Path) -> Path:
     files = ["--json", str(tmp_path / "audit.json"), "--page", str(tmp_path / "audit.html")]
     assert main(["audit", str(stock), "--other", str(tmp_path / "other"), *options, *files]) == 0
     return tmp_path / "audit.html"
+
+
+def test_numbers_are_kept_where_a_page_fails(
+    generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("atom_lens.studies.audit.run.write_page", fails)
+    x, file = shifted(400, 16, generator), tmp_path / "audit.json"
+    with pytest.raises(MemoryError):
+        audit(topk(), x[:300], x[300:], json=file, page=tmp_path / "audit.html")
+    assert Audit.read(file).n_heldout == 100
 
 
 def browsers(page: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from atom_lens.activations.connect import open_backend
 from atom_lens.activations.documents import all_prefixes, contexts
 from atom_lens.activations.models import find_model
 from atom_lens.activations.positions import prefixes
+from atom_lens.activations.prompts.files import JsonLines, TextFile
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.activations.stream import Stream
 from atom_lens.cli import main
@@ -96,8 +97,10 @@ def test_tokens_of_sae_lens_are_read(streamed: dict[str, Any], tokens: Path, tin
         prompts_of(check_recipe({**streamed, "prompts": {**prompts, "tokenizer": None}}))
     with pytest.raises(ValueError, match=r"row 1: neither a text, nor tokens, nor a template .*, but \['input_ids'\]"):
         prompts_of(check_recipe({**streamed, "prompts": {**prompts, "columns": {}}}))
+    path = tmp_path / "words.jsonl"
+    path.write_text(f'{{"tokens": [{tokenizer.bos_token_id}]}}\n')
+    assert JsonLines(path=str(path), tokenizer=tiny).read() == []
     with pytest.raises(ValueError, match="line 1: tokens is a, allowed are whole numbers"):
-        path = tmp_path / "words.jsonl"
         path.write_text('{"tokens": "a"}')
         prompts_of(check_recipe({**streamed, "prompts": {"source": "jsonl", "path": str(path), "tokenizer": tiny}}))
 
@@ -317,8 +320,6 @@ def test_what_is_wrong_is_said(
 
 def test_documents_are_read_one_by_one(tmp_path: Path) -> None:
     """A line that is wrong is not reached before those above it are used; lines end as they do in `read`."""
-    from atom_lens.activations.prompts.files import JsonLines, TextFile
-
     (tmp_path / "a.txt").write_bytes("eins\r\n\r\nzwei\u2028drei\rvier".encode())
     assert [one.text for one in TextFile(path=str(tmp_path / "a.txt")).documents()] == [
         "eins",

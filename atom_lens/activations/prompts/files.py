@@ -41,8 +41,9 @@ class TextFile(Source):
 class Rows(Section):
     """Rows that have `text`, or `template` and `subject`, and perhaps `answer`; `columns` says how they call them.
 
-    Rows that are tokenised have `tokens`: ids of `tokenizer`, which is named as models are. They are decoded, without
-    special tokens, and the model that reads them tokenises the text anew; so they may be the ids of another model.
+    Rows with a blank text are left out. Rows that are tokenised have `tokens`: ids of `tokenizer`, which is named as
+    models are. They are decoded, without special tokens, and the model that reads them tokenises the text anew; so they
+    may be the ids of another model.
     """
 
     columns: dict[str, str] = {}
@@ -73,7 +74,8 @@ class Rows(Section):
             except ValueError as error:
                 raise AtomLensError(f"{where}: {error}") from error
             made += 1
-            yield prompt
+            if prompt is not None:
+                yield prompt
         for name in sorted(missing if made else ()):
             raise AtomLensError(f"columns.{name} is {self.columns[name]!r}, which none of the {made} rows has")
 
@@ -147,7 +149,10 @@ def _files(path: str) -> list[Path]:
     return [file for file in found if file.is_file()] or [existing(path)]
 
 
-def _from_fields(fields: dict[str, Any], row: dict[str, Any], decode: Callable[[list[int]], str] | None) -> Prompt:
+def _from_fields(
+    fields: dict[str, Any], row: dict[str, Any], decode: Callable[[list[int]], str] | None
+) -> Prompt | None:
+    """The prompt of a row; None where its text is blank, as rows of many data sets are."""
     tokens = fields.pop("tokens")
     if decode and not fields["text"] and tokens is not None:
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
@@ -162,6 +167,8 @@ def _from_fields(fields: dict[str, Any], row: dict[str, Any], decode: Callable[[
         return Prompt.fill(template, subject, answer)
     if text:
         return Prompt(text, subject, answer=answer)
+    if fields["text"] is not None:
+        return None
     raise AtomLensError(f"neither a text, nor tokens, nor a template with a subject, but {shown(sorted(row))}")
 
 

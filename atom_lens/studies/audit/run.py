@@ -62,6 +62,7 @@ def audit(
     loss_tokens: int = _LOSS_TOKENS,
     device: str = "auto",
     seed: int = 0,
+    json: str | Path | None = None,
     page: str | Path | None = None,
     neuronpedia: str | Path | None = None,
 ) -> Audit:
@@ -88,6 +89,7 @@ def audit(
         loss_tokens: held-out tokens that the loss is taken of; 0 for none.
         device: where the model and the dictionaries run.
         seed: of the nulls.
+        json: a file to write the result to, before page and dashboards are made.
         page: an HTML file to write: the tables, and every latent with the contexts that it fires on.
         neuronpedia: a folder to write: every latent in the files of sae-dashboard, which Neuronpedia imports.
 
@@ -102,8 +104,9 @@ def audit(
         raise AtomLensError(f"{missing} is None, an audit of given activations needs both x_train and x_heldout")
     if tokens < 2 or loss_tokens < 0:
         raise AtomLensError(f"tokens is {tokens} and loss_tokens {loss_tokens}, allowed are at least 2 and 0")
-    if page is not None:
-        check_writable("page", Path(page))
+    for key, file in (("json", json), ("page", page)):
+        if file is not None:
+            check_writable(key, Path(file))
     if neuronpedia is not None:
         check_new(Path(neuronpedia))
     device = pick_device(device)
@@ -146,6 +149,8 @@ def audit(
         seconds=time.monotonic() - start,
         versions=versions(),
     )
+    if json is not None:
+        result.write(Path(json))
     if page is not None:
         write_page(Path(page), result, opened, {label: seen for label, (_, seen) in found.items()}, read, aip, pairs)
     if neuronpedia is not None:
@@ -288,12 +293,6 @@ def command(
     """
     if text is not None and dataset is not None:
         raise AtomLensError(f"--text is {text!r} and --dataset {dataset!r}, allowed is one of them")
-    if json is not None:
-        check_writable("--json", json)
-    if page is not None:
-        check_writable("--page", page)
-    if neuronpedia is not None:
-        check_new(neuronpedia)
     found = audit(
         [sae, *more],
         other=other,
@@ -303,11 +302,10 @@ def command(
         tokens=tokens,
         loss_tokens=loss_tokens,
         device=device,
+        json=json,
         page=page,
         neuronpedia=neuronpedia,
     )
-    if json is not None:
-        found.write(json)
     say(study.text(found, sae))
     if wandb is not None:
         log_audit(found, wandb, page)
