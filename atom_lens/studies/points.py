@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from atom_lens.dictionaries.registry import Kind
 from atom_lens.evidence.results import Figures, NullFigures
-from atom_lens.views.plot import LEAST, QUIET, Draw, log_ticks, plain, points, r2_axis
+from atom_lens.views.plot import LEAST, Draw, log_ticks, plain, points, r2_axis
 
 LABELS = {"r2": "R²", "r2_aip": "R² (AIP)", "q_star": "q*"}
 SPLITS = {"heldout": "held-out", "train": "train"}
@@ -154,10 +154,3 @@ def over_layers(hooks: Mapping[str, Sequence[Measured]]) -> dict[str, dict[int, 
         for (at, asked), here in found.items()
         if len(here) > 1
     }
-
-
-def color_of(number: int) -> str:
-    """A colour for one of several things of the same kind."""
-    from atom_lens.views.plot import SERIES
-
-    return SERIES[number % len(SERIES)] if number >= 0 else QUIET
