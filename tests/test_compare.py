@@ -175,7 +175,8 @@ def test_margins_ask_for_both_figures() -> None:
     assert "TopK at 1 (q* 0.950, R² 0.100) is more stable than any of ours" in text
     assert "mine (q* 0.650, R² 0.800) is above by 0.100" in text
     assert "TSAE, free (ours)" in shown(a=found)
-    assert "nothing to beat" in verdict(at_hook([cell("relu", 1, 0.3, 0.9)]))
+    assert verdict(at_hook([*ours, cell("relu", 1, 0.3, 0.9)])).startswith("No baseline reached q* 0.5")
+    assert "baseline" not in shown(a=at_hook(ours)), "there is none to say anything of"
 
 
 def test_train_with_seeds_saves_identity(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def _cells(found: Hook, title: str) -> Table:
         ("n / F", f"{found.n_over_f:.1f}"),
     ]
     note = "Means over seeds, ± half their range; of a single run, the 95% interval of a held-out value over subjects."
-    return _table(title, [[cell] for cell in found.cells], facts, [verdict(found), note])
+    both = {"ours", "baseline"} <= {kind(cell.unit).role for cell in found.cells}
+    return _table(title, [[cell] for cell in found.cells], facts, [verdict(found), note] if both else [note])
 
 
 def _over_hooks(result: Comparison, name: str) -> Table:
@@ -199,7 +200,7 @@ def verdict(found: Hook) -> str:
     """In a few words: how many baseline points one of ours beats in both, and where one does not."""
     points = margins(found)
     if not points:
-        return f"No baseline reached q* {_LEAST_Q}: there is nothing to beat."
+        return f"No baseline reached q* {_LEAST_Q}: codes as dense as theirs are no evidence."
     beaten = [point for point in points if point.margin is not None and point.margin >= 0]
     text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below one of ours as stable"
     for point in points:
