@@ -63,7 +63,7 @@ def test_jsonl(tmp_path) -> None:
     path.write_text('{"text": "line\u2028separator"}\n', encoding="utf-8")
     assert JsonLines(path=str(path)).read()[0].text == "line\u2028separator"
     path.write_text('{"text": ""}\n{"text": " \\n"}\n{"text": "said"}\n')
-    assert JsonLines(path=str(path)).read() == [Prompt("said")]
+    assert JsonLines(path=str(path)).read() == JsonLines(path=str(path), limit=1).read() == [Prompt("said")]
     path.write_text('{"text": "In 1984", "subject": 1984}\n')
     with pytest.raises(ValueError, match="facts.jsonl line 1: subject is 1984, allowed is text"):
         JsonLines(path=str(path)).read()

@@ -65,8 +65,8 @@ class Rows(Section):
         if unknown:
             raise AtomLensError(f"columns has {sorted(unknown)}, allowed are {', '.join(_FIELDS)}")
         decode = self._decode()
-        made, missing = 0, set(self.columns)
-        for where, row in islice(rows, self.limit):
+        made, given, missing = 0, 0, set(self.columns)
+        for where, row in rows:
             fields = {name: _reach(row, self.columns.get(name, name)) for name in _FIELDS}
             missing -= {name for name, value in fields.items() if value is not None}
             try:
@@ -75,7 +75,10 @@ class Rows(Section):
                 raise AtomLensError(f"{where}: {error}") from error
             made += 1
             if prompt is not None:
+                given += 1
                 yield prompt
+            if given == self.limit:
+                break
         for name in sorted(missing if made else ()):
             raise AtomLensError(f"columns.{name} is {self.columns[name]!r}, which none of the {made} rows has")
 

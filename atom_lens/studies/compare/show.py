@@ -200,7 +200,7 @@ def verdict(found: Hook) -> str:
     """In a few words: how many baseline points one of ours beats in both, and where one does not."""
     points = margins(found)
     if not points:
-        return f"No baseline reached q* {_LEAST_Q}: codes as dense as theirs are no evidence."
+        return f"No baseline reached q* {_LEAST_Q}: none is compared."
     beaten = [point for point in points if point.margin is not None and point.margin >= 0]
     text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below one of ours as stable"
     for point in points:

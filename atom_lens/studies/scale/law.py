@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import curve_fit
+from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import linregress, t
 
 from atom_lens.studies.scale.result import Cell, Growth, Law, Point
@@ -89,11 +89,12 @@ def _saturation(n: Sequence[int], values: Sequence[float]) -> dict[str, float]:
     share = np.array(n) / n[0]
     start = (values[-1], values[-1] - values[0], 0.5)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # values that leave a parameter open, or run off
+        for kind in (OptimizeWarning, RuntimeWarning):  # values that leave a parameter open, or run off
+            warnings.simplefilter("error", kind)
         try:
             (limit, gain, exponent), _ = curve_fit(
                 lambda m, a, b, c: a - b * m**-c, share, values, start, maxfev=10_000
             )
-        except (RuntimeError, Warning):
+        except (RuntimeError, OptimizeWarning, RuntimeWarning):
             return {}
     return {"limit": float(limit), "factor": float(gain * n[0] ** exponent), "exponent": float(exponent)}
