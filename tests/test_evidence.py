@@ -279,9 +279,7 @@ def test_q_star_of_other_codes(generator: torch.Generator) -> None:
     l0 = torch.randint(0, 6, (200,), generator=generator)
     found = stability(atoms, l0)
     fewer = l0[torch.randint(0, 200, (50,), generator=generator)]
-    assert found.q_star_of(fewer) == stability(atoms, fewer).q_star
-    with pytest.raises(ValueError, match="l0 holds 9"):
-        found.q_star_of(torch.tensor([9]))
+    assert found.q_star_of(torch.bincount(fewer, minlength=6)) == stability(atoms, fewer).q_star
 
 
 def test_evidence_says_when_q_star_is_none(generator: torch.Generator) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,20 +10,17 @@ import torch
 from jaxtyping import Float, Int
 from scipy.stats import bootstrap
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from atom_lens.errors import AtomLensError
-from atom_lens.evidence.faithfulness import explained
 from atom_lens.evidence.measure import Observation
 from atom_lens.tensors.checks import Labels, checked_seed, labels
 
 LEVEL = 0.95
 _RESAMPLES = 1000
+_DRAWN = 2**22  # subjects drawn at a time, for memory
 
-FIGURES: dict[str, Callable[[Observation, Int[Tensor, " m"]], float]] = {
-    "r2": lambda seen, rows: explained(seen.residual[rows], seen.total[rows]),
-    "r2_aip": lambda seen, rows: explained(seen.residual_aip[rows], seen.total_aip[rows]),
-    "q_star": lambda seen, rows: seen.found.q_star_of(seen.l0[rows]),
-}
+FIGURES = ("r2", "r2_aip", "q_star")
 
 
 def intervals(
@@ -46,21 +43,34 @@ def intervals(
     names = list(range(len(seen))) if groups is None else labels(groups, len(seen), "groups")
     if null is not None and len(null) != len(seen):
         raise AtomLensError(f"the null has {len(null)} rows, expected {len(seen)}, as the split has")
-    members: dict[Hashable, list[int]] = {}
-    for row, name in enumerate(names):
-        members.setdefault(name, []).append(row)
-    if len(members) < 2:
+    subjects = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    if len(subjects) < 2:
         raise AtomLensError("a bootstrap over subjects needs at least 2 subjects")
-    rows_of = [np.asarray(rows) for rows in members.values()]
-    alone = len(rows_of) == len(seen)
+    subject = torch.tensor([subjects[name] for name in names])
+    both = [(one, _sums(one, subject)) for one in (seen, null) if one is not None]
 
-    def statistic(chosen: np.ndarray) -> np.ndarray:
-        rows = torch.from_numpy(chosen if alone else np.concatenate([rows_of[i] for i in chosen]))
-        values = [figure(seen, rows) - (figure(null, rows) if null else 0.0) for figure in FIGURES.values()]
-        return np.asarray(values)
+    def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
+        """R², R² (AIP) and q*, shape (3, draws), of the subjects in each row of `drawn`, by how often each is there."""
+        times = np.apply_along_axis(np.bincount, axis, drawn, minlength=len(subjects))
+        own, *other = (_figures(one, torch.from_numpy(times).double() @ sums) for one, sums in both)
+        return (own - other[0] if other else own).numpy()
 
-    found = _resampled((np.arange(len(rows_of)),), statistic, seed, vectorized=False)
+    found = _resampled((np.arange(len(subjects)),), statistic, seed)
     return {name: [float(found.low[i]), float(found.high[i])] for i, name in enumerate(FIGURES)}
+
+
+def _sums(seen: Observation, subject: Int[Tensor, " n"]) -> Float[Tensor, "G columns"]:
+    """Of every subject the sums that R² is made of, and how many of its codes have 0, 1, 2, ... active atoms."""
+    squares = torch.stack([seen.residual, seen.total, seen.residual_aip, seen.total_aip], dim=1)
+    each = torch.cat([squares, one_hot(seen.l0, len(seen.found.below))], dim=1)
+    return each.new_zeros(int(subject.max()) + 1, each.shape[1]).index_add_(0, subject, each)
+
+
+def _figures(seen: Observation, sums: Float[Tensor, "draws columns"]) -> Float[Tensor, "3 draws"]:
+    residual, total, residual_aip, total_aip = sums[:, :4].T
+    return torch.stack(
+        [1 - residual / total, 1 - residual_aip / total_aip, seen.found.q_star_of(sums[:, 4:].round().long())]
+    )
 
 
 def mean_interval(values: Float[Tensor, " n"], seed: int = 0) -> dict[str, Any]:
@@ -83,16 +93,15 @@ def ratio_interval(above: Float[Tensor, " n"], below: Float[Tensor, " n"], seed:
     return {"mean": float(pairs[0].mean() / pairs[1].mean()), "interval": [float(found.low), float(found.high)]}
 
 
-def _resampled(
-    samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int, vectorized: bool = True
-) -> Any:
+def _resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> Any:
     """scipy's percentile interval: `.low`, `.high`."""
     return bootstrap(
         samples,
         statistic,
         n_resamples=_RESAMPLES,
+        batch=max(1, min(_RESAMPLES, _DRAWN // len(samples[0]))),
         paired=True,
-        vectorized=vectorized,
+        vectorized=True,
         confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(checked_seed(seed)),

@@ -49,14 +49,12 @@ class Stability:
     coherence_counts: Int[Tensor, " bins"] = field(repr=False)
     below: Int[Tensor, " limits"] = field(repr=False)
 
-    def q_star_of(self, l0: Int[Tensor, " m"]) -> float:
-        """q* of the same atoms with the codes of other activations, none with more active atoms than seen here."""
-        l0 = counts(l0, "l0")
-        if l0.numel() == 0:
-            raise AtomLensError("l0 is empty: q* needs the codes of at least one activation")
-        if int(l0.max()) >= len(self.below):
-            raise AtomLensError(f"l0 holds {int(l0.max())}, allowed is up to {len(self.below) - 1}, the largest seen")
-        return _q_star(self.below, self.pairs, torch.bincount(l0, minlength=len(self.below))) if self.n_atoms else 0.0
+    def q_star_of(self, counts: Int[Tensor, "*draws limits"]) -> Float[Tensor, "*draws"]:
+        """q* of the same atoms with the codes of other activations, `counts[..., k]` of them with K_i = k.
+
+        None of these may have more active atoms than were seen here.
+        """
+        return _q_star(self.below, self.n_atoms, self.pairs, counts)
 
     def coherence_quantile(self, q: float) -> float:
         """mu_q, the q-quantile of the pairwise coherences, to the width of a histogram bin (2⁻¹⁴)."""
@@ -110,9 +108,9 @@ def stability(
 
     pairs = n_atoms * (n_atoms - 1) // 2
     found = _count_pairs(_units(living, metric), k_max, tile) if pairs else _Pairs.none(k_max)
-    q_star = _q_star(found.below, pairs, torch.bincount(ordered, minlength=k_max + 1)) if n_atoms else 0.0
+    q_star = _q_star(found.below, n_atoms, pairs, torch.bincount(ordered, minlength=k_max + 1))
     return Stability(
-        q_star=q_star,
+        q_star=float(q_star),
         empty_codes=float((ordered == 0).double().mean()),
         n_atoms=n_atoms,
         dead_atoms=len(atoms) - n_atoms,
@@ -180,14 +178,15 @@ def _count_pairs(units: Float[Tensor, "F d"], k_max: int, tile: int) -> _Pairs:
     return _Pairs(histogram[:_BINS].cpu(), below.cpu(), min(float(top) / _BINS, 1.0))
 
 
-def _q_star(below: Int[Tensor, " k"], pairs: int, counts: Int[Tensor, " k"]) -> float:
-    n = int(counts.sum())
-    cumulative = counts.cumsum(0)  # n * Phi(k)
-    best = 0.0
-    for k, passing in enumerate(below.tolist()):
-        # Integer cross-multiplication keeps G > Phi exact; without pairs the condition holds for every k.
-        g, whole = (passing, pairs) if pairs else (1, 1)
-        previous = int(cumulative[k - 1]) if k else 0
-        if g * n > previous * whole:
-            best = max(best, min(int(cumulative[k]) / n, g / whole))
-    return best
+def _q_star(
+    below: Int[Tensor, " limits"], n_atoms: int, pairs: int, counts: Int[Tensor, "*draws limits"]
+) -> Float[Tensor, "*draws"]:
+    if not n_atoms:
+        return torch.zeros(counts.shape[:-1], dtype=torch.float64)
+    cumulative = counts.cumsum(-1)  # n * Phi(k)
+    n = cumulative[..., -1:]
+    # Without pairs the condition holds for every k.
+    g, whole = (below, pairs) if pairs else (torch.ones_like(below), 1)
+    # Integer cross-multiplication keeps G > Phi exact.
+    holds = g * n > (cumulative - counts) * whole
+    return torch.minimum(cumulative.double() / n, g.double() / whole).where(holds, 0.0).amax(-1)
