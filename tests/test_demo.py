@@ -33,13 +33,13 @@ TEXTS = ["The Eiffel Tower is located in the city of", "Paris is", "Kyoto is a c
 
 def test_harvests_agree(demo: str, tmp_path: Path) -> None:
     """TransformerLens and nnsight, padded batches of different lengths, three kinds of hooks, the last layer too."""
-    prompts = [*Cities(limit=40).read(), Prompt.fill("The mayor of {} said that", "Rio de Janeiro")]
+    prompts = [*Cities(limit=20).read(), Prompt.fill("The mayor of {} said that", "Rio de Janeiro")]
     hooks = [HOOK, "blocks.5.hook_mlp_out", "blocks.9.mlp.hook_post", "blocks.17.hook_resid_post"]
     lens, nnsight = (
         harvest(demo, prompts, hooks, backend=backend, store=tmp_path / backend)
         for backend in ("transformer_lens", "nnsight")
     )
-    assert lens["blocks.9.mlp.hook_post"].shape == (41, 2048)
+    assert lens["blocks.9.mlp.hook_post"].shape == (21, 2048)
     for hook in hooks:
         assert float((lens[hook] - nnsight[hook]).norm() / lens[hook].norm()) < 1e-5
     alone = harvest(demo, prompts[-1:], hooks, store=tmp_path / "alone")
@@ -63,10 +63,10 @@ def atoms_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def exported(demo: str, atoms_folder: Path) -> Path:
-    """Atoms of layer 9 on 900 cities, briefly trained: what matters here is that they are exact, not good."""
+    """Atoms of layer 9 on 700 cities, briefly trained: what matters here is that they are exact, not good."""
     if not (atoms_folder / "cfg.json").exists():
-        x = harvest(demo, Cities(limit=900).read(), HOOK)[HOOK]
-        aip = AtomicInnerProduct.estimate(x, source="900 cities")
+        x = harvest(demo, Cities(limit=700).read(), HOOK)[HOOK]
+        aip = AtomicInnerProduct.estimate(x, source="700 cities")
         atoms, _ = fit_one(
             x,
             aip,
@@ -79,7 +79,7 @@ def exported(demo: str, atoms_folder: Path) -> Path:
 
 
 def test_plain_sae_lens_reconstructs_the_same(demo: str, exported: Path, tmp_path: Path) -> None:
-    x = harvest(demo, Cities(limit=900).read(), HOOK)[HOOK][:200]
+    x = harvest(demo, Cities(limit=700).read(), HOOK)[HOOK][:200]
     torch.save(x, tmp_path / "x.pt")
     script = (
         "import sys, torch; from sae_lens import SAE\n"
@@ -147,8 +147,8 @@ def test_splice_on_the_real_model(demo: str, exported: Path) -> None:
         arguments = (batch.input_ids, batch.attention_mask, 1)
         with torch.no_grad():
             clean = {name: backend.logits(*arguments) for name, backend in (("lens", bridge), ("nnsight", traced))}
-            for name, edit in edits.items():
-                found = []
+            for name in edits if batch is padded else ("none", "swap", "exchange"):
+                edit, found = edits[name], []
                 for backend in (bridge, traced):
                     with splice(backend.model, atoms) as s:
                         edit(s)
