@@ -28,7 +28,6 @@ from torch.nn.functional import embedding_bag, normalize
 
 from atom_lens import harvest
 from atom_lens.activations.prompts.cities import Cities
-from atom_lens.dictionaries.nulls import orthogonal_matching_pursuit
 from atom_lens.dictionaries.pursuit.nearest import Nearest, fastest
 from atom_lens.dictionaries.pursuit.omp import Codes, pursue
 
@@ -72,7 +71,6 @@ def contestants(y: Tensor, units: Tensor, k: int, tau: float) -> dict[str, Calla
         "pursue, threshold by atom": lambda: pursue(y, units, most=k, tau=torch.full_like(units[:, 0], tau)),
         "pursue, bfloat16": lambda: pursue(y, units, most=k, search="bfloat16"),
         "pursue, full precision": lambda: pursue(y, units, most=k, search="full"),
-        "nulls.orthogonal_matching_pursuit": lambda: orthogonal_matching_pursuit(y, units, k),
     }
     if find_spec("sae_lens.saes.matching_pursuit_sae"):
         from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig

@@ -18,7 +18,7 @@ from sklearn.linear_model import orthogonal_mp
 from sklearn.metrics import r2_score
 
 from atom_lens import AtomicInnerProduct, evaluate, faithfulness, stability
-from atom_lens.dictionaries.nulls import Pursuit, data_atoms, orthogonal_matching_pursuit, random_atoms
+from atom_lens.dictionaries.nulls import Pursuit, data_atoms, random_atoms
 from atom_lens.evidence.bootstrap import intervals
 from atom_lens.evidence.measure import measure, observe
 from atom_lens.studies.train.show import certificates_text, reading, report_table
@@ -181,19 +181,18 @@ def test_faithfulness_refuses() -> None:
         faithfulness(torch.randn(4, 2), torch.zeros(3, 2))
 
 
-def test_pursuit_against_scikit_learn(generator: torch.Generator) -> None:
-    units = torch.nn.functional.normalize(torch.randn(40, 12, generator=generator), dim=1)
-    y = torch.randn(30, 12, generator=generator)
-    support, values = orthogonal_matching_pursuit(y, units, 4)
-    codes = torch.zeros(30, 40).scatter_(1, support, values)
-    reference = orthogonal_mp(units.T.double().numpy(), y.T.double().numpy(), n_nonzero_coefs=4).T
-    np.testing.assert_allclose(codes.numpy(), reference, atol=1e-4)
+def test_nulls_against_scikit_learn(generator: torch.Generator) -> None:
+    x = shifted(30, 12, generator)
+    null = Pursuit(torch.randn(40, 12, generator=generator), x.mean(dim=0), None, 4)
+    y = (x - x.mean(dim=0)).double().numpy()
+    reference = orthogonal_mp(null.W_dec.double().numpy().T, y.T, n_nonzero_coefs=4).T
+    np.testing.assert_allclose(null.encode(x).numpy(), reference, atol=1e-4)
 
 
-def test_pursuit_survives_copies_of_an_atom(generator: torch.Generator) -> None:
-    units = torch.nn.functional.normalize(torch.randn(1, 6, generator=generator), dim=1).repeat(5, 1)
-    _, values = orthogonal_matching_pursuit(torch.randn(9, 6, generator=generator), units, 3)
-    assert torch.isfinite(values).all()
+def test_nulls_survive_copies_of_an_atom(generator: torch.Generator) -> None:
+    copies = torch.randn(1, 6, generator=generator).repeat(5, 1)
+    codes = Pursuit(copies, torch.zeros(6), None, 3).encode(torch.randn(9, 6, generator=generator))
+    assert torch.isfinite(codes).all() and (codes != 0).any(dim=1).all()
 
 
 def test_data_points_are_perfect_atoms_in_sample(generator: torch.Generator) -> None:

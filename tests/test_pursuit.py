@@ -14,7 +14,6 @@ from sklearn.linear_model import orthogonal_mp
 from support.pursuing import drawn, reference
 from torch.nn.functional import normalize
 
-from atom_lens.dictionaries.nulls import orthogonal_matching_pursuit
 from atom_lens.dictionaries.pursuit import omp
 from atom_lens.dictionaries.pursuit.nearest import Nearest, Precision
 from atom_lens.dictionaries.pursuit.omp import Codes, lengths, pursue
@@ -34,15 +33,6 @@ def test_equal_to_scikit_learn(search: Precision) -> None:
     alike = ((codes.dense(128) != 0) == (expected != 0)).all(dim=1)
     assert alike.double().mean() > 0.995, "float32 may decide a tie otherwise, and no more"
     torch.testing.assert_close(codes.dense(128)[alike].double(), expected[alike], atol=1e-4, rtol=1e-3)
-
-
-def test_equal_to_the_nulls_own() -> None:
-    y, units = drawn(300, 40, 200, dtype=torch.float32)
-    support, values = orthogonal_matching_pursuit(y, units, 5)
-    codes = pursue(y, units, most=5, **EITHER)
-    same = (codes.support == support).all(dim=1)
-    assert same.double().mean() > 0.99
-    torch.testing.assert_close(codes.values[same], values[same], atol=1e-4, rtol=1e-3)
 
 
 @settings(max_examples=150, deadline=None)

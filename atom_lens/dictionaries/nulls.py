@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from atom_lens.dictionaries.protocol import Dictionary
+from atom_lens.dictionaries.pursuit.omp import pursue
 from atom_lens.dictionaries.registry import Drawn, Kind, register
 from atom_lens.errors import AtomLensError
 from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
@@ -23,14 +23,14 @@ class Pursuit:
     """A dictionary with orthogonal matching pursuit as its encoder: the k best atoms in a norm, greedily.
 
     Looks like an sae-lens SAE to `measure`: `W_dec`, `encode`, `decode`. This gives a null the same number of
-    atoms and the same K as the atoms it stands beside, and an
-    encoder that sees what is left over, not one inner product.
+    atoms and the same K as the atoms it stands beside, and an encoder that sees what is left over, not one inner
+    product. Where nothing is left over (a data point that is itself an atom), a code has fewer.
 
     Args:
         atoms: rows, shape (F, d), any non-zero length.
         mean: subtracted before and added after, shape (d,).
         norm: in which residuals are pursued: the AIP, or None for Euclidean.
-        k: atoms per activation, at least 1.
+        k: most atoms per activation, at least 1.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Pursuit:
         return x.double() if self.norm is None else x.double() @ self.norm.sqrt
 
     def encode(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n F"]:
-        support, values = orthogonal_matching_pursuit(self._mapped(x - self.mean).float(), self.units, self.k)
-        return torch.zeros(len(x), len(self.units), device=x.device).scatter_(1, support, values)
+        y = self._mapped(x - self.mean).float()
+        return pursue(y, self.units, most=self.k, signed=True, nonnegative=False).dense(len(self.units))
 
     def decode(self, feature_acts: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
         return feature_acts @ self.W_dec + self.mean
@@ -75,29 +75,6 @@ class TrainedNull:
     x: Float[Tensor | Rows, "n d"]
     heldout: Float[Tensor | Rows, "m d"]
     metric: AtomicInnerProduct
-
-
-def orthogonal_matching_pursuit(
-    y: Float[Tensor, "n d"], units: Float[Tensor, "F d"], k: int
-) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """Greedy k-sparse codes of the rows of `y` over unit atoms: their supports and least-squares values.
-
-    Batched orthogonal matching pursuit (Pati et al. 1993); scikit-learn has one too, on the CPU and row by row.
-    """
-    residual = y
-    support = torch.empty(len(y), 0, dtype=torch.long, device=y.device)
-    values = torch.empty(len(y), 0, device=y.device)
-    for _ in range(k):
-        scores = (residual @ units.T).abs_().scatter_(1, support, -1.0)
-        support = torch.cat([support, scores.argmax(dim=1, keepdim=True)], dim=1)
-        chosen = units[support]
-        gram = einsum(chosen, chosen, "n i d, n j d -> n i j").double()
-        # Copies of one atom make the Gram singular; the ridge is far below what float32 codes can show.
-        gram += 1e-10 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        target = rearrange(einsum(chosen, y, "n k d, n d -> n k"), "n k -> n k 1").double()
-        values = rearrange(torch.linalg.solve(gram, target), "n k 1 -> n k").to(y.dtype)
-        residual = y - einsum(values, chosen, "n k, n k d -> n d")
-    return support, values
 
 
 def random_atoms(n_atoms: int, metric: AtomicInnerProduct, generator: torch.Generator) -> Float[Tensor, "F d"]:

@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import lars_path
 from torch import Tensor
 
-from atom_lens.dictionaries.nulls import orthogonal_matching_pursuit
+from atom_lens.dictionaries.pursuit.omp import pursue
 
 
 def pursuit_agrees(
@@ -25,12 +25,10 @@ def pursuit_agrees(
         active: supports, shape (n, F), each with at least one atom.
     """
     sizes = active.sum(dim=1)
-    agreement = torch.zeros(len(signals), dtype=torch.float64)
-    for size in sizes.unique().tolist():
-        for rows in (sizes == size).nonzero()[:, 0].split(256):
-            support, _ = orthogonal_matching_pursuit(signals[rows], units, int(size))
-            agreement[rows.cpu()] = active[rows].gather(1, support).double().mean(dim=1).cpu()
-    return agreement
+    codes = pursue(signals, units, most=int(sizes.max()), signed=True, nonnegative=False)
+    # A pursuit of fewer atoms is the beginning of a longer one.
+    within = torch.arange(codes.support.shape[1], device=sizes.device) < torch.minimum(sizes, codes.count)[:, None]
+    return ((active.gather(1, codes.support) & within).sum(dim=1).double() / sizes).cpu()
 
 
 def basis_pursuit_agrees(
