@@ -60,17 +60,17 @@ def intervals(
 
 
 def _sums(seen: Observation, subject: Int[Tensor, " n"]) -> Float[Tensor, "G columns"]:
-    """Of every subject the sums that R² is made of, and how many of its codes have 0, 1, 2, ... active atoms."""
+    """Of every subject the sums that R² is made of, and how many of its codes have each L0 that there is."""
     squares = torch.stack([seen.residual, seen.total, seen.residual_aip, seen.total_aip], dim=1)
-    each = torch.cat([squares, one_hot(seen.l0, len(seen.found.below))], dim=1)
+    each = torch.cat([squares, one_hot(seen.l0.unique(return_inverse=True)[1])], dim=1)
     return each.new_zeros(int(subject.max()) + 1, each.shape[1]).index_add_(0, subject, each)
 
 
 def _figures(seen: Observation, sums: Float[Tensor, "draws columns"]) -> Float[Tensor, "3 draws"]:
     residual, total, residual_aip, total_aip = sums[:, :4].T
-    return torch.stack(
-        [1 - residual / total, 1 - residual_aip / total_aip, seen.found.q_star_of(sums[:, 4:].round().long())]
-    )
+    counts = torch.zeros(len(sums), len(seen.found.below), dtype=torch.long)
+    counts[:, seen.l0.unique()] = sums[:, 4:].round().long()
+    return torch.stack([1 - residual / total, 1 - residual_aip / total_aip, seen.found.q_star_of(counts)])
 
 
 def mean_interval(values: Float[Tensor, " n"], seed: int = 0) -> dict[str, Any]:
