@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 
 from atom_lens.errors import AtomLensError
 from atom_lens.evidence.measure import Observation
+from atom_lens.evidence.stability import Stability
 from atom_lens.tensors.checks import Labels, checked_seed, labels
 
 LEVEL = 0.95
@@ -47,30 +48,33 @@ def intervals(
     if len(subjects) < 2:
         raise AtomLensError("a bootstrap over subjects needs at least 2 subjects")
     subject = torch.tensor([subjects[name] for name in names])
-    both = [(one, _sums(one, subject)) for one in (seen, null) if one is not None]
+    both = [(one.found, *_sums(one, subject)) for one in (seen, null) if one is not None]
 
     def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
         """R², R² (AIP) and q*, shape (3, draws), of the subjects in each row of `drawn`, by how often each is there."""
         times = np.apply_along_axis(np.bincount, axis, drawn, minlength=len(subjects))
-        own, *other = (_figures(one, torch.from_numpy(times).double() @ sums) for one, sums in both)
+        own, *other = (_figures(found, k, torch.from_numpy(times).double() @ sums) for found, k, sums in both)
         return (own - other[0] if other else own).numpy()
 
     found = _resampled((np.arange(len(subjects)),), statistic, seed)
     return {name: [float(found.low[i]), float(found.high[i])] for i, name in enumerate(FIGURES)}
 
 
-def _sums(seen: Observation, subject: Int[Tensor, " n"]) -> Float[Tensor, "G columns"]:
-    """Of every subject the sums that R² is made of, and how many of its codes have each L0 that there is."""
+def _sums(seen: Observation, subject: Int[Tensor, " n"]) -> tuple[Int[Tensor, " levels"], Float[Tensor, "G columns"]]:
+    """Each L0 that there is; of every subject the sums that R² is made of, and how many of its codes have that L0."""
+    levels, level = seen.l0.unique(return_inverse=True)
     squares = torch.stack([seen.residual, seen.total, seen.residual_aip, seen.total_aip], dim=1)
-    each = torch.cat([squares, one_hot(seen.l0.unique(return_inverse=True)[1])], dim=1)
-    return each.new_zeros(int(subject.max()) + 1, each.shape[1]).index_add_(0, subject, each)
+    each = torch.cat([squares, one_hot(level)], dim=1)
+    return levels, each.new_zeros(int(subject.max()) + 1, each.shape[1]).index_add_(0, subject, each)
 
 
-def _figures(seen: Observation, sums: Float[Tensor, "draws columns"]) -> Float[Tensor, "3 draws"]:
+def _figures(
+    found: Stability, levels: Int[Tensor, " levels"], sums: Float[Tensor, "draws columns"]
+) -> Float[Tensor, "3 draws"]:
     residual, total, residual_aip, total_aip = sums[:, :4].T
-    counts = torch.zeros(len(sums), len(seen.found.below), dtype=torch.long)
-    counts[:, seen.l0.unique()] = sums[:, 4:].round().long()
-    return torch.stack([1 - residual / total, 1 - residual_aip / total_aip, seen.found.q_star_of(counts)])
+    counts = torch.zeros(len(sums), len(found.below), dtype=torch.long)
+    counts[:, levels] = sums[:, 4:].round().long()
+    return torch.stack([1 - residual / total, 1 - residual_aip / total_aip, found.q_star_of(counts)])
 
 
 def mean_interval(values: Float[Tensor, " n"], seed: int = 0) -> dict[str, Any]:
