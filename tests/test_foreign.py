@@ -214,6 +214,9 @@ def test_nothing_known_lists_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").unlink()
     with pytest.raises(ValueError, match="b.pt' cannot be read"):
         load_atoms(tmp_path)
+    (tmp_path / "log.txt").write_text("of a run")
+    with pytest.raises(ValueError, match="log.txt' is no file of weights, allowed are .safetensors, .npz"):
+        load_atoms(tmp_path / "log.txt")
 
 
 class Malicious:
@@ -224,7 +227,7 @@ class Malicious:
 def test_torch_files_execute_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"W_enc": Malicious()}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="w.pt' is refused"):
+    with pytest.raises(ValueError, match="w.pt' is refused: it holds something other than tensors and numbers"):
         load_atoms(tmp_path / "w.pt")
     assert not Path("was-here").exists()
     np.savez(tmp_path / "w.npz", W_enc=np.array([Malicious()], dtype=object))

@@ -188,6 +188,8 @@ def _dictionary_learning_hook(trainer: dict[str, Any]) -> str | None:
 
 def _bare(path: Path, threshold: Thresholds) -> tuple[dict[str, Any], State]:
     """A file of JumpReLU weights, or a folder with one such file."""
+    if path.is_file() and path.suffix not in WEIGHTS:
+        raise AtomLensError(f"{str(path)!r} is no file of weights, allowed are {', '.join(WEIGHTS)}")
     files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in WEIGHTS)
     if len(files) != 1:
         there = ", ".join(sorted(p.name for p in path.glob("*"))[:12]) if path.is_dir() else "no folder"

@@ -50,8 +50,7 @@ def read_tensors(path: Path) -> State:
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise AtomLensError(f"{str(path)!r} cannot be read: {shown(str(error))}") from error
     except Exception as error:  # torch's own UnpicklingError: what it refuses to execute
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise AtomLensError(f"{str(path)!r} is refused: {shown(first)}") from error
+        raise AtomLensError(f"{str(path)!r} is refused: it holds something other than tensors and numbers") from error
     for _ in range(3):  # {"state_dict": {...}}: one mapping among settings
         if not isinstance(found, Mapping):
             break
