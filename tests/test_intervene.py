@@ -158,6 +158,9 @@ def test_an_exact_dictionary_reaches_the_ceiling(backend: Backend) -> None:
     for name, like in (("swap", "patch"), ("replace", "patch"), ("rest", "none")):
         torch.testing.assert_close(found[name].logprob, found[like].logprob, rtol=0, atol=1e-4)
     torch.testing.assert_close(doses[1.0].logprob, patch, rtol=0, atol=1e-4)
+    nulls = evaluation.null_doses([0.0, 1.0])
+    for dose, like in ((0.0, "none"), (1.0, "other")):
+        torch.testing.assert_close(nulls[dose].logprob, found[like].logprob, rtol=0, atol=1e-4)
     assert float((patch - found["none"].logprob).abs().max()) > 1e-3
     assert float((found["random"].logprob - patch).abs().max()) > 1e-3
     other = evaluation.other_like(evaluation.target_codes - evaluation.codes)

@@ -154,12 +154,19 @@ class Evaluation:
             "rest": self.at(lambda s, b: s.patch(rest[b.rows], positions=b.subject)),
         }
         names = {kind: every[kind] for kind in kinds}
-        for dose in doses:
-            names[f"dose {dose}"] = self.at(
-                lambda s, b, dose=dose: s.add(None, dose * change[b.rows], positions=b.subject)
-            )
+        names |= {f"dose {dose}": self._added(dose * change) for dose in doses}
         found = ask(self.backend, self.swaps.prompts, self.swaps.answers, names, **self.reading)
         return found, {dose: found.pop(f"dose {dose}") for dose in doses}
+
+    def null_doses(self, doses: Sequence[float]) -> Doses:
+        """The null "other" of `swap` at other doses: towards a third subject's code, by the norm of the dose."""
+        other = self.other_like(self.target_codes - self.codes)
+        names = {str(dose): self._added(dose * other) for dose in doses}
+        found = ask(self.backend, self.swaps.prompts, self.swaps.answers, names, **self.reading)
+        return {dose: found[str(dose)] for dose in doses}
+
+    def _added(self, change: Float[Tensor, "n F"]) -> Prepare:
+        return self.at(lambda s, b: s.add(None, change[b.rows], positions=b.subject))
 
     def strongest(self, score: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n F"]:
         """1 for the k atoms of the largest score of every fact that fire there, else 0."""

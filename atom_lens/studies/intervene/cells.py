@@ -109,6 +109,7 @@ def cell(
     """
     seed = evaluation.seed
     scores, doses = evaluation.swap(settings.doses)
+    nulls = evaluation.null_doses(settings.doses)
     memorised, _ = train.swap(kinds=("none", "patch", "swap", "replace"))
     clean, pairs, k = scores["none"], evaluation.swaps, settings.installed_k
     flips = {name: found.greedy[:, 1].float() for name, found in scores.items()}
@@ -129,7 +130,15 @@ def cell(
         of_ceiling={
             name: _mean(ratio_interval(flips[name], flips["patch"], seed)) for name in ("swap", "replace", "exchange")
         },
-        doses=[Dose(dose=dose, **dict(swapped(found, clean, seed))) for dose, found in doses.items()],
+        doses=[
+            Dose(
+                dose=dose,
+                of_ceiling=_mean(ratio_interval(found.greedy[:, 1].float(), flips["patch"], seed)),
+                null=swapped(nulls[dose], clean, seed),
+                **dict(swapped(found, clean, seed)),
+            )
+            for dose, found in doses.items()
+        ],
         monotone=_monotone(clean, doses, seed),
         ablate=[
             Ablation(

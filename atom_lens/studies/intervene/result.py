@@ -29,9 +29,11 @@ class ClassMeans(Kept, Swap):
 
 
 class Dose(Swap):
-    """The swap at a fraction of its strength, or beyond it."""
+    """The swap at a fraction of its strength, or beyond it: x + dose (z_B - z_A) D."""
 
     dose: float
+    of_ceiling: Mean | None = Field(None, description="flips as a share of those of the whole patch")
+    null: Swap | None = Field(None, description="as large a change towards a third subject's code")
 
 
 class Ablation(Result):

@@ -69,6 +69,12 @@ def _swaps(result: Interventions, title: str) -> Table:
             if edit in cell.swap and edit not in ("patch", "none"):
                 cells = _swap(l0, cell.swap[edit], cell.of_ceiling.get(edit))
                 rows.append(Row(f"{cell.name}: {label}", cells, label.startswith("null")))
+        for one in sorted(cell.doses, key=lambda one: one.dose):
+            label = f"x + {one.dose:g} (z_B − z_A) D"
+            rows.append(Row(f"{cell.name}: {label}", _swap(l0, one, one.of_ceiling)))
+            if one.null is not None:
+                null = f"null: a third subject's code, dose {one.dose:g}"
+                rows.append(Row(f"{cell.name}: {null}", _swap(l0, one.null, None), True))
         for edit in ("patch", "swap", "replace"):
             rows.append(Row(f"{cell.name}: {edit}, subjects it was trained on", _swap(l0, cell.train[edit], None)))
     facts = [("facts about held-out subjects", f"{result.n_facts:,}"), ("answers", f"{result.n_answers:,}")]
@@ -160,16 +166,22 @@ def flips(result: Interventions) -> Draw:
 
 
 def doses(result: Interventions) -> Draw:
-    """Rise of the log-odds of B over A with the dose of the swap."""
+    """Share of answers flipped to B's by the dose of the swap, with its null; the ceiling as a line."""
 
     def draw(axes: Axes) -> None:
+        first = result.cells[0].swap
+        axes.axhline(first["patch"].flips.mean, color=QUIET, linestyle="--", linewidth=1, label="ceiling")
         for number, cell in enumerate(result.cells):
             found = sorted(cell.doses, key=lambda one: one.dose)
-            x, y = [one.dose for one in found], [one.log_odds.mean for one in found]
+            x, y = [one.dose for one in found], [one.flips.mean for one in found]
             color = SERIES[number % len(SERIES)]
-            axes.plot([0.0, *x], [0.0, *y], color=color, linewidth=1.2)
-            _bars(axes, x, y, [one.log_odds for one in found], color, cell)
-        axes.set(xlabel="dose of the swap", ylabel="log-odds of B over A, nats")
+            axes.plot([0.0, *x], [first["none"].flips.mean, *y], color=color, linewidth=1.2)
+            _bars(axes, x, y, [one.flips for one in found], color, cell)
+            nulls = [(one.dose, one.null.flips.mean) for one in found if one.null is not None]
+            if nulls:
+                label = plain(f"{cell.name}, null: third subject")
+                axes.plot(*zip(*nulls, strict=True), "x:", color=color, label=label)
+        axes.set(xlabel="dose of the swap", ylabel="share of answers flipped to B's", ylim=(-0.03, None))
 
     return draw
 
