@@ -25,7 +25,7 @@ from atom_lens.dictionaries.aip_topk import AIPTopK
 from atom_lens.dictionaries.encoders import Refit, bias_of, under_pursuit
 from atom_lens.dictionaries.metered import training_whitening
 from atom_lens.dictionaries.pursuit.sae import PursuitSAE, PursuitSAEConfig, pursuit_map
-from atom_lens.dictionaries.pursuit.training import PursuitTraining, PursuitTrainingConfig
+from atom_lens.dictionaries.pursuit.training import PursuitTraining, PursuitTrainingConfig, coherence_penalty
 from atom_lens.errors import AtomLensError
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.storage.sealed import seal
@@ -253,6 +253,19 @@ def test_training_meets_the_l0_and_beats_its_start(x: torch.Tensor, norm: float)
         return float(((held - sae(held)).detach() @ into).square().sum())
 
     assert left(start) < left(raw)
+
+
+def test_the_coherence_penalty(x: torch.Tensor) -> None:
+    """It is the sum over pairs, and atoms trained with it are less coherent under the metric."""
+    gram = np.corrcoef(x[:30].numpy())
+    centred = x[:30] - x[:30].mean(dim=1, keepdim=True)
+    assert float(coherence_penalty(centred)) == pytest.approx(((gram**2).sum() - 30) / 30, rel=1e-4)
+    assert float(coherence_penalty(torch.eye(12)[:7] * 3)) == pytest.approx(0, abs=1e-6)
+    free, held = (trained(x, coherence_coefficient=weight) for weight in (0.0, 0.3))
+    of = [float(coherence_penalty(one.W_dec.double() @ pursuit_map(one.aip, 0.0))) for one in (free, held)]
+    assert 40 / 12 - 1 < of[1] < 0.9 * of[0]
+    with pytest.raises(AtomLensError, match="coherence_coefficient is -1"):
+        PursuitTrainingConfig(d_in=12, d_sae=20, k=3.0, coherence_coefficient=-1.0)
 
 
 def test_seeds_are_independent_and_repeatable(x: torch.Tensor) -> None:

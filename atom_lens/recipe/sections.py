@@ -72,14 +72,17 @@ class Pursuit(Section):
     """What pursuit dictionaries, and TopK in the AIP, are made with besides.
 
     `norm` is alpha: 0 is the AIP, 1 Euclidean. `amortised` is the share of the steps with a TopK encoder, before those
-    under the pursuit; a code has at most `cap` times the L0 asked for. With `distilled` a plain TopK SAE that finds the
-    atoms of a trained pursuit in one product is trained after it, and kept in its folder.
+    under the pursuit; a code has at most `cap` times the L0 asked for. `coherence_coefficient` weights the mean over
+    atoms of the sum of their squared coherences with the others, next to a share of variance: more raises q*. With
+    `distilled` a plain TopK SAE that finds the atoms of a trained pursuit in one product is trained after it, and kept
+    in its folder.
     """
 
     norm: float = Field(0.0, ge=0, le=1)
     amortised: float = Field(0.3, ge=0, le=1)
     cap: float = Field(2.0, ge=1)
     prune: bool = False
+    coherence_coefficient: float = Field(0.0, ge=0)
     distilled: bool = False
     start: Literal["data", "random"] = "random"
     noise: float = Field(0.0, ge=0)

@@ -15,7 +15,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, register_sae_training
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, normalize
 from typing_extensions import override
 
 from atom_lens.activations.models import pick_device
@@ -44,6 +44,7 @@ class PursuitTrainingConfig(AIPTopKTrainingConfig):
         max_iterations: most atoms of a code.
         norm: alpha of the pursuit: 0 is the AIP, 1 Euclidean; `loss_norm` is that of the steps before.
         prune: whether atoms leave at the end of a pursuit (`pursue`).
+        coherence_coefficient: weight of the coherence penalty (`coherence_penalty`) beside a share of variance.
     """
 
     k: float = 8.0  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -51,6 +52,7 @@ class PursuitTrainingConfig(AIPTopKTrainingConfig):
     max_iterations: int = 32
     norm: float = 0.0
     prune: bool = False
+    coherence_coefficient: float = 0.0
 
     @override
     @classmethod
@@ -69,6 +71,18 @@ class PursuitTrainingConfig(AIPTopKTrainingConfig):
             )
         if not 0 <= self.norm <= 1:
             raise AtomLensError(f"norm is {self.norm}, allowed is 0 (AIP) to 1 (Euclidean)")
+        if not self.coherence_coefficient >= 0:
+            raise AtomLensError(f"coherence_coefficient is {self.coherence_coefficient}, allowed is 0 or more")
+
+
+def coherence_penalty(atoms: Float[Tensor, "F d"]) -> Float[Tensor, ""]:
+    """The sum of an atom's squared coherences with all others, averaged over atoms; Euclidean, of atoms of any norm.
+
+    The frame potential (Benedetto and Fickus 2003) over F, less 1: 0 for orthogonal atoms, never below F/d - 1. It is
+    taken from the d x d matrix of second moments, so that no F x F matrix is needed.
+    """
+    units = normalize(atoms, dim=1)
+    return (units.T @ units).square().sum() / len(units) - 1
 
 
 class PursuitTraining(AIPTopKTraining):
@@ -120,8 +134,14 @@ class PursuitTraining(AIPTopKTraining):
     @override
     def learn(self, step_input: TrainStepInput) -> TrainStepOutput:
         self.learned += 1
-        if self.learned <= self.cfg.amortised_steps:
-            return super().learn(step_input)
+        amortised = bool(self.learned <= self.cfg.amortised_steps)
+        step = super().learn(step_input) if amortised else self._learn_pursued(step_input)
+        if weight := self.cfg.coherence_coefficient:
+            step.losses["coherence_loss"] = weight * coherence_penalty(self.W_dec)
+            step.loss = step.loss + step.losses["coherence_loss"]
+        return step
+
+    def _learn_pursued(self, step_input: TrainStepInput) -> TrainStepOutput:
         self.project()
         x = step_input.sae_in
         if float(self.threshold[0]) == 0:
@@ -162,6 +182,7 @@ def _start(setup: Setup, level: float, seed: int) -> Learner:
         noise=asked.noise,
         norm=asked.norm,
         prune=asked.prune,
+        coherence_coefficient=asked.coherence_coefficient,
         max_iterations=min(setup.aip.width, setup.atoms.capacity, max(1, round(asked.cap * level))),
         amortised_steps=round(asked.amortised * setup.steps),
         metadata=SAEMetadata(**setup.metadata),
