@@ -46,7 +46,7 @@ _LOSS_TOKENS = 2048
 _PURSUED = 64
 _WITH_LOSS = {"pursued", "data", "data_euclidean"}  # a loss takes as long as all else
 _WORK = 1 << 18  # rows times atoms of a code that pursuits go through
-_CALIBRATION = 2048  # rows on which thresholds of pursuits are set
+_CALIBRATION = 2048  # rows on which thresholds of pursuits are set, and no more than are measured
 
 
 def audit(
@@ -181,7 +181,7 @@ def _audited(
     if 1 <= k <= _PURSUED and longest <= 4 * _PURSUED:
         variants |= {
             "refit": Refit(dictionary, aip, bias_of(dictionary)),
-            **_pursuits(dictionary, read.x, aip, k, seed),
+            **_pursuits(dictionary, read, aip, k, seed),
         }
     else:
         why = (
@@ -210,11 +210,11 @@ def _audited(
     ), seen
 
 
-def _pursuits(dictionary: Any, x: Rows, aip: AtomicInnerProduct, k: float, seed: int) -> dict[str, Dictionary]:
+def _pursuits(dictionary: Any, read: Read, aip: AtomicInnerProduct, k: float, seed: int) -> dict[str, Dictionary]:
     """Its atoms, random directions and data points under pursuits of the same mean L0, nulls in either norm."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, x = torch.Generator().manual_seed(seed), read.x
     n_atoms, device, mean = len(dictionary.W_dec), dictionary.W_dec.device, mean_row(x).float()
-    drawn = _drawn(x, _CALIBRATION, seed)
+    drawn = _drawn(x, min(_CALIBRATION, len(read.heldout)), seed)
     random, data = random_atoms(n_atoms, aip, generator), data_atoms(x, n_atoms, mean, generator)
     atoms = {
         "pursued": (_atoms(dictionary), bias_of(dictionary), 0.0),
