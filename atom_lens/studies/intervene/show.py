@@ -70,6 +70,8 @@ def _swaps(result: Interventions, title: str) -> Table:
                 cells = _swap(l0, cell.swap[edit], cell.of_ceiling.get(edit))
                 rows.append(Row(f"{cell.name}: {label}", cells, label.startswith("null")))
         for one in sorted(cell.doses, key=lambda one: one.dose):
+            if one.dose == 1:  # the swap itself, and its null
+                continue
             label = f"x + {one.dose:g} (z_B − z_A) D"
             rows.append(Row(f"{cell.name}: {label}", _swap(l0, one, one.of_ceiling)))
             if one.null is not None:
