@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from atom_lens.storage.files import replacing, visible
 
@@ -77,7 +78,7 @@ def save_png(panels: Sequence[tuple[str, Draw]], path: Path, title: str = "") ->
 
 
 def _figure(panels: Sequence[tuple[str, Draw]], width: float) -> Figure:
-    figure = Figure(figsize=(width * len(panels), 4.2), layout="constrained")
+    figure, most = Figure(layout="constrained"), 0
     for axes, (title, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes)
         axes.set_title(title)
@@ -85,7 +86,17 @@ def _figure(panels: Sequence[tuple[str, Draw]], width: float) -> Figure:
         if len(set(labels)) > 1:
             once = dict(zip(labels, handles, strict=True))
             columns = 1 if max(map(len, once)) > 18 else 2
-            axes.legend(list(once.values()), list(once), loc="upper left", bbox_to_anchor=(-0.05, -0.16), ncols=columns)
+            most = max(most, -(-len(once) // columns))
+            below = axes.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)  # of the label, in inches
+            axes.legend(
+                list(once.values()),
+                list(once),
+                loc="upper left",
+                bbox_to_anchor=(-0.05, 0),
+                bbox_transform=below,
+                ncols=columns,
+            )
+    figure.set_size_inches(width * len(panels), 4.2 + 0.2 * max(0, most - 3))
     return figure
 
 
