@@ -225,6 +225,11 @@ def test_the_study(talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert cell["swap"]["none"]["kept"]["mean"] == 1 and cell["swap"]["none"]["flips"]["mean"] == 0
         assert cell["swap"]["patch"]["log_odds"]["mean"] > cell["swap"]["random"]["log_odds"]["mean"]
         assert set(cell["train"]) == {"none", "patch", "swap", "replace"}
+        half, whole = cell["doses"]
+        assert half["dose"] == 0.5 and half["log_odds"] != whole["log_odds"] and half["null"] != whole["null"]
+        assert whole["of_ceiling"] == cell["of_ceiling"]["swap"]
+        for key in ("flips", "kept", "log_odds"):
+            assert (whole[key], whole["null"][key]) == (cell["swap"]["swap"][key], cell["swap"]["other"][key])
         ranks = ("attribution", "activation", "random")
         assert [(one["rank"], one["k"]) for one in cell["ablate"]] == [(r, k) for r in ranks for k in (1, 2)]
         for figures in cell["kl"].values():

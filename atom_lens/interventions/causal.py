@@ -149,8 +149,8 @@ class Evaluation:
             "swap": self.at(lambda s, b: s.swap(after[b.rows], positions=b.subject)),
             "replace": self.at(lambda s, b: s.patch(self.reconstructed[b.rows], positions=b.subject)),
             "exchange": self.at(lambda s, b: s.exchange(before[b.rows], after[b.rows])),
-            "random": self.at(lambda s, b: s.add(None, random[b.rows], positions=b.subject)),
-            "other": self.at(lambda s, b: s.add(None, other[b.rows], positions=b.subject)),
+            "random": self._added(random),
+            "other": self._added(other),
             "rest": self.at(lambda s, b: s.patch(rest[b.rows], positions=b.subject)),
         }
         names = {kind: every[kind] for kind in kinds}
@@ -188,7 +188,7 @@ class Evaluation:
                     lambda s, b, factor=factor: s.scale(None, factor[b.rows], positions=b.subject)
                 )
             random = self.random_like(self.strongest(self.attribution, k) * self.codes)
-            names[f"random {k}"] = self.at(lambda s, b, random=random: s.add(None, random[b.rows], positions=b.subject))
+            names[f"random {k}"] = self._added(random)
         answers = [(answer,) for answer, _ in self.swaps.answers]
         found = ask(self.backend, self.swaps.prompts, answers, names, **self.reading)
         ranks = ("attribution", "activation", "random")

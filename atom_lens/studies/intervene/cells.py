@@ -108,8 +108,10 @@ def cell(
         texts: what edits should leave alone; each fact's edits are installed on one of them.
     """
     seed = evaluation.seed
-    scores, doses = evaluation.swap(settings.doses)
-    nulls = evaluation.null_doses(settings.doses)
+    apart = [dose for dose in settings.doses if dose != 1]  # dose 1 is the swap itself, and its null
+    scores, doses = evaluation.swap(apart)
+    nulls = evaluation.null_doses(apart)
+    doses = {dose: doses.get(dose, scores["swap"]) for dose in settings.doses}
     memorised, _ = train.swap(kinds=("none", "patch", "swap", "replace"))
     clean, pairs, k = scores["none"], evaluation.swaps, settings.installed_k
     flips = {name: found.greedy[:, 1].float() for name, found in scores.items()}
@@ -134,7 +136,7 @@ def cell(
             Dose(
                 dose=dose,
                 of_ceiling=_mean(ratio_interval(found.greedy[:, 1].float(), flips["patch"], seed)),
-                null=swapped(nulls[dose], clean, seed),
+                null=swapped(nulls.get(dose, scores["other"]), clean, seed),
                 **dict(swapped(found, clean, seed)),
             )
             for dose, found in doses.items()
