@@ -1,7 +1,7 @@
 """atom-lens: are these the real units of this model, and how would I know?
 
-The way of an activation: prompts -> activations -> metric -> atoms -> evidence -> interventions -> sharing. Importing
-this package registers its architectures with sae-lens; everything else is imported when it is asked for.
+The path of an activation: prompts -> activations -> metric -> atoms -> evidence -> interventions -> sharing. Importing
+this package registers its architectures with sae-lens; everything else is imported on first use.
 """
 
 import sys
@@ -109,7 +109,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("Recipe", "audit", "load_recipe"):
-        import_module(f"{__name__}.studies")  # which say what sections a recipe may have
+        import_module(f"{__name__}.studies")  # each study adds its section to recipes
     value = globals()[name] = getattr(import_module(_MODULE[name]), name)
     return value
 
@@ -118,6 +118,6 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# The command line imports what its commands need: without this, its --help would take as long as sae-lens.
+# Not in the command line, which imports only what each command needs: its --help would take as long as sae-lens.
 if sys.argv[:1] != ["-m"] and Path(sys.argv[0] if sys.argv else "").name != "atom-lens":
     import_module(f"{__name__}.dictionaries.tsae.training")

@@ -20,8 +20,8 @@ from atom_lens.storage.terminal import QUIET, say
 
 # What a command leaves behind when it is interrupted.
 _LEAVES: dict[str, str] = {
-    **dict.fromkeys(("train", "compare", "intervene", "judge", "scale"), "the same command goes on from what is kept"),
-    # The Hub may have taken the commit, and only its answer was missed.
+    **dict.fromkeys(("train", "compare", "intervene", "judge", "scale"), "the same command resumes from what is kept"),
+    # The Hub may have taken the commit even though its answer was lost.
     "publish": "the repository is at its old commit or at the new one, the same command completes it",
 }
 
@@ -60,7 +60,7 @@ def app() -> App:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 with one sentence on anything a user can mend."""
+    """Run a command; 0 on success, 2 with one sentence about anything that a user can fix."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     meta = app()
     flags = {"--quiet": False, "--debug": False}
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         say(f"atom-lens {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # who reads has seen enough, as `| head` has
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (AtomLensError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Discovery: what registers itself is imported by the folder that it lies in, so that a new one is one file."""
+"""Discovery: a folder imports all its modules, which register themselves, so that adding one takes one new file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend; anything else that is raised is a fault of ours, or of a library."""
+"""The exception for everything that a user can fix; any other exception is a bug of ours or of a library."""
 
 
 class AtomLensError(ValueError):

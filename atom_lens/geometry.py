@@ -1,4 +1,4 @@
-"""The atomic inner product: the metric under which atoms are to be told apart.
+"""The atomic inner product: the metric in which atoms are compared.
 
 ``C = E[x xᵀ]`` is accumulated from activations, ``S = C⁻¹`` is the metric, and ``<u, v>_S = uᵀSv``. Whitening
 with ``S^{1/2}`` turns it into the ordinary inner product (theory.md section 1; arXiv 2509.20784).
@@ -42,7 +42,7 @@ def check_rows(x: Tensor | np.ndarray, name: str, width: int | None = None) -> T
 @overload
 def check_rows(x: Tensor | Rows | np.ndarray, name: str, width: int | None = None) -> Tensor | Rows: ...
 def check_rows(x: Any, name: str, width: int | None = None) -> Tensor | Rows:
-    """`x` as a matrix of rows: numpy arrays become tensors. An AtomLensError says what is wrong with it, and where."""
+    """`x` as a matrix of rows, numpy arrays as tensors; an AtomLensError says what is wrong with it, and where."""
     x = matrix(x, name)
     if x.shape[0] == 0:
         raise AtomLensError(f"{name} is empty: it has 0 rows of width {x.shape[1]}")
@@ -56,7 +56,7 @@ def check_rows(x: Any, name: str, width: int | None = None) -> Tensor | Rows:
 
 
 class SecondMoment:
-    """Streamed, mergeable ``sum x xᵀ`` in float64 (uncentred: the shift towards one direction is part of it)."""
+    """Streamed, mergeable ``sum x xᵀ`` in float64 (uncentred: the mean of the activations is part of it)."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.n = 0
@@ -300,7 +300,7 @@ def unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 
 @dataclass(frozen=True)
 class AngleHistogram:
-    """Exact histogram of the angles of all pairs, in degrees. `counts[k]` pairs lie in [edges[k], edges[k+1])."""
+    """Exact histogram of the angles of all pairs, in degrees: `counts[k]` of them lie in [edges[k], edges[k+1])."""
 
     counts: Int[Tensor, " bins"]
     edges: Float[Tensor, " edges"]

@@ -1,9 +1,9 @@
-"""Six dictionaries of running text, trained on the same activations, each in a folder: what docs/evidence.md audits.
+"""Six dictionaries of running text, trained on the same activations, each in a folder; docs/evidence.md audits them.
 
     python benchmarks/gallery.py --text corpus.jsonl --out gallery
     atom-lens audit gallery/*/ --text corpus.jsonl --tokens 8192 --json gallery.json
 
-The audit reads documents that the training held out: it finds the recipe beside the dictionaries.
+The audit reads documents that the training held out: it finds the recipe next to the dictionaries.
 """
 
 from __future__ import annotations

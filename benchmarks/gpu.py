@@ -1,4 +1,4 @@
-"""What a GPU gains: pairs of atoms, a harvest, a training and its report, each beside the CPU of the same machine.
+"""What a GPU gains: pairs of atoms, a harvest, a training and its report, each compared with the same machine's CPU.
 
     python benchmarks/gpu.py --json gpu.json
 

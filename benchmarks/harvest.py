@@ -1,4 +1,4 @@
-"""Activations per second of a harvest, beside sae-lens' ActivationsStore and beside plain loops over transformers.
+"""Activations per second of a harvest, compared with sae-lens' ActivationsStore and with plain transformers loops.
 
     python benchmarks/harvest.py --json harvest.json
 
@@ -8,7 +8,7 @@ an entity in a prompt, against padded batches of 64 in the order given. All take
 rounds, demo model, float32, CPU. Compare ratios, not seconds: on a busy machine one thread is steadier than several.
 
 In favour of the others: sae-lens' stores get the same paragraphs already tokenised and packed without padding (so that
-paragraphs see those before them), mix nothing, keep nothing that they gave, and their BOS tokens count as activations.
+paragraphs see those before them), mix nothing, store nothing, and their BOS tokens count as activations.
 A plain loop runs transformers' default attention, a harvest the eager one, with which its backends agree.
 """
 
@@ -52,7 +52,7 @@ Contestants = dict[str, Callable[[], Output]]
 
 
 class _Stop(Exception):
-    """Ends a forward pass at the layer that is read."""
+    """Ends a forward pass at the layer read."""
 
 
 def resid(layer: int | str) -> str:
@@ -64,7 +64,7 @@ def store_of(layer: int) -> str:
 
 
 def packed(bridge: Any, texts: list[str]) -> Dataset:
-    """The texts as sae-lens wants them: tokenised, with BOS between them, in rows of the context's length."""
+    """The texts as sae-lens expects them: tokenised, with BOS between them, in rows of the context's length."""
     config = PretokenizeRunnerConfig(
         context_size=CONTEXT, shuffle=False, num_proc=1, pretokenize_batch_size=len(texts), column_name="text"
     )
@@ -202,7 +202,7 @@ def layer_by_layer(rows: dict[str, dict[str, Any]], n: int, layers: list[int]) -
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What each contestant took, after a short run of each that warms it up."""
+    """The time of each contestant, after a short warm-up run of each."""
     models = {"transformer_lens": open_model(MODEL, device="cpu")}
     if arguments.backend == "nnsight":
         models["nnsight"] = open_model(MODEL, "nnsight", device="cpu")

@@ -1,4 +1,4 @@
-"""Milliseconds of a pursuit of K atoms, held against one product of the same size, and against others' pursuits.
+"""Milliseconds of a pursuit of K atoms, compared with one product of the same size and with others' pursuits.
 
     python benchmarks/pursuit.py --json pursuit.json
 

@@ -1,11 +1,11 @@
-"""Tokens per second of a training on running text, end to end, held against sae-lens' own runner.
+"""Tokens per second of a training on running text, end to end, compared with sae-lens' own runner.
 
     python benchmarks/stream.py --text text.jsonl --json stream.json
 
-Both read the same documents with the same model at the same layer, wait for the same number of activations that tell
-the metric, and train TopK in the AIP (`aip_topk`) on the next tokens in batches of 256; ours one dictionary, then six
-from six seeds in one pass, and sae-lens' runner one. Loading the model, reading the text and saving count on either
-side; our report is measured on as few tokens as it can be. They take turns in one process, medians over the rounds.
+Both read the same documents with the same model at the same layer, take the metric from the same number of first
+activations, and train TopK in the AIP (`aip_topk`) on the next tokens in batches of 256; ours one dictionary, then six
+from six seeds in one pass, and sae-lens' runner one. Loading the model, reading the text and saving count for both;
+our report is measured on as few tokens as possible. They take turns in one process, medians over the rounds.
 Compare ratios, the machine may be doing something else.
 """
 

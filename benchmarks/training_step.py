@@ -1,14 +1,14 @@
-"""Seconds of a training step of sae-lens, sparsify, dictionary_learning, overcomplete and ours, and what they buy.
+"""Seconds of a training step of sae-lens, sparsify, dictionary_learning, overcomplete and ours, and the R² they reach.
 
     python benchmarks/training_step.py --json training_step.json
 
 All train in one process, in turns: a step each on the same raw rows, then the next batch; float32, Adam. A step is what
-the library's own trainer does, scaling or whitening of the rows included, at its defaults but for the learning rate and
-its warm-up, which are alike for all: a benchmark is over before the usual 1,000 steps of warm-up are. Seconds are those
-of steps, without what is estimated before the first; compare ratios, the machine may be doing something else. R² is
-that of raw held-out rows after as many steps, at the L0 beside it: thresholds that are learned from a random start take
-longer than a benchmark to bring it down to the target. Beside it, the seconds until that R² was first above `--reach`
-at no more than one and a half times the target L0, counted in median steps.
+the library's own trainer does, including scaling or whitening of the rows, at its defaults except for the learning rate
+and its warm-up, which are the same for all: a benchmark ends before the usual 1,000 steps of warm-up. Seconds are those
+of steps, without estimates made before the first; compare ratios, the machine may be doing something else. R² is that
+of raw held-out rows after the same number of steps, shown with its L0: thresholds learned from a random start take
+longer than a benchmark to bring it down to the target. The last column has the seconds until that R² was first above
+`--reach` at no more than one and a half times the target L0, counted in median steps.
 
 Peers: `pip install 'atom-lens[bench]'`, and `pip install --no-deps dictionary-learning overcomplete`, whose own
 dependencies do not fit or are more than is used here; those that are missing are left out.
@@ -53,7 +53,7 @@ LIBRARIES = ["torch", "sae-lens", "eai-sparsify", "dictionary-learning", "overco
 
 @dataclass(frozen=True)
 class Setup:
-    """What all contestants are given."""
+    """The settings of all contestants."""
 
     d: int
     f: int

@@ -28,7 +28,7 @@ options = arguments.parse_args()
 
 x = harvest("demo:gemma-3-270m", Cities(limit=options.cities).read(), HOOK)[HOOK]
 prose = harvest("demo:gemma-3-270m", PythonDocs(limit=options.paragraphs).read(), HOOK, positions="all")[HOOK]
-# Every third city is kept from the metric: directions seen in the estimate would be easy to straighten.
+# Every third city is held out from the metric: angles between cities that it has seen would be easy to correct.
 unseen, seen = x[::3], x[[i for i in range(len(x)) if i % 3]]
 
 metrics = {

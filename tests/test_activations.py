@@ -242,7 +242,7 @@ def test_nan_activations(tmp_path) -> None:
 
 
 def test_refuses_devices_and_hooks_that_are_not_there(tiny: str, tmp_path) -> None:
-    with pytest.raises(ValueError, match="device 'gpu' is not to be had here"):
+    with pytest.raises(ValueError, match="device 'gpu' is not available"):
         harvest(tiny, ["Rome"], "blocks.0.hook_resid_post", "last", device="gpu", store=tmp_path)
     with pytest.raises(ValueError, match="blocks.0.hook_mlp_in"):
         harvest(tiny, ["Rome"], "blocks.0.hook_mlp_in", "last", store=tmp_path)

@@ -182,7 +182,7 @@ def test_what_no_pursuit_gets_through_is_left_out(generator: torch.Generator) ->
     [
         (["nowhere"], "no atoms at 'nowhere'"),
         (["STOCK", "--text", "nowhere.txt"], "file 'nowhere.txt' does not exist"),
-        (["STOCK", "--text", "EMPTY"], "none is on the side heldout or train"),
+        (["STOCK", "--text", "EMPTY"], "no document is on the side heldout or train"),
         (["STOCK", "--text", "SHORT"], "give more text"),
         (["STOCK", "--model", "nowhere/no-model"], "model 'nowhere/no-model' is neither a local folder"),
         (["STOCK", "--hook", "blocks.2.hook_resid_post"], "it holds one dictionary, of 'blocks.1.hook_resid_post'"),
@@ -190,7 +190,7 @@ def test_what_no_pursuit_gets_through_is_left_out(generator: torch.Generator) ->
         (["STOCK", "--tokens", "1"], "tokens is 1 and loss_tokens 2048, allowed are at least 2 and 0"),
         (["WIDE", "--text", "TEXT"], "has width 24, the activations have 16"),
         (["BARE", "--text", "TEXT"], "does not say its hook: give hook="),
-        (["STOCK", "OTHER", "--text", "TEXT"], "the dictionaries are of different hooks"),
+        (["STOCK", "OTHER", "--text", "TEXT"], "the dictionaries are for different hooks"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(

@@ -199,8 +199,8 @@ def test_wandb_offline(
             {"atoms": {"capacity": 4, "target_l0": 2.0, "noise": float("inf")}},
             "key atoms.noise is inf, allowed is",
         ),
-        ({"split": {"heldout": 0.001}}, "split.heldout is 0.001, of 80 activations it leaves 1 held-out"),
-        ({"model": {"name": "tiny", "device": "gpu"}}, "device 'gpu' is not to be had here"),
+        ({"split": {"heldout": 0.001}}, "split.heldout is 0.001, which holds out 1 of 80 activations"),
+        ({"model": {"name": "tiny", "device": "gpu"}}, "device 'gpu' is not available"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -237,7 +237,7 @@ def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str
     )
     assert all([one["unit"] for one in found["cells"]].count("tsae_free") == 2 for found in hooks.values())
     code, _, err = run("--quiet", "hooks=[blocks.0.*.hook_z]", "name=other", command="compare", compare=compare)
-    assert code == 2 and f"features 'mine' are of hook '{HOOK}', allowed are hooks blocks.0.*.hook_z" in err
+    assert code == 2 and f"features 'mine' are for hook '{HOOK}', allowed are hooks blocks.0.*.hook_z" in err
     pictures = {path.name for path in folder.glob("*.png")}
     assert any("hook_resid_post,-asked-2" in name for name in pictures), pictures
 

@@ -171,7 +171,7 @@ def test_one_process_at_a_time(recipe: dict[str, Any], tmp_path: Path) -> None:
         other.start()
         other.join()
     assert other.exitcode == 1 and [p.name for p in tmp_path.iterdir()] == [".tiny.lock"]
-    with locked(tmp_path / "tiny"), pytest.raises(ValueError, match="another process works on .*tiny': wait for it"):
+    with locked(tmp_path / "tiny"), pytest.raises(ValueError, match="another process is using .*tiny': wait for it"):
         train(check_recipe(recipe), out=tmp_path)
 
 
@@ -306,13 +306,13 @@ def test_a_run_goes_on_with_its_own_activations_only(
     assert not list(work.glob("*checkpoint*")), "that of a finished hook is gone"
     whole = prompts.read_text()
     prompts.write_text("\n".join(whole.splitlines()[1:]))
-    with pytest.raises(ValueError, match="holds a run on other activations, prompts or model have changed"):
+    with pytest.raises(ValueError, match="has other activations, the prompts or the model changed"):
         train(check_recipe(recipe), out=tmp_path / "runs")
     prompts.write_text(whole)
     weights = work / HOOKS[0] / "sae_weights.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match="it is cut or replaced"):
+    with pytest.raises(ValueError, match="it was truncated or replaced"):
         train(check_recipe(recipe), out=tmp_path / "runs")
     weights.write_bytes(content)
     (tmp_path / "elsewhere").mkdir()

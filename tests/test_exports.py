@@ -139,12 +139,12 @@ def test_sae_lens_loads_the_model_and_its_activations(
 
 @pytest.mark.parametrize("load", [load_atoms, aip_converter])
 def test_a_device_that_is_not_there_is_no_damage(load: Any) -> None:
-    with pytest.raises(ValueError, match="^device 'abacus' is not to be had here"):
+    with pytest.raises(ValueError, match="^device 'abacus' is not available"):
         load(GOOD, device="abacus")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="^device 'cuda' is not to be had here"):
+        with pytest.raises(ValueError, match="^device 'cuda' is not available"):
             load(GOOD, device="cuda")
-        with pytest.raises(ValueError, match="^device 'cuda' is not to be had here"):
+        with pytest.raises(ValueError, match="^device 'cuda' is not available"):
             open_model("no/such-model", device="cuda")
     with pytest.raises(ValueError, match="^dtype is 'int3', allowed are float32,"):
         load_atoms(GOOD, dtype="int3")

@@ -190,7 +190,7 @@ def test_square_matrices_go_by_their_names(generator: torch.Generator, tmp_path:
         ({"threshold": None}, r"no threshold, found: .*W_enc \(6, 10\)"),
         ({"W_dec": None, "threshold": None}, "no W_dec and no threshold, found:"),
         ({"W_skip": torch.eye(D)}, r"tensor 'W_skip' is unknown, found: .*W_skip \(6, 6\)"),
-        ({"sae.W_enc": torch.zeros(D, F)}, "tensor 'sae.W_enc' is twice there"),
+        ({"sae.W_enc": torch.zeros(D, F)}, "tensor 'sae.W_enc' is given twice"),
         ({"W_dec": torch.zeros(F, D + 1)}, "shapes do not tell width from number of atoms"),
         ({"b_enc": torch.zeros(F + 1)}, "shapes do not tell width from number of atoms"),
         ({"threshold": -torch.ones(F)}, "thresholds are negative, say threshold='log' or threshold='plain'"),
@@ -215,7 +215,7 @@ def test_nothing_known_lists_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="b.pt' cannot be read"):
         load_atoms(tmp_path)
     (tmp_path / "log.txt").write_text("of a run")
-    with pytest.raises(ValueError, match="log.txt' is no file of weights, allowed are .safetensors, .npz"):
+    with pytest.raises(ValueError, match="log.txt' is not a file of weights, allowed are .safetensors, .npz"):
         load_atoms(tmp_path / "log.txt")
 
 
@@ -244,9 +244,9 @@ def test_torch_files_execute_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
             lambda cfg: cfg["metadata"].update(model_from_pretrained_kwargs={"trust_remote_code": True}),
             "has trust_remote_code",
         ),
-        (lambda cfg: cfg.pop("d_in"), "lacks or garbles|is no SAE that sae-lens loads"),
-        (lambda cfg: cfg.update(architecture="none"), "lacks or garbles|is no SAE that sae-lens loads"),
-        (lambda cfg: cfg.update(d_sae=7), "is no SAE that sae-lens loads"),
+        (lambda cfg: cfg.pop("d_in"), "lacks or garbles|is not an SAE that sae-lens loads"),
+        (lambda cfg: cfg.update(architecture="none"), "lacks or garbles|is not an SAE that sae-lens loads"),
+        (lambda cfg: cfg.update(d_sae=7), "is not an SAE that sae-lens loads"),
         (lambda cfg: cfg.update(dtype=3), "Invalid dtype: 3"),
     ],
 )

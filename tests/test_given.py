@@ -79,7 +79,7 @@ def test_the_same_atoms_as_from_the_model(tiny: str, tmp_path: Path) -> None:
     again = evaluate_folder(other, given)
     assert again.heldout is not None and again.heldout.r2 == pytest.approx(reports[1]["heldout"]["r2"])
     # subjects that trained the one are not held out for the other
-    with pytest.raises(AtomLensError, match="were trained with"):
+    with pytest.raises(AtomLensError, match="were trained on"):
         evaluate_folder(other, given.model_copy(update={"split": given.split.model_copy(update={"seed": 5})}))
 
 
@@ -199,7 +199,7 @@ def test_rows_are_known_by_what_they_hold(x: torch.Tensor, tmp_path: Path) -> No
     folder = train(recipe(tmp_path / "train.npy"), out=tmp_path / "runs")
     other = evaluate_folder(folder, recipe(tmp_path / "other.npy"))
     assert other.heldout is not None and other.heldout.n == 40
-    with pytest.raises(AtomLensError, match="were trained with"):
+    with pytest.raises(AtomLensError, match="were trained on"):
         evaluate_folder(folder, recipe(tmp_path / "copy.npy", split={"seed": 3}))
     np.save(tmp_path / "twice.npy", x[:100].repeat(2, 1).numpy())
     asked = recipe(tmp_path / "twice.npy")

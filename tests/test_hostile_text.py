@@ -170,7 +170,7 @@ def test_what_was_escaped_stays_as_it_is(text: str) -> None:
 
 def test_prompts_of_half_a_surrogate_pair() -> None:
     for arguments in ({"text": "a\ud800b"}, {"text": "a b", "answer": "\udfff"}):
-        with pytest.raises(ValueError, match=r"a prompt has '[ab?]+', half a surrogate pair: that is no text"):
+        with pytest.raises(ValueError, match=r"a prompt has '[ab?]+', half a surrogate pair, which is not text"):
             Prompt(**arguments)
 
 
@@ -183,7 +183,7 @@ def test_nothing_that_a_terminal_obeys_reaches_it(made: Path, capsys: pytest.Cap
     overrides = [f"prompts.path={prompts}", "name=other"]
     assert main(["train", str(atoms / "recipe.yaml"), *overrides]) == 2
     error = capsys.readouterr().err
-    assert "need a subject, the prompt " in error and len(error) < 500 and error.removesuffix("\n").isprintable()
+    assert "needs a subject, the prompt " in error and len(error) < 500 and error.removesuffix("\n").isprintable()
     assert main(["report", str(made / "runs" / NAME), "--out", str(made / "p\x1b[2J.html")]) == 0
     assert capsys.readouterr().out.endswith("p\\x1b[2J.html\n")
     record = logging.LogRecord("atom_lens", logging.INFO, "", 0, "%s read", (report["model"],), None)

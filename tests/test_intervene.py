@@ -208,7 +208,7 @@ def test_pairs_need_two_answers() -> None:
     with pytest.raises(ValueError, match="the 2 facts have 1 different answers, a swap needs at least 2"):
         pair([Prompt("Rome", "Rome", answer="Italy"), Prompt("Oslo", "Oslo", answer="Italy")], torch.Generator())
     guineas = [Prompt("Conakry", "Conakry", answer="Guinea"), Prompt("Bissau", "Bissau", answer="Guinea-Bissau")]
-    with pytest.raises(ValueError, match="answer 'Guinea' begins all others, or they it"):
+    with pytest.raises(ValueError, match="answer 'Guinea' starts every other answer or is started by it"):
         pair(guineas, torch.Generator())
 
 
@@ -249,7 +249,7 @@ def test_the_study(talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("intervene.units=[neurons]", "intervene.units has 'neurons', allowed are units with sparse codes"),
+        ("intervene.units=[neurons]", "intervene.units has 'neurons', allowed are kinds that are trained"),
         ("intervene.other_templates=[none]", "intervene.other_templates has 'none', allowed are texts with one {}"),
         ("intervene.facts=1", "key intervene.facts is 1, allowed is greater than or equal to 10"),
         ("intervene.l0=[0]", "key intervene.l0.0 is 0, allowed is greater than 0"),

@@ -150,8 +150,8 @@ def test_planted_concepts_get_the_verdict_they_deserve(server: Server, tmp_path:
         ({"model": "x", "second_model": "x"}, "another one is needed"),
         ({"model": "x", "base_url": "nowhere"}, "base_url is 'nowhere'"),
         ({"budget": 5.0}, "budget is 5.0, but prices are 0 0"),
-        ({"contexts": 100, "dry_run": True}, r"contexts is 100, but of 1\d+ training and 40 held-out rows"),
-        ({"overrides": ["split.seed=7"]}, "of 40 subjects held out now, '[a-l]{4}' among them, are subjects that"),
+        ({"contexts": 100, "dry_run": True}, r"contexts is 100, too many .* from 1\d+ training and 40 held-out rows"),
+        ({"overrides": ["split.seed=7"]}, "of 40 subjects held out now, such as '[a-l]{4}', are subjects that"),
         ({"overrides": ["prompts.limit=100"]}, "of 20 subjects held out now"),
     ],
 )

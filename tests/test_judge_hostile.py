@@ -140,7 +140,7 @@ def test_keys_that_no_header_can_hold(server: Server, tmp_path: Path, monkeypatc
     assert server.requests[-1]["key"] == f"Bearer {KEY}"
     for key in ("sk-\u00fcber", "sk-a\nb", "sk-\x7fa"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(ValueError, match="OPENAI_API_KEY holds line breaks, or letters beyond ASCII") as error:
+        with pytest.raises(ValueError, match="OPENAI_API_KEY has line breaks or characters beyond ASCII") as error:
             Judge("m", server.url, tmp_path, Budget(None, (0.0, 0.0)))
         assert key not in str(error.value)
 

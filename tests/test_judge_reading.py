@@ -144,7 +144,7 @@ def test_a_person_fills_in_the_blind_questions(judging: Path, server: Server, tm
         ("", "no column 'question'"),
         ("question,score\nq1,6\n", "score of q1 is '6', allowed are 1 to 5"),
         ("question,score\nq9,3\n", "question 'q9' was not asked"),
-        ("question,score\nq1,3\nq1,4\n", "question 'q1' stands twice"),
+        ("question,score\nq1,3\nq1,4\n", "question 'q1' is repeated"),
         ("question,score\nq1,3\n\xff", "not a CSV in UTF-8"),
     ],
 )

@@ -86,8 +86,8 @@ def test_what_cannot_be_shown(stock: Path, text: Path, tmp_path: Path, capsys: p
     assert main(["audit", str(stock), "--text", str(text), "--neuronpedia", str(tmp_path / "full")]) == 2
     assert "full' is not empty: choose another or remove it" in capsys.readouterr().err
     x = shifted(300, 16, torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="neuronpedia is given, allowed is it with text and not with x_train"):
+    with pytest.raises(ValueError, match="neuronpedia is given, it is allowed with text but not with x_train"):
         audit(topk(), x[:200], x[200:], neuronpedia=tmp_path / "np")
-    with pytest.raises(ValueError, match="hook is 'hook_embed', dashboards for Neuronpedia are of text at a hook of a"):
+    with pytest.raises(ValueError, match="hook is 'hook_embed', dashboards for Neuronpedia need text, and a hook of a"):
         audit(topk(model_name="x", hook_name="hook_embed"), text=["a b"], neuronpedia=tmp_path / "np")
     assert not (tmp_path / "np").exists()

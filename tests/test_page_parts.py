@@ -97,7 +97,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, message: 
 
 def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match="other' is no folder that a page can be made of, allowed are"):
+    with pytest.raises(ValueError, match="other' has nothing that a page can show, allowed are"):
         write_page([tmp_path / "other"])
     with pytest.raises(ValueError, match="runs is empty, a page needs at least one folder"):
         write_page([])

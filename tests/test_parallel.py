@@ -133,7 +133,7 @@ def test_a_stream_that_was_read_together_goes_on(streamed: Path) -> None:
     assert launched(2, ["stop.py"], streamed).returncode != 0
     again = launched(2, ["-m", "atom_lens", "train", "recipe.yaml", "--out=stopped"], streamed)
     assert again.returncode == 0, again.stderr
-    assert "going on from step 30" in again.stderr
+    assert "resuming from step 30" in again.stderr
     for weights in (streamed / "whole" / "tiny").glob("*/sae_weights.safetensors"):
         one, other = load_file(weights), load_file(streamed / "stopped" / weights.relative_to(streamed / "whole"))
         assert all(torch.equal(value, other[key]) for key, value in one.items())

@@ -26,13 +26,13 @@ def test_positions() -> None:
         with pytest.raises(ValueError, match=f"lies beyond its first {max_tokens} tokens"):
             select_tokens(prompt, offsets, positions, max_tokens)
     assert select_tokens(prompt, offsets, "all", 3) == [1, 2]
-    with pytest.raises(ValueError, match="need a subject"):
+    with pytest.raises(ValueError, match="needs a subject"):
         select_tokens(Prompt("Rome"), [(0, 4)], "subject_last")
 
 
 def test_subjects_are_missed_before_a_model_is_looked_for() -> None:
     for positions in ("subject_last", "span"):
-        with pytest.raises(ValueError, match="need a subject, the prompt 'Rome is' has none"):
+        with pytest.raises(ValueError, match="needs a subject, the prompt 'Rome is' has none"):
             harvest("no such model", [Prompt("Oslo is", "Oslo"), "Rome is"], "blocks.0.hook_resid_post", positions)
     with pytest.raises(ValueError, match="there are no prompts"):
         harvest("no such model", [], "blocks.0.hook_resid_post", "last")

@@ -276,7 +276,7 @@ def test_bad_input(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str], argu
 
 
 def test_loading_what_is_not_there(hub: Hub, run: Path) -> None:
-    with pytest.raises(ValueError, match="'user/none' is neither a folder nor a repository that the Hub gives"):
+    with pytest.raises(ValueError, match="'user/none' is neither a folder nor a repository that the Hub provides"):
         load_atoms("user/none")
     publish(run, "user/two")
     with pytest.raises(ValueError, match="'user/two' holds atoms of 2 hooks, choose hook= of blocks.1.hook_resid_post"):
@@ -299,7 +299,9 @@ def test_releases_of_sae_lens(hub: Hub, run: Path) -> None:
     assert torch.equal(atoms.encode(x), plain.encode(x)) and atoms.aip.n == 0
     with pytest.raises(ValueError, match="hook 'blocks.99' is not in 'gpt2-small-res-jb', allowed are blocks.0"):
         load_atoms("gpt2-small-res-jb", hook="blocks.99")
-    with pytest.raises(ValueError, match="'gpt2-small-res-jb' is neither a folder nor a repository that the Hub gives"):
+    with pytest.raises(
+        ValueError, match="'gpt2-small-res-jb' is neither a folder nor a repository that the Hub provides"
+    ):
         load_atoms("gpt2-small-res-jb", hook="blocks.3.hook_resid_pre")
 
 

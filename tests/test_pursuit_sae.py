@@ -334,5 +334,5 @@ def test_bad_settings_are_one_sentence(config: dict[str, Any], message: str) -> 
     sae = PursuitSAE(PursuitSAEConfig(d_in=4, d_sae=8))
     with torch.no_grad():
         sae.W_dec[3] = 0
-    with pytest.raises(AtomLensError, match="atom 3 is zero"):
+    with pytest.raises(AtomLensError, match="atom 3 has norm 0"):
         sae.encode(torch.ones(1, 4))

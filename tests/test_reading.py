@@ -64,7 +64,7 @@ def test_what_else_unicode_calls_a_line_end_is_text(separator: str, tmp_path: Pa
     [
         ("[" * 100_000, "is not a JSON object: it is nested too deep"),
         ('{"text": ' + '{"a": ' * 100_000, "is not a JSON object: it is nested too deep"),
-        ('{"text": "Rome", "text": "Oslo"}', "is not a JSON object: a key of text stands twice"),
+        ('{"text": "Rome", "text": "Oslo"}', "is not a JSON object: a key of text is repeated"),
         ('{"text": "Rome", "n": NaN}', "is not a JSON object: NaN is not JSON"),
         ('["Rome"]', "is not a JSON object: it holds a list, a mapping is needed"),
         ('{"text": "Rome', "is not a JSON object: Unterminated string"),
@@ -97,7 +97,7 @@ def test_columns_that_no_row_has(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"Paris\n\xe9t\xe9\n", "is not text in UTF-8 at byte 6, in line 2: invalid"),
-        ("Paris\nRome".encode("utf-16-le"), "is not text: a NUL stands in line 1"),
+        ("Paris\nRome".encode("utf-16-le"), "is not text: there is a NUL in line 1"),
         (b"\xff\xfea", "is not text in UTF-16 at byte 2, in line 1: truncated data"),
     ],
 )

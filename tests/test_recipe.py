@@ -78,7 +78,7 @@ def test_hooks_twice_and_overrides_twice(read: Any) -> None:
         read("", ("hooks=[blocks.1.hook_resid_post, blocks.1.hook_resid_post]",))
     with pytest.raises(ValueError, match=r"override 'split.seed' is given twice"):
         read("", ("split.seed=1", "split.seed=2"))
-    with pytest.raises(ValueError, match=r"override 'split' replaces what override 'split.seed' said"):
+    with pytest.raises(ValueError, match=r"override 'split' replaces what override 'split.seed' set"):
         read("", ("split.seed=1", "split={heldout: 0.3}"))
     found = read("", ("split={heldout: 0.3}", "split.seed=1"))
     assert (found.split.heldout, found.split.seed) == (0.3, 1)

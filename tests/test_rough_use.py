@@ -98,6 +98,6 @@ def test_loading_shows_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused() -> Any:
         raise RuntimeError(f"401 for https://me:{TOKEN}@host/x, authorization: Bearer {TOKEN}")
 
-    with pytest.raises(ValueError, match="the Hub gives: 401 for") as caught:
+    with pytest.raises(ValueError, match="the Hub provides: 401 for") as caught:
         _asked("me/atoms", None, refused)
     assert TOKEN not in str(caught.value)

@@ -147,7 +147,9 @@ def test_a_start_is_the_seeds() -> None:
 
 def test_a_training_too_short_is_no_dictionary(tmp_path: Path) -> None:
     short = SAETrainer(settings(3), sae(), stream(planted(4000))).fit()
-    message = "training ended after 768 activations, but the first 1024 only tell metric and start: train on more, or"
+    message = (
+        "training ended after 768 activations, but the first 1024 only give the metric and the start: train on more, or"
+    )
     for ask in (short.finish, lambda: short.save_inference_model(tmp_path / "none")):
         with pytest.raises(ValueError, match=message):
             ask()

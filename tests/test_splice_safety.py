@@ -132,7 +132,7 @@ def test_bad_input(tiny: str) -> None:
     )
     with pytest.raises(ValueError, match=f"writes to '{LATER}': a splice takes SAEs that write where they read"):
         splice(bridge, transcoder)
-    with splice(bridge, sae) as s, pytest.raises(ValueError, match="this splice is open already"), s:
+    with splice(bridge, sae) as s, pytest.raises(ValueError, match="this splice is already open"), s:
         pass
     batch = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=16, d_sae=8, k=2))
     with pytest.raises(ValueError, match="architecture 'batchtopk', whose codes depend on other tokens or items"):

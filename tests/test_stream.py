@@ -93,7 +93,7 @@ def test_tokens_of_sae_lens_are_read(streamed: dict[str, Any], tokens: Path, tin
     ]
     assert read == written and len(read) > 3000
     assert load_atoms(train(recipe, out=tmp_path), hook=HOOK).cfg.d_sae == 32
-    with pytest.raises(ValueError, match="columns has tokens but tokenizer is null, allowed is the name of "):
+    with pytest.raises(ValueError, match="columns has tokens but tokenizer is null, the tokenizer that made them"):
         prompts_of(check_recipe({**streamed, "prompts": {**prompts, "tokenizer": None}}))
     with pytest.raises(ValueError, match=r"row 1: neither a text, nor tokens, nor a template .*, but \['input_ids'\]"):
         prompts_of(check_recipe({**streamed, "prompts": {**prompts, "columns": {}}}))
@@ -304,7 +304,7 @@ def test_other_studies_read_the_beginnings(
         ({"stream": {"context_size": 1}}, "key stream.context_size is 1, allowed is greater than or equal to 2"),
         ({"stream": {"tokens": 5}}, "key stream.tokens is unknown"),
         ({"prompts": {"source": "jsonl", "path": "nowhere-*.jsonl"}}, "file 'nowhere-*.jsonl' does not exist"),
-        ({"split": {"heldout": 1e-9}}, "none is on the side heldout"),
+        ({"split": {"heldout": 1e-9}}, "no document is on the side heldout"),
     ],
 )
 def test_what_is_wrong_is_said(

@@ -130,7 +130,7 @@ def test_normalised_subjects(
 
 
 def test_a_subject_without_a_token() -> None:
-    with pytest.raises(ValueError, match="no token stands for the subject of 'a \\? is'"):
+    with pytest.raises(ValueError, match="no token covers the subject of 'a \\? is'"):
         read(word_piece(), Prompt("a \x7f is", "\x7f"))
 
 

@@ -1,4 +1,4 @@
-"""From a model's name, or a model that is already loaded, to the backend that reads it."""
+"""From the name of a model, or a loaded model, to the backend that reads it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def open_backend(source: ModelSource, backend: BackendName, dtype: torch.dtype, 
     model, tokenizer = load_model(source, dtype, pick_device(device))
     library = BACKENDS["transformer_lens" if backend == "auto" else backend]
     if type(model).__name__ not in SUPPORTED_ARCHITECTURES:
-        # Either backend names hooks by TransformerLens' adapters.
+        # Both backends take hook names from TransformerLens' adapters.
         raise AtomLensError(f"TransformerLens has no adapter for {type(model).__name__} of model {source.name!r}")
     return library.from_transformers(model, tokenizer, source.name)
 
@@ -45,7 +45,7 @@ def open_model(
     """
     if dtype not in DTYPES:
         raise AtomLensError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
-    device = pick_device(device)  # before a model is downloaded or converted
+    device = pick_device(device)  # before any model is downloaded or converted
     opened: Any = open_backend(find_model(name, revision), backend, DTYPES[dtype], device)
     return opened.model
 

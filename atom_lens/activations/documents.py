@@ -14,10 +14,10 @@ _AT_ONCE = 64  # documents that are tokenised together
 
 
 def contexts(documents: Iterable[Prompt], tokenizer: Any, size: int, prepend_bos: bool) -> Iterator[tuple[Prompt, int]]:
-    """Contexts of up to `size` tokens, the beginning-of-sequence token included; and how many others each has.
+    """Contexts of up to `size` tokens, the beginning-of-sequence token included, and how many other tokens each has.
 
-    A context lies within one document, whose `group` it has: so no activation depends on a document of another side
-    of a split. Cut between two tokens; the pieces are tokenised anew when they are read.
+    A context lies within one document and has its `group`, so no activation depends on a document from another side of
+    a split. Documents are cut between tokens; the pieces are tokenised again when they are read.
     """
     documents = iter(documents)
     room = size - bool(prepend_bos and tokenizer.bos_token_id is not None)
@@ -32,6 +32,6 @@ def contexts(documents: Iterable[Prompt], tokenizer: Any, size: int, prepend_bos
 
 
 def all_prefixes(texts: Iterable[Prompt], tokenizer: Any, prepend_bos: bool) -> set[int]:
-    """All beginnings of `texts`, as `tokens_to_read` knows them."""
+    """All prefixes of `texts`, for `tokens_to_read`."""
     read = tokenised(tokenizer, [text.text for text in texts], prepend_bos)
     return {prefix for ids, _ in read for prefix in prefixes(ids)}

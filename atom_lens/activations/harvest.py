@@ -28,19 +28,19 @@ from atom_lens.tensors.rows import Rows
 
 
 class Harvest(Mapping[str, Tensor]):
-    """hook -> activations, shape (n, d), float32 whatever the model ran in.
+    """hook -> activations, shape (n, d), float32 whatever dtype the model ran in.
 
-    Those of a named model are mapped from the store, not read; where rows were dropped, asking for a hook copies the
-    others, and `views` does not.
+    Those of a named model are mapped from the store, not read into memory; where rows were dropped, indexing by a hook
+    copies the others, and `views` does not.
 
     Attributes:
-        views: hook -> the same rows, none read yet.
+        views: hook -> the same rows, not yet read.
         rows: hook -> (n, 2), the prompt and the token that each row was read at.
         dropped: hook -> number of rows left out for their massive norm.
         limits: hook -> the largest norm that a row may have.
         seconds: time the harvest took.
-        from_store: True when nothing was run because the activations were on disk.
-        prepend_bos: whether a beginning-of-sequence token stood before the prompts.
+        from_store: whether the activations were already on disk, so that no model was run.
+        prepend_bos: whether a beginning-of-sequence token was prepended to the prompts.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Harvest(Mapping[str, Tensor]):
         return len(self.views)
 
     def add(self, hook: str, x: Float[Tensor, "N d"], rows: Int[Tensor, "N 2"], massive_ratio: float | None) -> None:
-        """Take in all rows of a hook but the massive ones."""
+        """Add all rows of a hook except massive ones."""
         # First tokens and BOS (theory.md section 1).
         norms = x.norm(dim=1)
         self.limits[hook] = (massive_ratio or torch.inf) * float(norms.median())
@@ -96,25 +96,25 @@ def harvest(
 
     Args:
         model: a name (Hub id, folder, ``.gguf``, ``demo:gemma-3-270m``), a TransformerBridge, a HookedTransformer
-            or an nnsight model. Only named models are stored: what was done to a loaded one is not known.
+            or an nnsight model. Only activations of named models are stored: a loaded one may have been changed.
         prompts: texts, or `Prompt`s where the position depends on a subject.
         hooks: hook names of TransformerLens, or globs such as ``blocks.*.hook_resid_post``.
         positions: "subject_last", "span", "last" or "all" (see `select_tokens`).
         backend: "transformer_lens", "nnsight", or "auto"; ignored for a loaded model.
-        revision, dtype, device: how a named model is loaded.
+        revision, dtype, device: how to load a named model.
         massive_ratio: rows whose norm exceeds this many times the median norm at their hook are left out and
             counted (first tokens and BOS distort the metric, theory.md section 1); None keeps all.
         prepend_bos: put the tokenizer's beginning-of-sequence token, if it has one, before every prompt.
-        unique: read each token prefix once. A causal model gives the same activation again for a repeated prefix, which
-            would then lie on both sides of a split. Off, so that rows and prompts correspond.
+        unique: read each token prefix only once: a causal model gives a repeated prefix the same activation, which
+            could fall on both sides of a split. Off by default, so that rows and prompts correspond.
         max_tokens: longer prompts are cut, as they are at the model's own context length; only "all" may lose tokens.
-        batch_tokens: tokens of a batch, padding included; None is 1,024 on a CPU, whose cache is full then, and 16,384
-            on a GPU.
+        batch_tokens: tokens of a batch, padding included; None is 1,024 on a CPU, which fills its cache, and 16,384 on
+            a GPU.
         store: folder of the activation store; None is the cache folder.
 
     Raises:
-        AtomLensError: no prompts, unknown hook, layer out of range, subject not found or missing, tokens to read that
-            are cut off, NaN activations, unknown model.
+        AtomLensError: no prompts, an unknown hook or model, a layer out of range, a subject that is not found or
+            missing, tokens to read that are cut off, or NaN activations.
     """
     start = time.monotonic()
     prompts = as_prompts(prompts)
@@ -177,17 +177,17 @@ def read_activations(
     done: Callable[[int], Any] = lambda prompts: None,
     shared: bool = False,
 ) -> dict[str, Float[Tensor, "n _"]]:
-    """hook -> what it gives at all tokens of `reads`, in their order; `done` hears of every batch of prompts.
+    """hook -> activations at all tokens of `reads`, in their order; `done` is told the size of every batch.
 
-    With `shared` every process asks for the same, reads a share of the batches, and gets all.
+    With `shared` every process asks for the same, reads its share of the batches, and gets all rows.
     """
     first_row = torch.tensor([0, *(len(read.tokens) for read in reads)]).cumsum(0).tolist()
     values: dict[str, Tensor] = {}
     budget = batch_tokens or (1024 if backend.device.type == "cpu" else 16_384)
     batches = list(_batches([len(read.ids) for read in reads], budget))
     shared = shared and len(batches) >= parallel.size()  # a process without a batch would not know the widths
-    # Into files each process writes the rows that are its own; in memory it is left without the others', unless these
-    # are asked for.
+    # Into files each process writes its own rows; in memory it would lack the rows of others, so that batches are
+    # divided only when sharing is asked for.
     for batch in batches if allocate is in_memory and not shared else parallel.mine(batches):
         longest = len(reads[batch[0]].ids)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -199,7 +199,7 @@ def read_activations(
         at = torch.tensor([(row, token) for row, i in enumerate(batch) for token in reads[i].tokens])
         to = torch.tensor([first_row[i] + k for i in batch for k in range(len(reads[i].tokens))])
         kept = backend.run(ids.to(backend.device), mask.to(backend.device), hooks, partial(_rows_at, at))
-        if not values:  # after a real batch: what is no activation is refused in the shape it has there
+        if not values:  # after a real batch, so that errors name the shapes that occur there
             _check_causal(backend, hooks)
         for hook in hooks:
             x = _rows_of(hook, kept)
@@ -213,7 +213,7 @@ def read_activations(
 
 
 def _check_causal(backend: Backend, hooks: Sequence[str]) -> None:
-    """Prompts are cut after the last token read: of a model that looks ahead, activations would be of another text.
+    """Prompts are cut after the last token read: a model that looks ahead would then have read another text.
 
     Raises:
         AtomLensError: an activation of a token depends on the token after it.
@@ -237,13 +237,13 @@ def _rows_of(hook: str, kept: dict[str, Tensor]) -> Float[Tensor, "m _"]:
     x = kept[hook]
     if not torch.isfinite(x).all():
         raise AtomLensError(f"hook {hook!r} gave NaN or infinite activations (dtype {x.dtype}): try float32")
-    return x.cpu().float()  # exact for 16-bit dtypes, and what the store gives back
+    return x.cpu().float()  # exact for 16-bit dtypes, and what the store returns
 
 
 def _batches(lengths: Sequence[int], budget: int) -> Iterable[list[int]]:
-    """Indices, longest first, in batches of up to `budget` tokens with the padding.
+    """Indices, longest first, in batches of up to `budget` tokens, padding included.
 
-    A batch that is a quarter full takes in no prompt that would be padded by more than a tenth.
+    A batch that is a quarter full accepts no prompt that would need more than a tenth of padding.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

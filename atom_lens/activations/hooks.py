@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.sources.transformers import (
 
 from atom_lens.errors import AtomLensError
 
-# What is there to be hooked in almost every model, named first in error messages.
+# Hooks of almost every model, named first in error messages.
 COMMON = ("hook_resid_post", "hook_mlp_out", "mlp.hook_post")
 
 
@@ -30,7 +30,7 @@ def layer_of(hook: str) -> int:
 
 
 def expand_hooks(patterns: Sequence[str], available: Iterable[str], n_layers: int) -> list[str]:
-    """Hook names that `patterns` (names or globs) stand for, in the model's order, each once.
+    """Hook names that `patterns` (names or globs) match, in the model's order, each once.
 
     Raises:
         AtomLensError: a pattern matches nothing; the message holds the range of layers, or the nearest names.
@@ -50,7 +50,7 @@ def expand_hooks(patterns: Sequence[str], available: Iterable[str], n_layers: in
                 )
             near = difflib.get_close_matches(pattern, names, n=3) or [f"blocks.0.{name}" for name in COMMON]
             raise AtomLensError(f"hook {pattern!r} is not in this model, near are {', '.join(near)}")
-        # A bridge of ten layers and more lists them as text is sorted.
+        # A bridge sorts layers as text, so 10 would come before 2.
         for match in sorted(matches, key=layer_of):
             found[match] = None
     return list(found)
@@ -70,9 +70,9 @@ def component_hooks(block: Any, prefix: str = "") -> dict[str, str]:
 
 
 def module_sites(config: Any) -> tuple[dict[str, tuple[str, Literal["input", "output"]]], int, int]:
-    """Where each hook of a transformers model sits: hook name -> (module path, "input" or "output"), layers, context.
+    """Where each hook of a transformers model is: hook name -> (module path, "input" or "output"); layers; context.
 
-    TransformerLens' architecture adapters know the module behind every hook; nothing of the model is loaded.
+    TransformerLens' architecture adapters know the module behind every hook; no weights are loaded.
 
     Raises:
         AtomLensError: TransformerLens has no adapter for this architecture.

@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def pick_device(device: str) -> str:
-    """A device that is there; "auto" is the GPU where there is one.
+    """An available device; "auto" is the GPU if there is one.
 
     Raises:
         AtomLensError: no such device on this machine.
@@ -42,13 +42,13 @@ def pick_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except Exception as error:
-        raise AtomLensError(f"device {device!r} is not to be had here: {_first_line(error)}") from error
+        raise AtomLensError(f"device {device!r} is not available: {_first_line(error)}") from error
     return device
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that can be loaded again: `path` is what transformers takes, `fingerprint` changes with the weights."""
+    """A model that can be loaded: `path` is what transformers takes, `fingerprint` changes with the weights."""
 
     name: str
     path: str
@@ -64,7 +64,7 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        AtomLensError: nothing by that name can be found or reached, or a revision of what has none.
+        AtomLensError: nothing of that name can be found or reached, or a revision of a local model.
     """
     path = Path(name).expanduser()
     if revision is not None and (name.startswith("demo:") or path.exists()):
@@ -85,7 +85,7 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:
         raise AtomLensError(
-            f"model {name!r} is neither a local folder, a .gguf file, {DEMO!r}, nor an id that the Hub gives: "
+            f"model {name!r} is neither a local folder, a .gguf file, {DEMO!r}, nor an id that the Hub provides: "
             f"{_first_line(error)}"
         ) from error
     commit = getattr(config, "_commit_hash", None) or revision or "main"
@@ -127,7 +127,7 @@ def _demo_gguf(name: str) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The GGUF as a transformers folder in the cache: de-quantising takes a minute, loading the result seconds."""
+    """The GGUF as a transformers folder in the cache: dequantising takes a minute, loading the result seconds."""
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache_folder() / "models" / f"{gguf.stem}-{key}"
@@ -145,7 +145,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:
         raise AtomLensError(f"the GGUF file {str(gguf)!r} could not be converted: {_first_line(error)}") from error
-    # transformers refuses to save what it still takes for a quantised model, and the bridge asks for `architectures`.
+    # transformers refuses to save what it still considers quantised, and the bridge asks for `architectures`.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -156,7 +156,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    """Changes with the model, without reading gigabytes: names, sizes, times, and samples of every file's content."""
+    """A hash of names, sizes, times and samples of every file's content: it need not read gigabytes."""
     digest = hashlib.sha256(str(folder.resolve()).encode())
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         stat = file.stat()

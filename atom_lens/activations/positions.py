@@ -1,4 +1,4 @@
-"""Which tokens to read: found by the character offsets of the tokenizer, never by tokenising the subject alone."""
+"""Which tokens to read: found by the tokenizer's character offsets, never by tokenising the subject alone."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def select_tokens(
         prompt: the prompt that was tokenised.
         offsets: character range of every token of the whole prompt; special tokens (BOS) have an empty one.
         positions: "subject_last" the last token that covers a character of the subject, "span" all that do,
-            "last" the last token of the prompt, "all" every token that stands for text (special ones do not).
-        max_tokens: only so many from the first on can be read; "all" are then fewer.
+            "last" the last token of the prompt, "all" every token that covers text (special tokens do not).
+        max_tokens: only the first so many can be read; "all" are then fewer.
 
     Raises:
-        AtomLensError: unknown `positions`, a prompt without a subject, a subject that no token stands for, or tokens to
+        AtomLensError: unknown `positions`, a prompt without a subject, a subject that no token covers, or tokens to
             read beyond `max_tokens`.
     """
     check_prompts([prompt], positions)
@@ -40,10 +40,10 @@ def select_tokens(
     else:
         assert prompt.span is not None
         start, end = prompt.span
-        # Normalising tokenizers leave characters without a token: those of a subject need not reach to its end.
+        # Normalising tokenizers leave characters without a token, perhaps the last ones of a subject.
         chosen = [i for i in text_tokens if offsets[i][0] < end and offsets[i][1] > start]
         if not chosen:
-            raise AtomLensError(f"no token stands for the subject of {shown(prompt.text)!r}")
+            raise AtomLensError(f"no token covers the subject of {shown(prompt.text)!r}")
         if positions == "subject_last":
             chosen = chosen[-1:]
     if chosen[-1] >= limit:
@@ -56,7 +56,7 @@ def select_tokens(
 
 
 def check_prompts(prompts: Sequence[Prompt], positions: Positions) -> None:
-    """Whether `positions` can be found in `prompts` is known before a model is.
+    """Check that `positions` can be found in `prompts`, before any model is loaded.
 
     Raises:
         AtomLensError: unknown `positions`, or a prompt without a subject where one is needed.
@@ -65,7 +65,7 @@ def check_prompts(prompts: Sequence[Prompt], positions: Positions) -> None:
         raise AtomLensError(f"positions is {positions!r}, allowed are {', '.join(get_args(Positions))}")
     for prompt in prompts if positions in ("subject_last", "span") else ():
         if prompt.span is None:
-            raise AtomLensError(f"positions {positions!r} need a subject, the prompt {shown(prompt.text)!r} has none")
+            raise AtomLensError(f"positions {positions!r} needs a subject, the prompt {shown(prompt.text)!r} has none")
 
 
 class Read(NamedTuple):
@@ -86,9 +86,9 @@ def tokens_to_read(
     unique: bool = False,
     without: Set[int] = frozenset(),
 ) -> list[Read]:
-    """Tokenise `prompts` and find what to read of each.
+    """Tokenise `prompts` and find the tokens to read of each.
 
-    With `unique`, each token prefix is read once over all prompts; the prefixes `without` are not read at all.
+    With `unique`, each token prefix is read once over all prompts; the prefixes in `without` are not read at all.
 
     Raises:
         AtomLensError: a tokenizer without character offsets, or what `select_tokens` refuses.
@@ -112,29 +112,27 @@ def tokens_to_read(
 def tokenised(
     tokenizer: Any, texts: Sequence[str], prepend_bos: bool
 ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """Token ids of each text, however long, and the characters that each token stands for: none for BOS.
+    """Token ids of each text, however long, and the character range that each token covers: none for BOS.
 
     Raises:
         AtomLensError: a tokenizer without character offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise AtomLensError(
-            f"the tokenizer {type(tokenizer).__name__} gives no character offsets, a fast one is needed"
-        )
-    # Tokenizers and backends differ in whether they add BOS by themselves, so it is added here and nowhere else.
+        raise AtomLensError(f"the tokenizer {type(tokenizer).__name__} has no character offsets, a fast one is needed")
+    # Tokenizers and backends differ in whether they add BOS, so it is added here and nowhere else.
     bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
-    # Not cut here: some tokenizers would cut the beginning. Nor may it warn of lengths, which is for others to check.
+    # Not truncated here: some tokenizers would cut the start. Callers check lengths, so it need not warn of them.
     encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         yield bos + ids, [(0, 0)] * len(bos) + _with_blanks(text, offsets)
 
 
 def _with_blanks(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Offsets in which a token of blanks has its blanks: byte-level tokenizers (Llama 3's) trim them, to nothing."""
+    """Offsets in which a token of blanks covers its blanks: byte-level tokenizers (Llama 3's) trim them to nothing."""
     found, reached = [], 0
     for start, end in offsets:
         if start == end:
-            # A blank that the tokenizer has put before the text stays empty.
+            # A blank that the tokenizer put before the text covers nothing.
             start, end = reached, max(end, reached + text.startswith(" ", reached))
         found.append((start, end))
         reached = max(reached, end)
@@ -142,7 +140,7 @@ def _with_blanks(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[in
 
 
 def prefixes(ids: Iterable[int]) -> Iterator[int]:
-    """Of every token, what tells its prefix, itself included, from others."""
+    """For every token a hash of its prefix, the token included."""
     prefix = 0
     for token in ids:
         prefix = hash((prefix, token))
@@ -150,7 +148,7 @@ def prefixes(ids: Iterable[int]) -> Iterator[int]:
 
 
 def _not_seen(ids: list[int], tokens: list[int], seen: set[int]) -> list[int]:
-    """Those of `tokens` whose prefix of `ids` is not in `seen`, which they are added to."""
+    """The `tokens` whose prefix of `ids` is not in `seen`; their prefixes are added to it."""
     new, wanted = [], set(tokens)
     for token, prefix in enumerate(prefixes(ids[: tokens[-1] + 1])):
         if token in wanted and prefix not in seen:

@@ -1,4 +1,4 @@
-"""Activations on disk: mapped safetensors files under a key of all that they depend on, whole or absent."""
+"""Activations on disk: mapped safetensors files under a key of everything they depend on, whole or absent."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def store_key(
     prepend_bos: bool,
     unique: bool,
 ) -> str:
-    """Changes with anything that the activations depend on."""
+    """A key that changes with anything that the activations depend on."""
     about = {
         "format": _FORMAT,
         "model": source.fingerprint,
@@ -57,32 +57,32 @@ def store_key(
 
 
 def _read_of(prompt: Prompt) -> dict[str, Any]:
-    """What activations depend on: not the document that a text was cut from."""
+    """The parts of a prompt that activations depend on: not the document that its text was cut from."""
     return {name: value for name, value in asdict(prompt).items() if name != "document"}
 
 
 # Rows, activations by hook, and what is known about them.
 Stored = tuple[Tensor, dict[str, Tensor], dict[str, Any]]
-# Gives an empty float32 matrix for the activations of a hook: name, rows, width.
+# Makes an empty float32 matrix for the activations of a hook: name, rows, width.
 Allocate = Callable[[str, int, int], Tensor]
 
 
 def in_memory(hook: str, n: int, width: int) -> Float[Tensor, "n width"]:
-    """An `Allocate` for what is not to be kept."""
+    """An `Allocate` for activations that are not stored."""
     return torch.empty(n, width)
 
 
 def stored(folder: Path, make: Callable[[Allocate], Stored]) -> tuple[Stored, bool]:
-    """What `folder` keeps, or else what `make` gives, kept from now on; True where nothing had to be made.
+    """The content of `folder`, or what `make` returns, which is stored there; True where nothing had to be made.
 
     Activations are mapped from their files, and written there as they are made. Several processes that make them
-    together each fill the rows that are theirs.
+    together fill their own rows.
     """
     if parallel.agreed(folder.is_dir):
         return read_store(folder), True
     with ExitStack() as stack:
         if parallel.rank() == 0:
-            # Whoever comes second waits, and reads what the first has written.
+            # A second process waits, and reads what the first has written.
             stack.enter_context(locked(folder, wait=True))
         found = parallel.agreed(folder.is_dir)
         if not found:
@@ -101,7 +101,7 @@ def stored(folder: Path, make: Callable[[Allocate], Stored]) -> tuple[Stored, bo
 
 
 def _allocate(folder: Path, hook: str, n: int, width: int) -> Float[Tensor, "n width"]:
-    """A safetensors file of one matrix, mapped to be filled; the space is taken now, so that no write finds none."""
+    """A safetensors file of one matrix, mapped to be filled; its space is reserved now: no later write fails."""
     size = 4 * n * width
     header = json.dumps({_NAME: {"dtype": "F32", "shape": [n, width], "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)
@@ -119,7 +119,7 @@ def _allocate(folder: Path, hook: str, n: int, width: int) -> Float[Tensor, "n w
 
 
 def read_store(folder: Path) -> Stored:
-    """What `stored` keeps; the activations are mapped, not read."""
+    """What `stored` wrote; the activations are mapped, not read."""
     activations = {}
     for file in sorted(folder.glob(f"*{_ACTIVATIONS}")):
         with safe_open(file, framework="pt") as opened:

@@ -1,4 +1,4 @@
-"""A stream of activations: a model reads documents for as long as it is asked to, and nothing is kept."""
+"""A stream of activations: a model reads documents for as long as activations are asked for; nothing is stored."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _NOTHING = "the stream has no training documents that can be read: give more doc
 class Stream:
     """Activations of all tokens of some documents at some hooks, in one forward pass for all hooks.
 
-    After the last document comes the first again. Several processes (`parallel`) read the same stream together, each
-    running the model on a share of the contexts.
+    After the last document the first follows again. Several processes (`parallel`) read the same stream together, each
+    running the model on its share of the contexts.
 
     Args:
         backend: the model.
-        documents: gives the documents from the first on, the same at every call.
+        documents: returns the documents from the first on, the same at every call.
         limits: the hooks, and the largest norm at each: a row beyond one of them is left out at all of them.
         context_size: tokens that the model reads at a time, the beginning-of-sequence token included.
         prepend_bos: put a beginning-of-sequence token before every context.
         without: prefixes (`positions.prefixes`) that are not read.
 
     Attributes:
-        passes: how often the last document was reached.
-        taken: contexts read since the last document was reached.
+        passes: how often the end of the documents was reached.
+        taken: contexts read since then.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Stream:
         self._contexts: Iterator[tuple[Prompt, int]] | None = None
 
     def read(self, n: int) -> dict[str, Float[Tensor, "m _"]]:
-        """hook -> the next activations, the same rows of every hook: of at least `n` tokens.
+        """hook -> the next activations, of at least `n` tokens, the same rows for every hook.
 
         Raises:
             AtomLensError: there is nothing to read.
@@ -93,11 +93,11 @@ class Stream:
         return chosen
 
     def state(self) -> dict[str, Any]:
-        """Where it stands, as plain numbers."""
+        """Its place in the documents, as plain numbers."""
         return {"passes": self.passes, "taken": self.taken}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`: the documents before it are read again, but not by the model."""
+        """Resume from a `state`: documents before it are read again, but not by the model."""
         self.passes = state["passes"]
         self._contexts = contexts(self.documents(), self.backend.tokenizer, self.context_size, self.prepend_bos)
         for self.taken in range(1, state["taken"] + 1):

@@ -1,6 +1,6 @@
 """Kinds of dictionaries, each in a file that registers it: ours, sae-lens' stock SAEs, bases, nulls."""
 
-# Each registers its kinds: in this order they stand in tables.
+# Each registers its kinds, and tables list them in this order.
 from atom_lens.dictionaries import baselines, nulls  # isort: skip
 from atom_lens.dictionaries.tsae import kinds as _tsae  # noqa: F401  # isort: skip
 from atom_lens.dictionaries import aip_topk as _topk  # noqa: F401  # isort: skip

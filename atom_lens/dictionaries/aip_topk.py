@@ -1,7 +1,7 @@
 """TopK in the coordinates of the atomic inner product: the amortised dictionary that a pursuit starts from.
 
-sae-lens' TopK training SAE, with the loss in a norm between the AIP and the Euclidean one, a start from data by option,
-and noise on what the encoder reads. What it becomes is a plain sae-lens ``topk`` SAE on raw activations.
+sae-lens' TopK training SAE with the loss in a norm between the AIP and the Euclidean one, optionally a start from data,
+and noise on the encoder's input. The result is a plain sae-lens ``topk`` SAE on raw activations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ARCHITECTURE = "aip_topk"
 class AIPTopKConfig(TopKSAEConfig):
     """Configuration of a trained TopK SAE in the AIP. It saves itself as ``topk``: any sae-lens tool can run it."""
 
-    # sae-lens' from_dict hands a plain dict to __init__ and puts the SAEMetadata in its place afterwards.
+    # sae-lens' from_dict passes a plain dict to __init__ and replaces it by the SAEMetadata afterwards.
     metadata: Any = field(default_factory=SAEMetadata)
 
     @override
@@ -82,7 +82,7 @@ class AIPTopKTrainingConfig(LearningConfig, TopKTrainingSAEConfig):
 
 
 class AIPTopKTraining(Learning, TopKTrainingSAE):
-    """TopK while it trains: `begin` or the first activations set metric and start, `finish` gives the `AIPTopK`."""
+    """TopK while it trains: `begin`, or the first activations, set metric and start; `finish` gives the `AIPTopK`."""
 
     cfg: AIPTopKTrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 

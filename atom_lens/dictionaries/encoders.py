@@ -1,7 +1,7 @@
-"""Other encoders for the atoms of any dictionary: so is it told apart what its atoms are worth, and what its encoder.
+"""Other encoders for the atoms of any dictionary: they tell how much its atoms are worth, and how much its encoder.
 
 `Refit` keeps the atoms that a dictionary chooses and fits their coefficients by least squares; `under_pursuit` lets a
-pursuit choose. Random directions and data points get the encoder of the dictionary that they stand beside.
+pursuit choose. Random directions and data points get the encoder of the dictionary that they are compared with.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.tensors.rows import Rows
 
 _CALIBRATION_ROWS = 8192
-_SAME = 1e-10  # ridge of the Gram of chosen atoms of norm 1: copies of one atom make it singular
+_SAME = 1e-10  # ridge of the Gram matrix of chosen unit atoms: copies of one atom make it singular
 
 
 class Refit:
     """A dictionary whose coefficients are fitted by least squares, in the norm of a metric, over the atoms it chose.
 
     Args:
-        dictionary: whose atoms and choice of atoms are kept.
-        metric: in whose norm.
-        bias: what its reconstructions have beside atoms, shape (d,): subtracted before, added after.
+        dictionary: its atoms, and its choice of atoms, are kept.
+        metric: coefficients are fitted in its norm.
+        bias: the constant part of reconstructions, shape (d,): subtracted before the fit, added after.
     """
 
     def __init__(self, dictionary: Dictionary, metric: AtomicInnerProduct, bias: Float[Tensor, " d"]) -> None:
@@ -66,13 +66,13 @@ def under_pursuit(
     norm: float = 0.0,
     cap: float = 3.0,
 ) -> PursuitSAE:
-    """Atoms under a threshold-activated pursuit, its threshold set to a mean L0.
+    """Atoms under a threshold-activated pursuit whose threshold gives a mean L0.
 
     Args:
-        atoms: rows; those that are zero are left out.
+        atoms: rows; zero rows are left out.
         bias: subtracted before and added after, shape (d,).
         metric: of the pursuit.
-        x: activations on which codes have that mean, shape (n, d); up to 8,192 of them are looked at.
+        x: activations on which codes have that mean, shape (n, d); up to 8,192 of them are used.
         l0: the mean asked for.
         norm: alpha, see `PursuitSAEConfig`.
         cap: most atoms of a code, as a multiple of `l0`.

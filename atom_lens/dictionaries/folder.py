@@ -1,4 +1,4 @@
-"""What an atoms folder may hold (docs/format.md): all of it is checked before any of it is used."""
+"""What an atoms folder may hold (docs/format.md): everything is checked before anything is used."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class _Metric(Strict):
 
 
 class AtomsConfig(Strict):
-    """cfg.json of an atoms folder. sae-lens would take other values, and then compute something else.
+    """cfg.json of an atoms folder. sae-lens would accept other values and then compute something else.
 
     Attributes:
         ours: the architecture that such a folder has once it is loaded with its metric.
-        tensors: name -> shape of the weights beside `W_dec` and `b_dec`, d for d_in and f for d_sae.
+        tensors: name -> shape of the weights other than `W_dec` and `b_dec`, d for d_in and f for d_sae.
     """
 
     ours: ClassVar[str]
@@ -53,7 +53,7 @@ class AtomsConfig(Strict):
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        """Of every tensor of the weights."""
+        """The shape of every tensor of the weights."""
         sizes = {"d": self.d_in, "f": self.d_sae}
         every = {"W_dec": "fd", "b_dec": "d", **self.tensors}
         return {name: [sizes[axis] for axis in shape] for name, shape in every.items()}
@@ -100,7 +100,7 @@ def read_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], AtomicI
 
 
 def check_atoms(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], AtomicInnerProduct]:
-    """`read_atoms`, but for the manifest."""
+    """`read_atoms` without a check of the manifest."""
     cfg = read_json(folder / SAE_CFG_FILENAME, limit=1 << 20)
     architecture = cfg.get("architecture") if isinstance(cfg, dict) else None
     kind = CONFIGS.get(architecture) if isinstance(architecture, str) else None

@@ -40,7 +40,7 @@ def foreign_converter(
         threshold: whether bare weights hold thresholds or their logarithms; "auto" goes by the name.
 
     Raises:
-        AtomLensError: nothing known lies there; the message says what does.
+        AtomLensError: there is nothing of a known kind; the message says what there is.
     """
     path = Path(path)
     try:
@@ -97,7 +97,7 @@ def as_tsae(sae: SAE[Any]) -> TSAE:
     if metadata.get("model_from_pretrained_kwargs"):
         logger.warning("model_from_pretrained_kwargs is left out: %s", sae.cfg.metadata.model_from_pretrained_kwargs)
     metadata["model_from_pretrained_kwargs"] = {}
-    # On no device at first: the weights that are there are used, none are drawn or copied.
+    # On the meta device at first: no weights are drawn or copied, the given ones are used.
     atoms = TSAE(TSAEConfig.from_dict({**cfg, "metadata": metadata, "architecture": ARCHITECTURE, "device": "meta"}))
     atoms.process_state_dict_for_loading(state)
     atoms.load_state_dict(state, assign=True)
@@ -119,13 +119,13 @@ def _check_finite(path: Path, state: State) -> None:
 
 
 def open_sae(folder: Path, converter: Any, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
-    """`SAE.load_from_disk`; whatever keeps it from loading is an AtomLensError of one sentence."""
+    """`SAE.load_from_disk`; any failure to load is an AtomLensError of one sentence."""
     try:
         return SAE.load_from_disk(folder, device=device, dtype=dtype, converter=converter)
     except (ValueError, OSError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # sae-lens checks nothing: what is wrong shows anywhere
-        raise AtomLensError(f"{str(folder)!r} is no SAE that sae-lens loads: {shown(str(error))}") from error
+    except Exception as error:  # sae-lens checks nothing: a fault may show anywhere
+        raise AtomLensError(f"{str(folder)!r} is not an SAE that sae-lens loads: {shown(str(error))}") from error
 
 
 def _sparsify(path: Path) -> tuple[dict[str, Any], State]:
@@ -148,12 +148,12 @@ def _sparsify(path: Path) -> tuple[dict[str, Any], State]:
 
 
 def _dictionary_learning(path: Path) -> tuple[dict[str, Any], State]:
-    """dictionary_learning: ``ae.pt`` with ``config.json`` beside it."""
+    """dictionary_learning: ``ae.pt`` and ``config.json`` in one folder."""
     trainer = read_json(path / "config.json").get("trainer", {})
     kind, found = trainer.get("dict_class"), read_tensors(path / "ae.pt")
     k, groups = found.pop("k", None), found.pop("group_sizes", None)
     cfg: dict[str, Any] = {
-        # dictionary_learning subtracts the decoder's bias, but for two of its classes.
+        # dictionary_learning subtracts the decoder's bias, except in two of its classes.
         "apply_b_dec_to_input": kind not in ("JumpReluAutoEncoder", "AutoEncoderNew"),
         "metadata": {
             "model_name": trainer.get("lm_name"),
@@ -181,7 +181,7 @@ def _dictionary_learning(path: Path) -> tuple[dict[str, Any], State]:
 
 
 def _dictionary_learning_hook(trainer: dict[str, Any]) -> str | None:
-    """The residual stream after its layer, unless a submodule is named that may be another."""
+    """The residual stream after its layer, unless another submodule may be meant."""
     layer, submodule = trainer.get("layer"), trainer.get("submodule_name") or "resid_post"
     return f"blocks.{layer}.hook_resid_post" if layer is not None and str(submodule).startswith("resid_post") else None
 
@@ -189,11 +189,11 @@ def _dictionary_learning_hook(trainer: dict[str, Any]) -> str | None:
 def _bare(path: Path, threshold: Thresholds) -> tuple[dict[str, Any], State]:
     """A file of JumpReLU weights, or a folder with one such file."""
     if path.is_file() and path.suffix not in WEIGHTS:
-        raise AtomLensError(f"{str(path)!r} is no file of weights, allowed are {', '.join(WEIGHTS)}")
+        raise AtomLensError(f"{str(path)!r} is not a file of weights, allowed are {', '.join(WEIGHTS)}")
     files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in WEIGHTS)
     if len(files) != 1:
         there = ", ".join(sorted(p.name for p in path.glob("*"))[:12]) if path.is_dir() else "no folder"
         raise AtomLensError(f"{str(path)!r} holds no dictionary of a known kind, there is: {there or 'nothing'}")
     state = jumprelu_weights(read_tensors(files[0]), files[0], threshold)
-    # As in the JumpReLU paper and in Gemma Scope, the encoder reads the activation as it is.
+    # In the JumpReLU paper and in Gemma Scope the encoder reads the activation as it is.
     return {"architecture": "jumprelu", "apply_b_dec_to_input": False}, state

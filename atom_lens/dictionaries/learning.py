@@ -1,7 +1,7 @@
-"""Learning under a metric: sae-lens' trainers hand over raw activations, the dictionary learns in whitened ones.
+"""Learning under a metric: sae-lens' trainers pass raw activations, and the dictionary learns in whitened ones.
 
-Our own training says what metric and start a dictionary has (`begin`). In sae-lens' loop nobody does: there the
-first activations that come are kept, and tell both, before any is learned from.
+Our own training sets the metric and the start of a dictionary (`begin`). sae-lens' loop does not: there the first
+activations are kept, and metric and start are taken from them before anything is learned.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ else:
 
 @dataclass
 class LearningConfig:
-    """What sae-lens' own loop has to know besides; a mixin for training configurations.
+    """What sae-lens' own loop needs in addition; a mixin for training configurations.
 
     Args:
-        first_activations: how many of the first activations tell the metric and the start; they are not learned from.
-            0 takes 32 per direction, and no fewer than there are atoms.
+        first_activations: how many of the first activations give the metric and the start; none is trained on. 0 takes
+            32 per direction, and at least as many as there are atoms.
         ridge: of the metric, relative to the mean eigenvalue of the second moment.
         seed: of the start, and of noise while atoms learn.
         loss_norm: alpha; the residual is weighted by the eigenvalues of C to this power. 0 is the AIP norm, 1 the
             Euclidean one (theory.md section 3).
         start: "data" takes centred training activations as first atoms, "random" directions uniform under the metric.
-        noise: expected square norm of the Gaussian noise that is added to what the encoder reads in training, as a
-            share of that of the activation.
+        noise: expected square norm of the Gaussian noise added to the encoder's input in training, as a share of that
+            of the activation.
     """
 
     first_activations: int = 0
@@ -61,14 +61,14 @@ class LearningConfig:
 
 
 class Learning(_Base):
-    """A mixin for training classes of sae-lens, before them in the order of bases.
+    """A mixin for training classes of sae-lens; it comes before them in the order of bases.
 
-    They say how they learn from a batch (`learn`), and may start with more than weights, atoms and a bias (`prepare`),
-    both in training coordinates (`training_whitening`). ``encode`` and ``decode`` act on raw activations.
+    A class says how it learns from a batch (`learn`), and may set more at the start than weights, atoms and a bias
+    (`prepare`), both in training coordinates (`training_whitening`). ``encode`` and ``decode`` act on raw activations.
 
     Attributes:
         aip: the metric; None until it is known.
-        scaler: into training coordinates and back; as it is until the metric is known.
+        scaler: into training coordinates and back; the identity until the metric is known.
     """
 
     aip: AtomicInnerProduct | None = None
@@ -112,7 +112,7 @@ class Learning(_Base):
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
     def noisy(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """What the encoder reads of `y` in training: with noise where there is to be some."""
+        """The encoder's input in training: `y`, with noise where the configuration asks for it."""
         if not (self.training and self.cfg.noise):
             return y
         drawn = torch.randn(y.shape, generator=self.generator, device=y.device, dtype=y.dtype)
@@ -120,7 +120,7 @@ class Learning(_Base):
 
     @property
     def generator(self) -> torch.Generator:
-        """Draws the noise; from the start again where sae-lens goes on with a training that it saved."""
+        """Draws the noise; starts again from the seed where sae-lens resumes a saved training."""
         if self._generator is None:
             self._generator = torch.Generator(self.W_dec.device).manual_seed(self.cfg.seed)
         return self._generator
@@ -131,13 +131,13 @@ class Learning(_Base):
 
     @torch.no_grad()
     def finish(self) -> Metered:
-        """What has been learned, for raw activations, with its metric; rows have unit norm where that changes no code.
+        """The trained dictionary on raw activations, with its metric; rows get unit norm where that changes no code.
 
         Raises:
             AtomLensError: the training ended before metric and start were known.
         """
         config = {**self.inference_config(), "architecture": self.cfg.architecture()}
-        with torch.random.fork_rng(devices=[]):  # sae-lens draws weights, to be overwritten
+        with torch.random.fork_rng(devices=[]):  # sae-lens draws weights, which are overwritten
             atoms = cast("Metered", SAE.from_dict(config))
         state = {name: value.detach() for name, value in self.state_dict().items()}
         atoms.process_state_dict_for_loading(state)
@@ -160,18 +160,18 @@ class Learning(_Base):
         raw = step_input.sae_in
         if self.aip is None:
             return self._keep(raw)
-        scaler, self.scaler = self.scaler, ActivationScaler()  # a step of learning is in its coordinates throughout
+        scaler, self.scaler = self.scaler, ActivationScaler()  # the whole step is in training coordinates
         try:
             output = self.learn(replace(step_input, sae_in=scaler(raw)))
         finally:
             self.scaler = scaler
-        if step_input.is_logging_step:  # explained variance is that of activations as they are
+        if step_input.is_logging_step:  # explained variance is that of raw activations
             output = replace(output, sae_in=raw, sae_out=scaler.unscale(output.sae_out))
         return output
 
     @torch.no_grad()
     def _keep(self, x: Float[Tensor, "batch d"]) -> TrainStepOutput:
-        """Keep a batch and, if no more are needed, begin. Nothing is learned from it; every atom counts as alive."""
+        """Keep a batch, and begin when there are enough. Nothing is learned from it; every atom counts as alive."""
         needed = self.first_activations
         if self._first is None:
             self._first = scratch(needed, self.cfg.d_in)
@@ -184,7 +184,7 @@ class Learning(_Base):
         atoms = torch.arange(self.cfg.d_sae, device=x.device)
         once = torch.stack([torch.zeros_like(atoms), atoms])
         acts = torch.sparse_coo_tensor(once, x.new_ones(len(atoms)), (len(x), len(atoms)), is_coalesced=True)
-        loss = x.new_zeros((), requires_grad=True)  # of nothing: gradients are None, and no optimizer moves
+        loss = x.new_zeros((), requires_grad=True)  # it depends on no weight: gradients are None, no optimizer moves
         return TrainStepOutput(x, torch.zeros_like(x), acts, acts, loss, {"mse_loss": loss})
 
     def _begin_with(self, x: Float[Tensor, "n d"]) -> None:
@@ -192,17 +192,17 @@ class Learning(_Base):
         norms = x.norm(dim=1)
         if massive := int((norms > _MASSIVE * norms.median()).sum()):
             logger.warning(
-                "%d of the %s have more than %d times the median norm, and the metric is mostly theirs: leave them "
-                "out, with exclude_special_tokens in sae-lens' runner",
+                "%d of the %s have more than %d times the median norm and dominate the metric: leave them out, with "
+                "exclude_special_tokens in sae-lens' runner",
                 *(massive, source, _MASSIVE),
             )
         aip = AtomicInnerProduct.estimate(x, self.cfg.ridge, source)
         self.begin(x, aip, torch.Generator().manual_seed(self.cfg.seed))
-        logger.info("metric and start are those of the %s: training begins", source)
+        logger.info("metric and start are taken from the %s: training begins", source)
 
     @property
     def first_activations(self) -> int:
-        """How many activations the metric and the start are taken from."""
+        """How many activations give the metric and the start."""
         return self.cfg.first_activations or max(self.cfg.d_sae, _PER_WIDTH * self.cfg.d_in)
 
     @override
@@ -215,24 +215,24 @@ class Learning(_Base):
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Write what `finish` gives: a folder that sae-lens loads, with the metric beside it."""
+        """Write what `finish` returns: a folder that sae-lens loads, with the metric in it."""
         return self.finish().save_model(path)
 
     def inference_config(self) -> dict[str, Any]:
-        """The configuration of what this becomes.
+        """The configuration of the finished dictionary.
 
         Raises:
-            AtomLensError: the training ended before it began.
+            AtomLensError: the training ended before metric and start were known.
         """
         if self.aip is None and self._seen:
             raise AtomLensError(
-                f"the training ended after {self._seen} activations, but the first {self.first_activations} only tell "
-                "metric and start: train on more, or lower first_activations"
+                f"the training ended after {self._seen} activations, but the first {self.first_activations} only give "
+                "the metric and the start: train on more, or lower first_activations"
             )
         config = self.cfg.get_inference_sae_cfg_dict()
         if config["metadata"].get("model_from_pretrained_kwargs"):
-            # Programs hand them to whatever loads the model (docs/format.md). What sae-lens' runner puts there of
-            # itself says again what it does anyhow.
+            # Programs pass them to whatever loads the model (docs/format.md). What sae-lens' runner itself puts there
+            # only repeats its defaults.
             logger.info("left out of metadata: model_from_pretrained_kwargs")
             config["metadata"]["model_from_pretrained_kwargs"] = {}
         return config
@@ -243,7 +243,7 @@ class Learning(_Base):
         for name, value in state_dict.items():
             state_dict[name] = value.contiguous()
         if self.aip is not None:
-            # As bytes: sae-lens casts all that it loads to the dtype of the weights, which leaves bytes what they are.
+            # As bytes: sae-lens casts everything it loads to the dtype of the weights, which leaves bytes intact.
             metric = (self.aip.eigenvalues, self.aip.eigenvectors.contiguous())
             state_dict |= {name: value.view(torch.uint8) for name, value in zip(METRIC, metric, strict=True)}
             about = {"n": self.aip.n, "ridge": self.aip.ridge, "source": self.aip.source}
@@ -259,7 +259,7 @@ class Learning(_Base):
 
 
 def loss_weight(y: Float[Tensor | Rows, "n d"], aip: AtomicInnerProduct, norm: float) -> Float[Tensor, " d"]:
-    """Weights of directions under which a loss is the share of (weighted) variance left unexplained, in any model.
+    """Weights of directions that make a loss the share of (weighted) variance left unexplained, in any model.
 
     Args:
         y: activations in training coordinates, shape (n, d).

@@ -1,4 +1,4 @@
-"""Loading atoms: from folders, repositories on the Hugging Face Hub, and the releases that sae-lens knows."""
+"""Loading atoms: from folders, repositories on the Hugging Face Hub, and releases that sae-lens knows."""
 
 from __future__ import annotations
 
@@ -62,22 +62,22 @@ def load_atoms(
     hook: str | None = None,
     revision: str | None = None,
 ) -> Metered:
-    """Atoms and their metric, from where they are kept.
+    """Load atoms and their metric.
 
-    What this package wrote is checked against its manifest first (docs/format.md). JumpReLU and ReLU dictionaries of
-    other libraries come without a metric: theirs is the identity until you set ``atoms.aip``.
+    A folder of this package is checked against its manifest first (docs/format.md). JumpReLU and ReLU dictionaries of
+    other libraries come without a metric: it is the identity until you set ``atoms.aip``.
 
     Args:
         path: an atoms folder, a run folder of such folders, "user/name" on the Hub, a release of sae-lens, or a folder
             or file of another library (sae-lens, dictionary_learning, bare JumpReLU weights).
-        device: where the atoms go.
+        device: where to put the atoms.
         dtype: of the weights, e.g. "bfloat16"; None keeps theirs (of a release: float32). The metric stays float64.
-        hook: which atoms, where there are several: a name, a glob, or the number of a layer.
+        hook: which atoms, if there are several: a name, a glob, or the number of a layer.
         revision: branch, tag or commit of a repository.
 
     Raises:
-        FileNotFoundError: no atoms there.
-        AtomLensError: several hooks and none chosen, atoms of another hook, a device that is not there, files that are
+        FileNotFoundError: there are no atoms.
+        AtomLensError: several hooks and none chosen, atoms of another hook, an unavailable device, files that are
             damaged or do not fit together, an architecture without thresholds, or no such repository.
     """
     device = pick_device(device)
@@ -94,13 +94,13 @@ def load_dictionary(
     hook: str | None = None,
     revision: str | None = None,
 ) -> SAE[Any]:
-    """What `load_atoms` loads, of any architecture that sae-lens has; without a metric where it comes with none."""
+    """As `load_atoms`, for any architecture that sae-lens has; dictionaries that bring no metric have none."""
     release = None if Path(path).exists() else get_pretrained_saes_directory().get(str(path))
     if release is None:
         return open_dictionary(atoms_folder(path, hook, revision), device, dtype)
     if revision is not None:
         raise AtomLensError(
-            f"revision is {revision!r}, but a release of sae-lens has none: load its repository by name"
+            f"revision is {revision!r}, but releases of sae-lens have no revisions: load the repository by name"
         )
     sae_id = chosen(str(path), hook, release.saes_map)
     return _asked(str(path), revision, lambda: SAE.from_pretrained(str(path), sae_id, device, dtype or "float32"))
@@ -109,13 +109,13 @@ def load_dictionary(
 def open_dictionary(
     folder: Path, device: str = "cpu", dtype: str | None = None, threshold: Thresholds = "auto"
 ) -> SAE[Any]:
-    """Any dictionary on disk: with its metric where it is ours, else what sae-lens has for its architecture."""
+    """Any dictionary on disk: ours with its metric, others as what sae-lens has for their architecture."""
     converter = aip_converter if _is_ours(folder) else partial(foreign_converter, threshold=threshold)
     return open_sae(folder, converter, device, dtype)
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether any mark of this package is in `folder`: then all of them must be there, and fit."""
+    """Whether `folder` has any mark of this package: then it must have all of them, and they must fit."""
     if (folder / MANIFEST).exists() or (folder / AIP_FILENAME).exists():
         return True
     cfg = folder / SAE_CFG_FILENAME
@@ -150,7 +150,7 @@ def atoms_folder(path: str | Path, hook: str | None = None, revision: str | None
 
 
 def _of_hook(folder: Path, hook: str | None) -> None:
-    """One dictionary is no choice: asked for by a hook, it must be of that hook, as its config or its name says."""
+    """A single dictionary asked for by hook must be of that hook, by its config or its name."""
     cfg = folder / SAE_CFG_FILENAME
     metadata = read_json(cfg).get("metadata") if hook is not None and cfg.exists() else None
     said = metadata.get("hook_name") if isinstance(metadata, dict) else None
@@ -160,7 +160,7 @@ def _of_hook(folder: Path, hook: str | None) -> None:
 
 
 def _from_hub(repo_id: str, hook: str | None, revision: str | None) -> Path:
-    """The dictionary of `hook` in a repository, in the Hub's cache; only what loading needs is downloaded."""
+    """The dictionary of `hook` in a repository, in the Hub's cache; only the files needed are downloaded."""
     names = [
         PurePosixPath(n) for n in _asked(repo_id, revision, lambda: HfApi().list_repo_files(repo_id, revision=revision))
     ]
@@ -182,19 +182,19 @@ def _from_hub(repo_id: str, hook: str | None, revision: str | None) -> Path:
 
 
 def _asked(where: str, revision: str | None, ask: Callable[[], Answer]) -> Answer:
-    """What the Hub answers; whatever keeps it from that is one sentence."""
+    """The Hub's answer; any failure is an AtomLensError of one sentence."""
     try:
         return ask()
-    except Exception as error:  # the client raises errors of its HTTP library as they are, and that changes
+    except Exception as error:  # the client passes on errors of its HTTP library, which has changed before
         at = f" at revision {revision!r}" if revision else ""
         raise AtomLensError(
-            f"{where!r} is neither a folder nor a repository that the Hub gives{at}: "
+            f"{where!r} is neither a folder nor a repository that the Hub provides{at}: "
             f"{without_secrets((str(error).splitlines() or [type(error).__name__])[0])}"
         ) from error
 
 
 def matching(names: Iterable[str], pattern: str | None) -> list[str]:
-    """Those of `names` that `pattern` names: a name, a glob, or a layer's number; other seeds only in full."""
+    """The `names` that `pattern` matches: a name, a glob, or a layer's number; other seeds only by their full name."""
     every = set(names)
     if pattern in every:
         return [pattern]
@@ -205,7 +205,7 @@ def matching(names: Iterable[str], pattern: str | None) -> list[str]:
 
 
 def chosen(where: str, hook: str | None, hooks: Iterable[str]) -> str:
-    """The one of `hooks` that `hook` names (`matching`)."""
+    """The one of `hooks` that `hook` matches (`matching`)."""
     hooks = list(hooks)
     if not hooks:
         raise FileNotFoundError(f"no atoms at {where!r}: no {SAE_CFG_FILENAME}, no {SAE_WEIGHTS_FILENAME}, no weights")

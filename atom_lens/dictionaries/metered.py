@@ -1,4 +1,4 @@
-"""What dictionaries with a metric have beyond sae-lens' SAEs: the metric itself, exact through `.to()`, and hook_z."""
+"""What dictionaries with a metric add to sae-lens' SAEs: the metric itself, exact through `.to()`, and hook_z."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from atom_lens.storage.sealed import sealed_folder
 HEADS = "hook_z"  # the one hook whose heads sae-lens merges, and its name for doing so
 WHITENED = "covariance_whitening"  # sae-lens' mark of weights that live in whitened space
 METRIC = ("aip_eigenvalues", "aip_eigenvectors")
-TRAINED_IN = "aip_about"  # only in weights that were saved in the middle of a training
+TRAINED_IN = "aip_about"  # only in weights saved during training
 _IN_TRAINING = (
     "this is a checkpoint from the middle of training: its weights act on whitened activations and would be silently "
-    "wrong on raw ones; load the final atoms, or resume the training from it"
+    "wrong on raw ones; load the final atoms, or resume training from it"
 )
 
 if TYPE_CHECKING:
@@ -34,15 +34,15 @@ else:
 
 
 class Metered(_Base):
-    """A mixin for classes of sae-lens' SAEs: `aip` is the metric that the atoms live in.
+    """A mixin for sae-lens' SAE classes: `aip` is the metric of the atoms.
 
-    The metric is kept as two float64 buffers, its eigenvalues and eigenvectors; `.to(bfloat16)` moves and never rounds
-    it, for a metric in bfloat16 is off by 1e-3.
+    The metric is kept as two float64 buffers, its eigenvalues and eigenvectors; `.to(bfloat16)` never rounds it,
+    because a metric in bfloat16 is off by 1e-3.
     """
 
     aip_eigenvalues: Tensor
     aip_eigenvectors: Tensor
-    of_training: ClassVar[tuple[str, ...]] = ("loss_weight",)  # what a training that has not begun saves besides
+    of_training: ClassVar[tuple[str, ...]] = ("loss_weight",)  # tensors that only training classes have
 
     def __init__(self, cfg: Any, use_error_term: bool = False) -> None:
         if cfg.normalize_activations == WHITENED:
@@ -83,16 +83,16 @@ class Metered(_Base):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Write a folder that sae-lens loads, the metric beside it, and a manifest."""
+        """Write a folder that sae-lens loads, with the metric and a manifest in it."""
         path = Path(path)
         with sealed_folder(path) as folder:
             self.write_files(folder)
         return path / SAE_WEIGHTS_FILENAME, path / SAE_CFG_FILENAME
 
     def write_files(self, folder: Path) -> None:
-        """Write config, weights and metric without a manifest; what could not be read back is an AtomLensError."""
+        """Write config, weights and metric without a manifest; files that could not be read back are refused."""
         if not self.cfg.metadata.aip:
-            self.aip = self.aip  # say in the config, too, that there is none
+            self.aip = self.aip  # the config, too, says that there is none
         super().save_model(folder)
         self.aip.save(folder / AIP_FILENAME)
         check_atoms(folder)
@@ -116,7 +116,7 @@ class Metered(_Base):
 
     @torch.no_grad()
     def leave_training(self, aip: AtomicInnerProduct) -> None:
-        """Take atoms and biases from training coordinates under `aip` to raw activations."""
+        """Map atoms and biases from training coordinates under `aip` to raw activations."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
         whitening = training_whitening(aip)
         self.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
@@ -124,7 +124,7 @@ class Metered(_Base):
 
     @override
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:
-        """Take heads apart, (..., n_heads, d_head), as well as side by side, (..., d_in), and give back the same."""
+        """Accept heads separate, (..., n_heads, d_head), or merged, (..., d_in), and return them in the same shape."""
         super().turn_on_forward_pass_hook_z_reshaping()
         self.d_head = None
         self.reshape_fn_in, self.reshape_fn_out = self._side_by_side, self._apart
@@ -139,10 +139,10 @@ class Metered(_Base):
 
 
 def training_whitening(aip: AtomicInnerProduct) -> ActivationWhitening:
-    """The map into training coordinates: the eigenbasis of C, each direction scaled alike.
+    """The map into training coordinates: the eigenbasis of C, with the same second moment in every direction.
 
     y = Vᵀx / sqrt(lambda d) is a rotation of S^{1/2} x / sqrt(d): inner products are the AIP's, an activation has mean
-    square norm 1, and weights of the loss by eigenvalues are diagonal.
+    square norm 1, and a loss weighted by eigenvalues is diagonal.
     """
     scale = (aip.eigenvalues * aip.width).sqrt()
     return ActivationWhitening(

@@ -1,4 +1,4 @@
-"""Dictionaries that know nothing: what any figure of ours has to be held against (theory.md section 4)."""
+"""Nulls: dictionaries that have learned nothing, for every number to be compared with (theory.md section 4)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _SHUFFLED = 1 << 14  # rows among which a value may move
 
 
 class Pursuit:
-    """A dictionary with orthogonal matching pursuit as its encoder: the k best atoms in a norm, greedily.
+    """A dictionary with orthogonal matching pursuit as its encoder: the k best atoms in a norm, found greedily.
 
-    Looks like an sae-lens SAE to `measure`: `W_dec`, `encode`, `decode`. This gives a null the same number of
-    atoms and the same K as the atoms it stands beside, and an encoder that sees what is left over, not one inner
-    product. Where nothing is left over (a data point that is itself an atom), a code has fewer.
+    It has what `measure` needs of an sae-lens SAE: `W_dec`, `encode`, `decode`. A null thus gets the same number of
+    atoms and the same K as the atoms it is compared with, and a strong encoder. Where nothing is left over (a data
+    point that is itself an atom), a code has fewer atoms.
 
     Args:
-        atoms: rows, shape (F, d), any non-zero length.
+        atoms: rows, shape (F, d), of any norm but zero.
         mean: subtracted before and added after, shape (d,).
-        norm: in which residuals are pursued: the AIP, or None for Euclidean.
+        norm: of the residuals: the AIP, or None for Euclidean.
         k: most atoms per activation, at least 1.
     """
 
@@ -67,8 +67,8 @@ class Pursuit:
 class TrainedNull:
     """A dictionary trained where there was nothing to learn, and the activations that it is measured on.
 
-    `frozen`: a TSAE whose decoder stayed at random directions, on the real activations. `shuffled`: a TSAE trained
-    on activations whose coordinates were shuffled independently, measured on such activations under their metric.
+    `frozen`: a TSAE whose decoder stayed at random directions, on the real activations. `shuffled`: a TSAE trained and
+    measured on activations whose coordinates were shuffled independently, under their own metric.
     """
 
     atoms: Dictionary
@@ -94,9 +94,10 @@ def data_atoms(
 
 
 def shuffle_coordinates(x: Float[Tensor | Rows, "n d"], generator: torch.Generator) -> Float[Tensor, "n d"]:
-    """Every coordinate keeps its values and loses its company: each column is permuted independently.
+    """Permute each column independently: every coordinate keeps its values, and nothing else is kept.
 
-    Within blocks of rows drawn at random, so that the memory does not grow with n; the result lies in a scratch file.
+    This happens within blocks of randomly drawn rows, so that memory does not grow with n; the result is in a scratch
+    file.
     """
     out = scratch(*x.shape)
     for block in torch.randperm(len(x), generator=generator).split(_SHUFFLED):
@@ -125,6 +126,6 @@ register(
         ),
     )
 )
-# Trained beside a run's atoms, where there was nothing to learn (`TrainedNull`).
+# Trained with a run's atoms, where there was nothing to learn (`TrainedNull`).
 register(Kind(name="null_frozen", label="null: frozen decoder", role="null", marker="s", line="-."))
 register(Kind(name="null_shuffled", label="null: shuffled data", role="null", marker="^", line="--"))

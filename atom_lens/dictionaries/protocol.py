@@ -1,4 +1,4 @@
-"""What a dictionary is to everything that measures or uses one."""
+"""What everything that measures or uses a dictionary expects of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atom_lens.errors import AtomLensError
 class Dictionary(Protocol):
     """Rows `W_dec` of shape (F, d), `encode` to codes (n, F), `decode` back to (n, d): any sae-lens SAE has it."""
 
-    if TYPE_CHECKING:  # at run time Python 3.12 looks among plain attributes, where a module has no parameters
+    if TYPE_CHECKING:  # at run time Python 3.12 checks plain attributes only, and a module's parameters are not
 
         @property
         def W_dec(self) -> Tensor: ...
@@ -31,9 +31,9 @@ def check_folded(dictionary: Any, what: str) -> None:
         AtomLensError: its whitening is not folded into its weights.
     """
     if isinstance(dictionary, Learning):
-        raise AtomLensError(f"{what} is still in training, its atoms lie in whitened space: take its finish()")
+        raise AtomLensError(f"{what} is still in training, its atoms are in whitened space: use its finish()")
     if getattr(getattr(dictionary, "cfg", None), "normalize_activations", None) == WHITENED:
         raise AtomLensError(
             f"{what} is from the middle of a training: its weights act on whitened activations and would be wrong on "
-            "raw ones; take what the training ends with"
+            "raw ones; use the result of the training"
         )

@@ -1,6 +1,6 @@
-"""The registry: one entry per kind of dictionary: its name, label and look, what sets its sparsity, how it is made.
+"""The registry of kinds of dictionaries: name, label and look of each, what sets its sparsity, how it is made.
 
-Recipes name kinds; tables, plots and the page take labels and looks from here, so a new kind is one call:
+Recipes name kinds; tables, plots and the page take labels and looks from here, so a new kind takes one call:
 `register(Trained(name="mine", label="Mine", start=..., finish=...))`.
 """
 
@@ -29,7 +29,7 @@ GREY = "#8a8f98"
 
 # "l0" is a target of the mean L0, or K; "l1" is the weight of an L1 penalty.
 Sparsity = Literal["l0", "l1"]
-# What is ours is compared with baselines. Controls are no sparse dictionaries; nulls know nothing.
+# Ours are compared with baselines. Controls are not sparse dictionaries; nulls have learned nothing.
 Role = Literal["ours", "baseline", "control", "null"]
 
 
@@ -39,12 +39,12 @@ class Setup(NamedTuple):
     Attributes:
         x: training activations, shape (n, d).
         aip: their metric.
-        atoms: the recipe's section: capacity, and what TSAEs need besides.
+        atoms: the recipe's section: capacity, and what each kind needs besides.
         device: where it trains.
         steps: of its training.
-        calibration: activations that it is not trained on, shape (m, d), on which thresholds may be set.
+        calibration: activations not trained on, shape (m, d), on which thresholds may be set.
         metadata: of the sae-lens config: model_name, hook_name, ...
-        stream: where its activations will come from in training.
+        stream: the name of the stream that its activations come from in training.
     """
 
     x: Float[Tensor | Rows, "n d"]
@@ -59,7 +59,7 @@ class Setup(NamedTuple):
 
 @dataclass(frozen=True)
 class Learner:
-    """A dictionary about to be trained, and which stream it reads; `calibration` is that of its `Setup`."""
+    """A dictionary to be trained, and the stream that it reads; `calibration` is that of its `Setup`."""
 
     sae: TrainingSAE[Any]
     stream: str = "x"
@@ -67,8 +67,8 @@ class Learner:
 
     @classmethod
     def begun(cls, make: Callable[[], Learning], setup: Setup, seed: int) -> Learner:
-        """What `make` gives, at its start on the activations of `setup`."""
-        # sae-lens draws initial weights from the global generator, to be overwritten: leave the user's as it was.
+        """The dictionary that `make` returns, at its start on the activations of `setup`."""
+        # sae-lens draws initial weights, which are overwritten, from the global generator: leave that as it was.
         with torch.random.fork_rng(devices=[]):
             sae = make()
         sae.begin(setup.x, setup.aip, torch.Generator().manual_seed(seed))
@@ -76,7 +76,7 @@ class Learner:
 
 
 def finish(learner: Learner, aip: AtomicInnerProduct) -> Metered:
-    """What a learner that was `begun` has become, on raw activations, with its metric."""
+    """The trained dictionary of a learner that was `begun`, on raw activations, with its metric."""
     assert isinstance(learner.sae, Learning)
     return learner.sae.finish()
 
@@ -90,11 +90,11 @@ class Kind:
         label: for people.
         role: what it is in a comparison.
         color: of a family, as #rrggbb.
-        marker: as matplotlib names them.
-        line: its style, as matplotlib names them.
+        marker: matplotlib's name of one.
+        line: matplotlib's name of a line style.
         sparsity: which of a recipe's sweeps it takes; None for a kind whose sparsity nothing sets.
-        least: the smallest level that it takes.
-        by_default: whether comparisons have it unless they are told otherwise.
+        least: the smallest level that it accepts.
+        by_default: whether comparisons include it by default.
     """
 
     name: str
@@ -108,13 +108,13 @@ class Kind:
     by_default: bool = True
 
     def asked(self, level: float | int | None) -> str:
-        """How a level of this kind is written: "L1 5"; empty for None."""
+        """How to write a level of this kind: "L1 5"; empty for None."""
         return "" if level is None else f"{'L1' if self.sparsity == 'l1' else 'asked'} {level:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(Kind):
-    """A kind that is trained: `start` gives a learner at a level from a seed, `finish` what it has become."""
+    """A kind that is trained: `start` gives a learner at a level from a seed, `finish` the trained dictionary."""
 
     start: Callable[[Setup, float, int], Learner]
     finish: Callable[[Learner, AtomicInnerProduct], SAE[Any]]
@@ -123,9 +123,9 @@ class Trained(Kind):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Kind):
-    """A kind that no trainer trains. With a `sparsity` its level is a number of directions.
+    """A kind that is made without a trainer. With a `sparsity` its level is a number of directions.
 
-    `whole` says whether it is measured with as many directions as the width, too.
+    `whole` says whether it is also measured with as many directions as the width.
     """
 
     make: Callable[[Setup, int], Dictionary]
@@ -135,7 +135,7 @@ class Fixed(Kind):
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn(Kind):
-    """A null: rows of shape (F, d) drawn at random, encoded by a pursuit at the sparsity of what it stands beside."""
+    """A null: rows of shape (F, d) drawn at random, encoded by a pursuit at the sparsity it is compared at."""
 
     draw: Callable[[Setup, torch.Generator], Float[Tensor, "F d"]]
     role: Role = "null"

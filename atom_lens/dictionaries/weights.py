@@ -1,4 +1,4 @@
-"""JumpReLU weights under whatever names, transposes and kinds of files they come in."""
+"""JumpReLU weights, whatever the names, transposes and file formats they come in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 Thresholds = Literal["auto", "plain", "log"]
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 
-# Names under which the same tensor is met; prefixes such as "sae." or "module." are dropped first.
+# Names that libraries give the same tensor; prefixes such as "sae." or "module." are dropped first.
 _NAMES = {
     "W_enc": ("w_enc", "encoder.weight", "enc.weight", "encoder"),
     "W_dec": ("w_dec", "decoder.weight", "dec.weight", "decoder", "dictionary", "atoms"),
@@ -34,7 +34,7 @@ _PREFIX = re.compile(r"^(?:(?:module|model|sae|tsae|autoencoder|ae|_orig_mod)\.)
 
 
 def read_tensors(path: Path) -> State:
-    """Tensors of a safetensors, npz or torch file, by name. A torch file is read without executing anything in it."""
+    """Tensors of a safetensors, npz or torch file, by name. Nothing in a torch file is executed."""
     size = regular_file(path)
     try:
         if path.suffix == ".safetensors":
@@ -68,16 +68,16 @@ def read_tensors(path: Path) -> State:
 def jumprelu_weights(
     found: Mapping[str, Tensor], path: Path, threshold: Thresholds = "auto", thresholds: bool = True
 ) -> State:
-    """JumpReLU weights under sae-lens' names and in its shapes, from whatever names and transposes they came in.
+    """JumpReLU weights under sae-lens' names and in its shapes, whatever names and transposes they come in.
 
     Args:
         found: tensors by name.
         path: for messages.
-        threshold: whether thresholds are plain or logarithms; "auto" goes by their name.
-        thresholds: whether there must be any; without, `b_enc` and `b_dec` alone tell the widths apart.
+        threshold: whether thresholds are plain or logarithms; "auto" decides by their name.
+        thresholds: whether there must be any; without them `b_enc` and `b_dec` alone tell the widths apart.
 
     Raises:
-        AtomLensError: a tensor is missing, unknown or twice there, shapes do not fit, or plain thresholds are negative.
+        AtomLensError: a tensor is missing, unknown or given twice, shapes do not fit, or plain thresholds are negative.
     """
     what = shown(", ".join(f"{name} {tuple(value.shape)}" for name, value in found.items()) or "nothing")
     made: dict[str, tuple[str, Tensor]] = {}
@@ -85,7 +85,7 @@ def jumprelu_weights(
         short = _PREFIX.sub("", name).lower()
         ours = next((ours for ours, names in _NAMES.items() if short in names), None)
         if ours is None or ours in made:
-            known = "twice there" if ours else "unknown"
+            known = "given twice" if ours else "unknown"
             raise AtomLensError(f"{str(path)!r}: tensor {shown(repr(name))} is {known}, found: {what}")
         if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise AtomLensError(
@@ -119,7 +119,7 @@ def jumprelu_weights(
 
 
 def _widths(made: Mapping[str, tuple[str, Tensor]], path: Path, what: str) -> tuple[int, int]:
-    """d_in and d_sae. The matrices have them in either order: a vector tells which is which, and the other follows."""
+    """d_in and d_sae. Matrices have them in either order: the length of a vector tells which is which."""
     shapes = [tuple(made[name][1].shape) for name in ("W_enc", "W_dec")]
     lengths = {name: value.numel() for name, (_, value) in made.items() if name not in ("W_enc", "W_dec")}
     sizes = set(shapes[0]) | set(shapes[1])
@@ -137,7 +137,7 @@ def _widths(made: Mapping[str, tuple[str, Tensor]], path: Path, what: str) -> tu
 
 
 def _turned(name: str, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    # A square matrix says nothing about its order; torch's Linear keeps (out, in).
+    # A square matrix does not show its order; torch's Linear keeps (out, in).
     if tuple(value.shape) == shape and not (shape[0] == shape[1] and name.lower().endswith(".weight")):
         return value
     return value.T

@@ -1,4 +1,4 @@
-"""Bootstrap over subjects: how far a held-out figure, and its distance from a null, would move with other subjects."""
+"""Bootstrap over subjects: how much a held-out number, or its excess over a null, would vary with other subjects."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def intervals(
 ) -> dict[str, list[float]]:
     """95% percentile intervals of R², R² (AIP) and q*, or of their excess over `null` on the same activations.
 
-    Whole subjects are drawn with replacement, so that several activations of one subject do not pose as several
-    witnesses. The dictionary, its pairs and the mean of the split stay as they are.
+    Whole subjects are drawn with replacement, so that several activations of one subject do not count as independent
+    observations. The dictionary, its pairs and the mean of the split stay fixed.
 
     Args:
         seen: the atoms on a split.
-        null: what they are held against, row by row; None for the figures themselves.
+        null: what they are compared with, row by row; None for the numbers themselves.
         groups: the subject of every row; None takes each row as a subject.
         seed: of the draws.
 
@@ -51,7 +51,7 @@ def intervals(
     both = [(one.found, *_sums(one, subject)) for one in (seen, null) if one is not None]
 
     def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
-        """R², R² (AIP) and q*, shape (3, draws), of the subjects in each row of `drawn`, by how often each is there."""
+        """R², R² (AIP) and q*, shape (3, draws), of the subjects in each row of `drawn`, weighted by their counts."""
         times = np.apply_along_axis(np.bincount, axis, drawn, minlength=len(subjects))
         own, *other = (_figures(found, k, torch.from_numpy(times).double() @ sums) for found, k, sums in both)
         return (own - other[0] if other else own).numpy()
@@ -61,7 +61,7 @@ def intervals(
 
 
 def _sums(seen: Observation, subject: Int[Tensor, " n"]) -> tuple[Int[Tensor, " levels"], Float[Tensor, "G columns"]]:
-    """Each L0 that there is; of every subject the sums that R² is made of, and how many of its codes have that L0."""
+    """Each L0 that occurs; for every subject the sums that R² is made of, and how many of its codes have each L0."""
     levels, level = seen.l0.unique(return_inverse=True)
     squares = torch.stack([seen.residual, seen.total, seen.residual_aip, seen.total_aip], dim=1)
     each = torch.cat([squares, one_hot(level)], dim=1)
@@ -78,20 +78,20 @@ def _figures(
 
 
 def mean_interval(values: Float[Tensor, " n"], seed: int = 0) -> dict[str, Any]:
-    """{"mean", "interval"}: the mean over independent witnesses, and its 95% percentile interval."""
+    """{"mean", "interval"}: the mean over independent observations, and its 95% percentile interval."""
     found = _resampled((values.detach().double().cpu().numpy(),), lambda v, axis: v.mean(axis=axis), seed)
     return {"mean": float(values.double().mean()), "interval": [float(found.low), float(found.high)]}
 
 
 def ratio_interval(above: Float[Tensor, " n"], below: Float[Tensor, " n"], seed: int = 0) -> dict[str, Any] | None:
-    """{"mean", "interval"} of mean(above) / mean(below) on the same witnesses.
+    """{"mean", "interval"} of mean(above) / mean(below) over the same observations.
 
-    None where mean(below) cannot be told from zero: its own interval reaches 0, and the ratio would mean nothing.
+    None where mean(below) cannot be told from zero: its own interval reaches 0, and the ratio means nothing.
     """
     if mean_interval(below, seed)["interval"][0] <= 0:
         return None
     pairs = tuple(part.detach().double().cpu().numpy() for part in (above, below))
-    # A resample may still miss every witness that `below` counts; it then says nothing about the ratio.
+    # A resample may still have only zeros in `below`; it then says nothing about the ratio.
     with np.errstate(divide="ignore", invalid="ignore"):
         found = _resampled(pairs, lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis), seed)
     return {"mean": float(pairs[0].mean() / pairs[1].mean()), "interval": [float(found.low), float(found.high)]}

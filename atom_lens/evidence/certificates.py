@@ -1,6 +1,6 @@
 """Certificates: what coherence alone proves about atoms and codes (theory.md section 2).
 
-Everything is taken under the metric, over atoms that are alive, tile by tile: neither F x F nor n x F x F exists.
+Everything is computed under the metric, over living atoms, tile by tile: no F x F and no n x F x F matrix exists.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from atom_lens.geometry import AtomicInnerProduct, check_rows, unit_rows
 from atom_lens.tensors import parallel
 from atom_lens.tensors.tiles import over_tiles
 
-# Float32 cosines are off by less than this; a certificate must hold with the error added.
+# The error of float32 cosines is below this; a certificate must hold with it added.
 _MARGIN = 2e-6
-# Numbers of a batch of gathered Gram rows, (codes, K, F).
+# Entries in a batch of gathered Gram rows, (codes, K, F).
 _CELLS = 1 << 25
 
 
@@ -35,7 +35,7 @@ def whitened_units(atoms: Float[Tensor | np.ndarray, "F d"], metric: AtomicInner
 def atom_coherence(
     atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None = None, tile: int = 1024
 ) -> Float[Tensor, " F"]:
-    """Of every atom, the largest coherence with another: max_j |<d_i, d_j>_S|. Shape (F,); 0 for a single atom."""
+    """For every atom the largest coherence with another one, max_j |<d_i, d_j>_S|. Shape (F,); 0 for a single atom."""
     units = whitened_units(atoms, metric)
 
     def ends(rows: slice, columns: slice, cosines: Tensor) -> tuple[slice, slice, Tensor, Tensor]:
@@ -109,7 +109,7 @@ def certify_codes(
         cross = einsum(inside, units, "n k d, F d -> n k F")
         gram = torch.gather(cross, 2, support[:, None, :].expand(-1, size, -1)).double()
         summed = cross.abs().sum(dim=1)
-        largest_inside = summed.gather(1, support).amax(dim=1) - 1  # less the atom with itself
+        largest_inside = summed.gather(1, support).amax(dim=1) - 1  # without the atom itself
         outside = summed.scatter(1, support, 0).amax(dim=1)
         babel[rows] = largest_inside + outside < 1 - size * _MARGIN
         solved, info = torch.linalg.solve_ex(gram, cross.double())

@@ -31,14 +31,14 @@ def certify(
     sample: int = 256,
     seed: int = 0,
 ) -> Certificates:
-    """Every certificate of a dictionary on one split, as report.json holds it.
+    """Every certificate of a dictionary on one split, as in report.json.
 
     Args:
         dictionary: a TSAE, any sae-lens SAE, or anything with `W_dec`, `encode` and `decode`.
         x: activations, shape (n, d).
         metric: the AIP.
-        seen: `observe(dictionary, x, metric)`, where it is there already.
-        sample: codes that are certified one by one; and pursued, of those with at most 64 active atoms.
+        seen: `observe(dictionary, x, metric)`, if it is known already.
+        sample: how many codes are certified one by one; those with at most 64 active atoms are pursued, too.
         seed: of the draw of the sample.
 
     Returns:
@@ -77,7 +77,7 @@ def certify(
 
 
 def _window(seen: Observation, coherence: Float[Tensor, " F"], tau: Float[Tensor, " F"]) -> Window:
-    """The window with each atom's own extremes, and how far the thresholds are from it."""
+    """The window from each atom's own extremes, and how far the thresholds are from it."""
     alive = seen.alive
     smallest, k_active = seen.smallest[alive], seen.k_atom[alive]
     k, delta_max = int(seen.l0.max()), float(seen.largest.max())
@@ -109,11 +109,11 @@ def _recovery(
     if not len(rows):
         return None
     reconstruction = dictionary.decode(codes[rows])
-    # What the bias alone gives back is no part of the code.
+    # What the bias alone reconstructs is not part of the code.
     bias = dictionary.decode(torch.zeros_like(codes[:1]))
     units = whitened_units(atoms, metric)
     exact, given = (metric.whiten(part - bias).to(units.dtype) for part in (reconstruction, x[rows]))
-    # Noise of the size of what is left over, in a random direction: a code that is read again does not hang on it.
+    # Noise of the size of the residual, in a random direction: a code that is read again does not depend on it.
     noise = torch.randn(given.shape, generator=generator, dtype=given.dtype).to(given.device)
     noise *= ((given - exact).norm(dim=1) / noise.norm(dim=1))[:, None]
     disturbed = reconstruction + metric.unwhiten(noise).to(reconstruction.dtype)

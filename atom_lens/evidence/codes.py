@@ -1,4 +1,4 @@
-"""The codes of many activations by latent: at which rows each is active, and how much."""
+"""The codes of many activations by latent: at which rows each is active, and how strongly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atom_lens.tensors.rows import Rows
 
 @torch.no_grad()
 def codes_of(dictionary: Dictionary, x: Float[Tensor | Rows, "n d"], batch: int = 1024) -> csc_array:
-    """The codes of `x`, shape (n, F), by columns: a column holds the rows at which a unit is active, and how much."""
+    """The codes of `x`, shape (n, F), by column: the rows at which a latent is active, and its coefficients there."""
     rows, columns, values = [], [], []
     for start in range(0, len(x), batch):
         codes = dictionary.encode(x[start : start + batch].to(dictionary.W_dec.device)).cpu()
@@ -27,7 +27,7 @@ def codes_of(dictionary: Dictionary, x: Float[Tensor | Rows, "n d"], batch: int 
 
 
 def active_rows(codes: csc_array, unit: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows at which `unit` is active and its coefficients there, largest in size first."""
+    """The rows at which latent `unit` is active and its coefficients there, largest in magnitude first."""
     rows = codes.indices[codes.indptr[unit] : codes.indptr[unit + 1]]
     values = codes.data[codes.indptr[unit] : codes.indptr[unit + 1]]
     order = np.argsort(-np.abs(values), kind="stable")

@@ -1,4 +1,4 @@
-"""What sae-lens' trainers log of a dictionary while it learns: the evidence on held-out activations."""
+"""An evaluator for sae-lens' trainers: it logs the evidence on held-out activations during training."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class AtomEvaluator:
     The runner has an evaluator of its own: ``runner.evaluator = AtomEvaluator(x, then=runner.evaluator)`` keeps both.
 
     Args:
-        x: activations that are not trained on, raw, shape (n, d); by stream where there are several.
-        aip: the metric; None estimates it from `x`. By stream where there are several.
+        x: raw activations that are not trained on, shape (n, d); a mapping by stream if there are several.
+        aip: the metric; None estimates it from `x`. A mapping by stream if there are several.
         then: another evaluator, whose metrics are logged as well.
     """
 
@@ -85,10 +85,10 @@ class AtomEvaluator:
 
 
 class _InTraining:
-    """An SAE in training on raw activations: sae-lens' trainer scales or whitens them before the SAE sees them."""
+    """An SAE in training, acting on raw activations: sae-lens' trainer scales or whitens them before the SAE."""
 
     def __init__(self, sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
-        # Ours scale by themselves.
+        # Our own scale by themselves.
         self.sae, self.scaler = sae, ActivationScaler() if isinstance(sae, Learning) else scaler
         whitening = (sae.scaler if isinstance(sae, Learning) else scaler).whitening
         atoms = sae.W_dec.detach().float()

@@ -48,8 +48,8 @@ def match(
 ) -> Matching:
     """Match atoms one to one under |<., .>_S|, exactly up to `dense_most` atoms (Hungarian algorithm).
 
-    Above that each atom may only be matched to its 32 most coherent candidates or stay alone, which loses next to
-    nothing of a real match and gives a lower bound of the rest.
+    Above that each atom can be matched only to one of its 32 most coherent candidates or to none, which loses almost
+    nothing where dictionaries agree, and gives a lower bound where they do not.
 
     Args:
         first, second: rows, shape (F, d) and (G, d).
@@ -67,7 +67,7 @@ def match(
         rows, columns = (torch.from_numpy(side) for side in linear_sum_assignment(table.numpy(), maximize=True))
         partner[rows], coherence[rows] = columns, table[rows, columns].clamp(max=1)
         return Matching(partner, coherence)
-    # Candidates of either side, and for each row a column of its own that stands for having no partner.
+    # Candidates of either side, and for each row a column of its own that means having no partner.
     ahead, back = _closest(u, v), _closest(v, u)
     pairs = torch.cat([ahead, back.flip(0)], dim=1).unique(dim=1)
     values = torch.cat([(u[i] * v[j]).sum(dim=1).abs() for i, j in zip(*(s.split(65536) for s in pairs), strict=True)])
@@ -105,10 +105,10 @@ class Identity:
     Attributes:
         pw_mcc: pairwise mean correlation coefficient: mean coherence of matched atoms.
         above_09: share of atoms matched at a coherence above 0.9.
-        level: what the best of as many random directions exceeds once in a hundred times.
+        level: the coherence that the best of as many random directions exceeds once in a hundred times.
         above_level: share of atoms matched above it.
         pairs: PW-MCC of each pair of runs.
-        scores: per run, of every atom the mean coherence with its partners in the other runs, shape (F,); dead: 0.
+        scores: per run the mean coherence of every atom with its partners in the other runs, shape (F,); dead atoms: 0.
     """
 
     pw_mcc: float
@@ -120,7 +120,7 @@ class Identity:
 
     @property
     def figures(self) -> IdentityFigures:
-        """As report.json holds them."""
+        """As in report.json."""
         names = ("pw_mcc", "above_09", "level", "above_level", "pairs")
         return IdentityFigures(runs=len(self.scores), **{name: getattr(self, name) for name in names})
 
@@ -130,13 +130,13 @@ def identity(
     metric: AtomicInnerProduct | None = None,
     alive: Sequence[Mask] | None = None,
 ) -> Identity:
-    """Match the atoms of independent runs and say how many are the same.
+    """Match the atoms of independent runs and count how many are the same.
 
     Args:
         dictionaries: at least two, rows of shape (F, d); F may differ.
         metric: the AIP, or None for Euclidean coherence.
-        alive: which atoms fired, shape (F,) each. Dead atoms never left their start, so they are matched to nobody
-            and counted nowhere.
+        alive: which atoms fired, shape (F,) each. Dead atoms never left their start, so they are neither matched nor
+            counted.
 
     Raises:
         AtomLensError: fewer than two runs, or a run without living atoms.
@@ -162,7 +162,7 @@ def identity(
         back[found.partner[real]] = found.coherence[real]
         for run, coherence in ((a, found.coherence), (b, back)):
             scores[run][living[run]] += coherence / (len(dictionaries) - 1)
-        # Atoms beyond the smaller run have no partner, and that is no disagreement of the others.
+        # Atoms in excess of the smaller run have no partner, which is not a disagreement of the others.
         best = found.coherence.sort(descending=True).values[: min(len(found.coherence), len(back))]
         matched.append(best)
         pairs.append(float(best.mean()))

@@ -1,4 +1,4 @@
-"""Purity: whether the rows a unit is active at share a label, such as a country, more than by chance; no judge."""
+"""Purity: whether the rows at which a latent is active share a label, such as a country, more than by chance."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from atom_lens.errors import AtomLensError
 from atom_lens.tensors import checks as inputs
 from atom_lens.tensors.checks import Labels
 
-LEAST = 5  # rows at which a unit is active, below which they say nothing about it
-_TIE = 1e-9  # the same counts may sum to figures that differ in the last digits
+LEAST = 5  # a latent that is active at fewer rows tells nothing
+_TIE = 1e-9  # the same counts may sum to numbers that differ in the last digits
 _ALPHA = 0.05
-_AT_ONCE = 1 << 20  # entries, of all permutations that are looked at together
-_SPARSE = 16  # cells of a table for each entry, above which sorting the entries takes less time and memory
+_AT_ONCE = 1 << 20  # entries of all permutations processed together
+_SPARSE = 16  # above as many cells of a table per entry, sorting the entries takes less time and memory
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of every unit that was kept, and the same with labels that were permuted over the rows.
+    """A score of every latent that was kept, and the same with labels permuted over the rows.
 
     Attributes:
         observed: shape (units,).
-        null: shape (permutations, units); a permutation is the same for all units.
+        null: shape (permutations, units); each permutation is the same for all latents.
     """
 
     observed: np.ndarray
@@ -35,13 +35,13 @@ class Score:
 
     @property
     def p(self) -> np.ndarray:
-        """Share of the permutations, the identity among them, that reach what was observed; shape (units,)."""
+        """Share of the permutations, the identity included, that reach what was observed; shape (units,)."""
         reached = (self.null >= self.observed - _TIE).sum(axis=0)
         return (1 + reached) / (1 + len(self.null))
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Means over the units beside their null, and the shares of units that are above their own."""
+        """Means over the latents with their null, and the share of latents above their own null."""
         means = self.null.mean(axis=1)
         return {
             "mean": float(self.observed.mean()),
@@ -55,15 +55,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Purity:
-    """What units have to do with the labels of the rows they are active at.
+    """How latents relate to the labels of the rows at which they are active.
 
     Attributes:
-        units: that are active often enough to say anything, shape (units,).
+        units: the latents active often enough to tell anything, shape (units,).
         left_out: how many are not.
-        active: rows at which each unit is active, shape (units,).
-        information: mutual information of "active" and the label, in bits. It is above 0 by chance, the more so the
+        active: number of rows at which each latent is active, shape (units,).
+        information: mutual information of "active" and the label, in bits. By chance it is above 0, the more so the
             fewer rows there are; so is its null, and their difference is what counts.
-        share: of the commonest label among the strongest rows of a unit.
+        share: of the commonest label among the strongest rows of a latent.
         entropy: of the labels, in bits.
     """
 
@@ -76,7 +76,7 @@ class Purity:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Plain data: numbers of units, "information" (in bits) and "purity", each None where no unit is left."""
+        """Plain data: numbers of latents, "information" (in bits) and "purity", each None where no latent is left."""
         some = len(self.units) > 0
         return {
             "units": len(self.units),
@@ -91,16 +91,16 @@ class Purity:
 def purity(
     codes: Any, labels: Labels, *, top: int = 10, least: int = LEAST, permutations: int = 2000, seed: int = 0
 ) -> Purity:
-    """Mutual information with the labels, and purity of the strongest rows, of every unit, each with its null.
+    """Mutual information with the labels, and purity of the strongest rows, for every latent, each with its null.
 
     Args:
-        codes: shape (n, F), any sparse array, a numpy array or a tensor; a unit is active at the rows of its
-            non-zero entries. No two rows may be of one subject:
-            they are alike, permuted labels would tear them apart, and units that know nothing would pass.
+        codes: shape (n, F), any sparse array, a numpy array or a tensor; a latent is active at the rows of its
+            non-zero entries. No two rows may be of one subject: they are alike, permuted labels would separate them,
+            and latents that know nothing would pass.
         labels: of the rows, shape (n,).
-        top: rows that purity looks at, the largest in size; all of a unit that has fewer.
-        least: units that are active at fewer rows are left out.
-        permutations: of the labels over the rows, shared by all units, so that their means have a null too.
+        top: how many rows purity looks at, the largest in magnitude; all rows of a latent that has fewer.
+        least: latents that are active at fewer rows are left out.
+        permutations: of the labels over the rows, shared by all latents, so that their means have a null too.
         seed: of the permutations.
 
     Raises:
@@ -126,17 +126,17 @@ def purity(
     chosen = kept[column]
     rows, unit, leading = codes.indices[order][chosen], (np.cumsum(kept) - 1)[column[chosen]], rank[chosen] < top
     active = often[kept]
-    # x log2 x of every count there can be
+    # x log2 x for every possible count
     counts = np.arange(n + 1, dtype=np.float64)
     xlogx = counts * np.log2(np.maximum(counts, 1))
 
     def scores(permuted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Both figures under each of some permutations, shape (some, units)."""
+        """Both scores under each of some permutations, shape (some, units)."""
         size = (len(permuted), len(active))
         owner = np.arange(len(permuted))[:, None] * len(active)
         keys = (owner + unit) * len(totals) + permuted[:, rows]
         (of, label), together = _counted(keys, len(totals))
-        # Labels at which a unit is never active cancel out of the sum over the contingency table.
+        # Labels at which a latent is never active cancel out of the sum over the contingency table.
         cells = xlogx[together] + xlogx[totals[label] - together] - xlogx[totals[label]]
         joint = np.bincount(of, cells, minlength=size[0] * size[1]).reshape(size)
         (of, _), together = _counted(keys[:, leading], len(totals))
@@ -165,7 +165,7 @@ def purity(
 
 
 def _counted(keys: np.ndarray, n_labels: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """((owner, label), how often) of the keys that occur, which are owner * n_labels + label."""
+    """((owner, label), count) of the keys that occur; a key is owner * n_labels + label."""
     if keys.size and keys.max() < _SPARSE * keys.size:
         table = np.bincount(keys.ravel())
         pairs = np.flatnonzero(table)

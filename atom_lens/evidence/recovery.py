@@ -1,4 +1,4 @@
-"""Recovery: do sparse solvers that know only the atoms find the codes that the encoder gave? (theory.md section 2)"""
+"""Recovery: do sparse solvers that know only the atoms find the encoder's codes? (theory.md section 2)"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pursuit_agrees(
     """
     sizes = active.sum(dim=1)
     codes = pursue(signals, units, most=int(sizes.max()), signed=True, nonnegative=False)
-    # A pursuit of fewer atoms is the beginning of a longer one.
+    # A pursuit of fewer atoms is the start of a longer one.
     within = torch.arange(codes.support.shape[1], device=sizes.device) < torch.minimum(sizes, codes.count)[:, None]
     return ((active.gather(1, codes.support) & within).sum(dim=1).double() / sizes).cpu()
 
@@ -36,9 +36,9 @@ def basis_pursuit_agrees(
 ) -> Float[Tensor, " n"]:
     """Share of each support among the largest coefficients of the l1-minimal code (scikit-learn's LARS).
 
-    Where the signals lie in the span of their supports (reconstructions), the path ends where the l1 norm is smallest
-    among exact codes. Signals with noise (activations) have no such end: `steps`, in units of the size of the support,
-    is where their path is cut.
+    Where the signals lie in the span of their supports (reconstructions), the path ends at the exact code of smallest
+    l1 norm. The path of signals with noise (activations) has no such end and is cut after `steps` times the size of the
+    support.
     """
     columns = units.T.double().cpu().numpy()
     agreement = torch.zeros(len(signals), dtype=torch.float64)
@@ -47,7 +47,7 @@ def basis_pursuit_agrees(
         end = 1e-6 * float(np.abs(signal @ columns).max()) / len(signal)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the path ends early once nothing is left over
-            # Without a Gram matrix: of F x F there would be one.
+            # Without a Gram matrix, which would be F x F.
             _, _, path = lars_path(
                 columns,
                 signal,

@@ -1,4 +1,4 @@
-"""The report: what a dictionary is worth, train and held-out, beside nulls of the same F and K (theory section 4)."""
+"""The report: what a dictionary is worth, train and held-out, against nulls of the same F and K (theory section 4)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from atom_lens.tensors.rows import Rows, mean_row
 
 _PERCENTS = (0.1, 1, 5, 25, 75, 95, 99, 99.9)
 _ANGLE_ROWS = 5000
-# A pursuit solves a k x k system per activation and step: beyond this a null takes longer than what it stands beside.
+# A pursuit solves a k x k system per activation and step: beyond this a null takes longer than the atoms themselves.
 _K_MOST = 64
 
 
@@ -50,12 +50,12 @@ def evaluate(
         heldout: activations of other subjects, shape (m, d); without them the report's `heldout` is null.
         metric: the AIP; None takes the one that comes with the atoms.
         groups: subjects of the held-out rows, drawn whole by the bootstrap; None takes each row as a subject.
-        trained_nulls: nulls that took a training of their own, by name.
+        trained_nulls: nulls with a training of their own, by name.
         seed: of the generators that draw the nulls and the bootstrap.
         about: further fields of the report (model, hook, ...).
 
     Returns:
-        What report.json holds.
+        The content of report.json.
 
     Raises:
         AtomLensError: no metric, wrong widths, empty or non-finite activations, groups that do not fit, or a seed that
@@ -74,7 +74,7 @@ def evaluate(
     x, seed = splits["train"], checked_seed(seed)
     if heldout is not None and groups is not None:
         groups = labels(groups, len(splits["heldout"]), "groups")
-    device = atoms.W_dec.device  # where all is measured, the nulls too
+    device = atoms.W_dec.device  # where everything is measured, nulls included
     metric = metric.to(device)
     seen = {name: observe(atoms, rows, metric) for name, rows in splits.items()}
     figures = {name: one.figures for name, one in seen.items()}
@@ -92,10 +92,10 @@ def evaluate(
     }.items():
         measured = {}
         for split, rows in splits.items():
-            # Matched K: a null spends as many atoms on an activation as the atoms do on average on this split.
+            # Matched K: a null uses as many atoms per activation as the dictionary does on average on this split.
             k = max(1, min(_K_MOST, round(figures[split].l0.mean), *null.shape))
             pursued = observe(Pursuit(null, mean, metric, k), rows, metric)
-            # A null gets its best in either norm, so the R² of a Euclidean pursuit is given too.
+            # A null gets its best in either norm, so the R² of a Euclidean pursuit is reported too.
             best = dataclasses.replace(pursued, residual=Pursuit(null, mean, None, k).residual(rows))
             measured[split] = NullFigures(
                 **dict(pursued.figures),
@@ -138,7 +138,7 @@ def _excess(seen: Observation, null: Observation, groups: Labels | None, seed: i
 
 
 def angles(x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct) -> dict[str, Angles]:
-    """Angles between activations in degrees, Euclidean and under `metric`: mean, percentiles, over up to 5,000 rows."""
+    """Angles between activations in degrees, Euclidean and under `metric`: mean and percentiles, up to 5,000 rows."""
     rows = x[torch.linspace(0, len(x) - 1, min(len(x), _ANGLE_ROWS)).long()].to(metric.eigenvalues.device)
     rows = rows[rows.norm(dim=1) > 0]  # zero has no direction
     found = {"euclidean": angle_histogram(rows), "aip": angle_histogram(rows, metric)}

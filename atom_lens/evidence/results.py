@@ -1,4 +1,4 @@
-"""What evidence is made of, as types: report.json is one `Report`."""
+"""The results of evidence as types: report.json is one `Report`."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Figures(Result):
 
 
 class Loss(Result):
-    """What a language model loses with a dictionary in it: next-token cross-entropy in nats per token."""
+    """What a dictionary costs the language model it is spliced into: next-token cross-entropy in nats per token."""
 
     n: int = Field(description="tokens that were predicted")
     clean: float = Field(description="cross-entropy of the model as it is")
     ablated: float = Field(description="with zeros in the place of the activations")
-    spliced: float = Field(description="with the reconstructions in their place, but for the first token")
+    spliced: float = Field(description="with the reconstructions in their place, except at the first token")
     recovered: float = Field(description="(ablated - spliced) / (ablated - clean), sae-lens' ce_loss_score")
     kl: float = Field(description="KL(clean || spliced) of the next token, nats, mean over all tokens")
 
@@ -81,7 +81,7 @@ class NullFigures(Figures):
 
 
 class Null(Result):
-    """A dictionary that knows nothing, on both splits."""
+    """A dictionary that has learned nothing, on both splits."""
 
     d_sae: int
     train: NullFigures | None = None
@@ -96,7 +96,7 @@ class Rip(Result):
 
 
 class Codes(Result):
-    """Of up to 256 codes with an active atom, the share that their own support certifies."""
+    """The share of up to 256 codes with an active atom that their own support certifies."""
 
     n: int
     babel: float | None = Field(description="by the Babel function")
@@ -104,7 +104,7 @@ class Codes(Result):
 
 
 class Agreement(Result):
-    """Whether a sparse solver finds the supports that the encoder gave."""
+    """Whether a sparse solver finds the supports that the encoder found."""
 
     same_support: float | None = Field(description="share of codes whose whole support is found")
     shared_atoms: float = Field(description="mean share of the support")
@@ -122,8 +122,8 @@ class Recovery(Result):
     )
     under_noise: Agreement | None = Field(
         default=None,
-        description="the encoder itself, on the reconstruction and noise of the size of what is left over, isotropic "
-        "under the metric",
+        description="the encoder itself, on the reconstruction plus noise of the size of the residual, isotropic under "
+        "the metric",
     )
 
 
@@ -154,7 +154,7 @@ class Certificates(Result):
     rip: Rip | None = None
     unique_atoms: float | None = Field(
         default=None,
-        description="share of living atoms that pass the strict condition for the largest code they are in",
+        description="share of living atoms that pass the strict condition for the largest code they occur in",
     )
     codes: Codes | None = None
     recovery: Recovery | None = None
@@ -168,7 +168,7 @@ class IdentityFigures(Result):
     pw_mcc: float = Field(description="mean coherence of matched atoms, over all pairs of runs")
     pw_mcc_start: float | None = Field(default=None, description="the same before training")
     above_09: float = Field(description="share of atoms matched at a coherence above 0.9")
-    level: float = Field(description="what the best of as many random directions exceeds once in a hundred times")
+    level: float = Field(description="coherence that the best of as many random directions exceeds once in 100 times")
     above_level: float = Field(description="share of atoms matched above it")
     pairs: list[float] = Field(description="PW-MCC of each pair of runs")
 
@@ -182,7 +182,7 @@ class Angles(Result):
 
 
 class MetricAbout(Result):
-    """The atomic inner product: what it was estimated on."""
+    """The atomic inner product, and what it was estimated from."""
 
     n: int
     ridge: float = Field(description="rho in S = (C + rho tr(C)/d I)⁻¹")
@@ -198,10 +198,10 @@ class Another(Result):
 
 
 class Distilled(Another):
-    """A plain TopK SAE over the atoms of a pursuit: what is lost with one encoder matrix."""
+    """A plain TopK SAE over the atoms of a pursuit: what a single encoder matrix loses."""
 
     k: int = Field(description="atoms of a code")
-    shared_atoms: float = Field(description="mean share of a held-out code of the pursuit that its code has, too")
+    shared_atoms: float = Field(description="mean share of a held-out code of the pursuit that its own code shares")
 
 
 class Report(Result):
@@ -220,7 +220,7 @@ class Report(Result):
     n: int = Field(description="training activations")
     d_in: int = Field(description="their width d")
     d_sae: int = Field(description="number of atoms F")
-    n_over_f: float = Field(description="n / F; at 1 or below each activation can have an atom of its own")
+    n_over_f: float = Field(description="n / F; at 1 or below, each activation can have its own atom")
     metric: MetricAbout
     angles: dict[str, Angles] = Field(description="`euclidean` and `aip`, of training activations")
     train: Figures

@@ -1,4 +1,4 @@
-"""Stability q*: for which share of atoms and activations the uniqueness condition holds (theory.md section 2)."""
+"""Stability q*: the share of pairs of atoms and of codes that satisfy the uniqueness condition (theory section 2)."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def stability(
 
     With G(t) the share of pairs of coherence < t and Phi(k) the share of activations with K_i <= k,
     ``q* = max over k with G(1/(2k-1)) > Phi(k-1) of min(Phi(k), G(1/(2k-1)))`` (theory.md section 2). Only the
-    counts of pairs below 1, 1/3, 1/5, ... are kept, so the memory beside the unit atoms is one tile.
+    counts of pairs below 1, 1/3, 1/5, ... are kept, so besides the unit atoms it needs the memory of one tile.
 
     Args:
-        atoms: rows of the dictionary, shape (F, d), in the dtype the certificate is to be computed in.
+        atoms: rows of the dictionary, shape (F, d), in the dtype that coherences are computed in.
         l0: number of active atoms per activation, shape (n,).
         metric: the AIP, or None for Euclidean coherence.
         alive: which atoms fired on the data, shape (F,); None counts all as alive.
@@ -130,7 +130,7 @@ def _units(atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct | None) -> Fl
 
 
 class _Pairs(NamedTuple):
-    """What one pass over the pairs finds: their histogram, those below 1/(2k-1) for every k, the largest coherence."""
+    """What one pass over the pairs finds: a histogram, counts below 1/(2k-1) for every k, the largest coherence."""
 
     histogram: Int[Tensor, " bins"]
     below: Int[Tensor, " limits"]
@@ -142,10 +142,10 @@ class _Pairs(NamedTuple):
 
 
 def _count_pairs(units: Float[Tensor, "F d"], k_max: int, tile: int) -> _Pairs:
-    """Exact counts at little more than the price of the product.
+    """Exact counts at little more than the cost of the product.
 
-    A bin of the histogram lies wholly on one side of every limit 1/(2k-1) that is not inside it; only pairs in the
-    bins that hold one are compared with the limits themselves. Atoms are scaled so that a product reads in bins.
+    A bin of the histogram lies wholly on one side of every limit 1/(2k-1) that is not inside it, so only pairs in
+    bins that contain a limit are compared with the limits. Atoms are scaled so that a product is in units of bins.
     """
     device, dtype = units.device, units.dtype
     ks = torch.arange(k_max, 0, -1, dtype=torch.float64)
@@ -158,7 +158,7 @@ def _count_pairs(units: Float[Tensor, "F d"], k_max: int, tile: int) -> _Pairs:
     def count(rows: slice, columns: slice, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pairs by bin; those in undecided bins by the number of limits they reach; the largest coherence in bins."""
         coherence = pairs_of(rows, columns, products).abs_()
-        at = coherence.int()  # rounding may take a coherence above 1, but not by a bin
+        at = coherence.int()  # rounding may take a coherence above 1, but by less than a bin
         close = coherence[flags.index_select(0, at).view(torch.bool)]
         reached = torch.bincount(torch.bucketize(close, limits, right=True), minlength=k_max + 1)
         top = coherence.amax() if len(coherence) else coherence.new_zeros(())

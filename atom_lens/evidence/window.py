@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ThresholdWindow:
-    """Where each threshold lies against eps K delta_max < tau < delta_min - eps (K - 1) delta_max. Shape (F,) each.
+    """Where each threshold lies in eps K delta_max < tau < delta_min - eps (K - 1) delta_max. Shape (F,) each.
 
-    All in units of coefficients of atoms of unit AIP norm (theory.md section 3). Strict inequalities.
+    All are in units of coefficients of atoms of unit AIP norm (theory.md section 3); the inequalities are strict.
     """
 
     lower: Float[Tensor, " F"]
@@ -22,7 +22,7 @@ class ThresholdWindow:
 
     @property
     def feasible(self) -> Bool[Tensor, " F"]:
-        """Whether any threshold would do."""
+        """Whether any threshold satisfies both sides."""
         return self.lower < self.upper
 
     @property
@@ -31,7 +31,7 @@ class ThresholdWindow:
 
     @property
     def outside_by(self) -> Float[Tensor, " F"]:
-        """How far tau is from satisfying both sides, the larger shortfall; 0 where it is inside."""
+        """How far tau is from satisfying both sides: the larger shortfall, 0 where it is inside."""
         return torch.maximum(self.lower - self.tau, self.tau - self.upper).clamp(min=0)
 
 
@@ -48,8 +48,8 @@ def threshold_window(
     Args:
         tau: thresholds.
         eps: coherence bound of each atom.
-        k: largest L0 of any code (an atom that should be silent hears this many others).
-        k_active: largest L0 of a code in which the atom is active (it hears one less).
+        k: largest L0 of any code (a silent atom correlates with this many others).
+        k_active: largest L0 of a code in which the atom is active (it correlates with one fewer).
         delta_min: smallest coefficient of the atom.
         delta_max: largest coefficient of any atom.
     """

@@ -1,1 +1,1 @@
-"""Edits of codes, spliced into live models, and whether they do what they say."""
+"""Edits of codes, spliced into live models, and whether they have the effect they should."""

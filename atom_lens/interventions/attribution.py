@@ -1,4 +1,4 @@
-"""Which atoms an answer hangs on: activation times gradient."""
+"""Which atoms an answer depends on: activation times gradient."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from atom_lens.interventions.facts import BATCH, answer_logprob, answered, padde
 
 
 class Read(NamedTuple):
-    """What stands at the chosen token of every prompt, and how the log-odds of the answer depend on it.
+    """The activation at the chosen token of every prompt, and how the log-odds of the answer depend on it.
 
     Attributes:
         x: activations.
-        gradient: of the log-odds of the answer, ln p / (1 - p), by the activation; nats per unit of activation.
+        gradient: of the log-odds of the answer, ln p / (1 - p), with respect to the activation; nats per unit of it.
     """
 
     x: Float[Tensor, "n d"]
@@ -55,7 +55,7 @@ def read(
         kept: list[Tensor] = []
 
         def keep(x: Tensor, past: int, kept: list[Tensor] = kept) -> Tensor:
-            # Two copies: some models change an activation in place afterwards, one passed on or one held elsewhere.
+            # Two copies: some models later change an activation in place, either the one passed on or another one.
             kept.append(x.detach().clone().requires_grad_())
             return kept[0].clone()
 
@@ -78,7 +78,7 @@ def read(
 
 
 def attribution(sae: SAE[Any], found: Read) -> Float[Tensor, "n F"]:
-    """To first order, what ablating each atom takes from the log-odds of the answer: z_j <gradient, d_j>, in nats."""
+    """How much ablating each atom lowers the log-odds of the answer, to first order: z_j <gradient, d_j>, in nats."""
     with torch.enable_grad():
         codes = sae.encode(found.x.to(sae.W_dec)).detach().requires_grad_()
         # Through decode() itself: some SAEs of sae-lens scale what they decode.

@@ -1,6 +1,6 @@
-"""Causal evaluation of atoms on facts: what edits of codes do to answers, beside what bounds and what mocks them.
+"""Causal evaluation of atoms on facts: what edits of codes do to answers, with a ceiling, a floor and nulls.
 
-Every fact A has a partner B, another subject with another answer. Edits act at A's token, in the difference that they
+Every fact A has a partner B, another subject with another answer. Edits act at A's token, through the difference they
 make; the whole activation of B in its place is the ceiling, random atoms with a change of the same norm are the null.
 """
 
@@ -32,8 +32,8 @@ class Swaps(NamedTuple):
 
     Attributes:
         prompts: about A, n of them.
-        answers: of every fact A's answer, then B's.
-        seen: activations at A's token, and the gradient of A's answer by them.
+        answers: for every fact A's answer, then B's.
+        seen: activations at A's token, and the gradient of A's answer with respect to them.
         target: activations at B's token.
     """
 
@@ -44,7 +44,7 @@ class Swaps(NamedTuple):
 
 
 def pair(prompts: Sequence[Prompt], generator: torch.Generator) -> list[int]:
-    """For every fact another one with another answer, at random.
+    """For every fact the index of another one with another answer, drawn at random.
 
     Raises:
         AtomLensError: all facts have one answer.
@@ -56,10 +56,12 @@ def pair(prompts: Sequence[Prompt], generator: torch.Generator) -> list[int]:
         )
     partners = []
     for answer in answers:
-        # An answer that begins another one (Guinea, Guinea-Bissau) would count as both.
+        # An answer that starts another one (Guinea, Guinea-Bissau) would count as both.
         others = [i for i, other in enumerate(answers) if not _begins(str(answer), str(other))]
         if not others:
-            raise AtomLensError(f"answer {answer!r} begins all others, or they it: a swap needs another answer")
+            raise AtomLensError(
+                f"answer {answer!r} starts every other answer or is started by it: a swap needs another answer"
+            )
         partners.append(others[int(torch.randint(len(others), (), generator=generator))])
     return partners
 
@@ -73,8 +75,9 @@ class Evaluation:
 
     Args:
         model: as of `splice`.
-        hook: where the atoms belong.
-        sae: the atoms; one that rescales its input at run time is refused, its codes mean another change each time.
+        hook: where the atoms act.
+        sae: the atoms; an SAE that rescales its input at run time is refused, because the same code would mean a
+            different change each time.
         swaps: the facts.
         positions: which token of the subject; one per prompt.
         prepend_bos: whether prompts begin with BOS.
@@ -109,11 +112,11 @@ class Evaluation:
 
     @torch.no_grad()
     def decoded(self, change: Float[Tensor, "n F"]) -> Float[Tensor, "n d"]:
-        """The change of the activation that a change of codes makes."""
+        """The change of the activation that a change of codes causes."""
         return (self.sae.decode(change) - self.sae.decode(torch.zeros_like(change))).cpu().float()
 
     def random_like(self, change: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
-        """A change of as many atoms as `change` has, drawn at random, with the same norm in the activation."""
+        """A change of as many atoms as `change` has, drawn at random, that moves the activation by the same norm."""
         ranks = torch.rand(change.shape, generator=self.generator).argsort(dim=1).argsort(dim=1).to(change.device)
         drawn = torch.randn(change.shape, generator=self.generator).to(change)
         drawn = drawn * (ranks < (change != 0).sum(dim=1, keepdim=True))
@@ -135,9 +138,9 @@ class Evaluation:
 
         Returns:
             "none": no edit, the floor. "patch": B's whole activation, the ceiling. "swap": x + (z_B - z_A) D.
-            "replace": decode(z_B) alone. "exchange": by code, at every token, without being told where the subject is.
-            "random": as many random atoms, the same norm of change. "other": towards a third subject's code, the same
-            norm. "rest": what the swap leaves of the patch. And
+            "replace": decode(z_B) alone. "exchange": by code, at every token, without knowing where the subject is.
+            "random": as many random atoms, a change of the same norm. "other": towards a third subject's code, the same
+            norm. "rest": what the patch does beyond the swap. And
             dose -> scores of x + dose (z_B - z_A) D.
         """
         before, after, change = self.codes, self.target_codes, self.target_codes - self.codes
@@ -159,7 +162,7 @@ class Evaluation:
         return found, {dose: found.pop(f"dose {dose}") for dose in doses}
 
     def null_doses(self, doses: Sequence[float]) -> Doses:
-        """The null "other" of `swap` at other doses: towards a third subject's code, by the norm of the dose."""
+        """The null "other" of `swap` at other doses: towards a third subject's code, with the norm of that dose."""
         other = self.other_like(self.target_codes - self.codes)
         names = {str(dose): self._added(dose * other) for dose in doses}
         found = ask(self.backend, self.swaps.prompts, self.swaps.answers, names, **self.reading)
@@ -169,16 +172,16 @@ class Evaluation:
         return self.at(lambda s, b: s.add(None, change[b.rows], positions=b.subject))
 
     def strongest(self, score: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n F"]:
-        """1 for the k atoms of the largest score of every fact that fire there, else 0."""
+        """1 for the k atoms that fire with the largest score, for every fact; else 0."""
         fires = score.masked_fill(self.codes == 0, -torch.inf)
         chosen = torch.zeros_like(score).scatter(1, fires.topk(min(k, score.shape[1]), dim=1).indices, 1.0)
         return chosen * (self.codes != 0)
 
     def ablate(self, ks: Sequence[int]) -> tuple[Scores, dict[tuple[str, int], Scores]]:
-        """A's answer, and A's answer without its k strongest atoms: (rank, k) -> scores.
+        """Scores of A's answer, and of A's answer without its k strongest atoms: (rank, k) -> scores.
 
-        Ranks are "attribution", "activation" and, as a null, "random": as many random atoms changed, by the norm of
-        what attribution takes away.
+        Ranks are "attribution", "activation" and, as a null, "random": as many random atoms, a change of the norm of
+        that by attribution.
         """
         names: dict[str, Prepare | None] = {"none": None}
         for k in ks:
@@ -197,7 +200,7 @@ class Evaluation:
     def installed(self, k: int) -> dict[str, Prepare]:
         """Edits that act at every token of any prompt, BOS included: exchange A for B by code, ablate A's k strongest.
 
-        "steer" adds the change from A to B everywhere, whatever the code: what the key of an exchange is worth.
+        "steer" adds the change from A to B everywhere, whatever the code: it shows what an exchange gains by matching.
         """
         before, after, change = self.codes, self.target_codes, self.target_codes - self.codes
         factor = 1 - self.strongest(self.attribution, k)
@@ -208,7 +211,7 @@ class Evaluation:
         }
 
     def spared(self, prompts: Sequence[Prompt], k: int, **reading: Any) -> dict[str, Float[Tensor, " n"]]:
-        """KL of the next token of `prompts`, the i-th under what is installed for the i-th fact (`installed`)."""
+        """KL of the next token of `prompts`, the i-th under the edits `installed` for the i-th fact."""
         return divergence(self.backend, prompts, self.installed(k), **{**self.reading, **reading})
 
     def same_subject(self, templates: Sequence[str], k: int) -> dict[str, Float[Tensor, " n"]]:
@@ -235,7 +238,7 @@ class Evaluation:
 
 
 def third(pairs: Swaps) -> list[int]:
-    """For every fact the next one whose answer is neither of its two; the next one at all where there is none."""
+    """For every fact the next one whose answer is neither of its two, or just the next one where there is none."""
     answers = [own for own, _ in pairs.answers]
     chosen = []
     for i, both in enumerate(pairs.answers):
@@ -247,7 +250,7 @@ def third(pairs: Swaps) -> list[int]:
 def known(
     model: Any, prompts: Sequence[Prompt], positions: Positions = "subject_last", prepend_bos: bool = True
 ) -> list[int]:
-    """Which prompts the model completes with their answer, greedily and to its last token."""
+    """Which prompts the model completes with the whole of their answer by greedy decoding."""
     answers = [(str(prompt.answer),) for prompt in prompts]
     scores = ask(model, prompts, answers, {"none": None}, positions, prepend_bos)["none"]
     return scores.greedy[:, 0].nonzero()[:, 0].tolist()
@@ -261,7 +264,7 @@ def swaps(
     positions: Positions = "subject_last",
     prepend_bos: bool = True,
 ) -> Swaps:
-    """Facts paired, and read at `hook`."""
+    """Pair facts, and read their activations at `hook`."""
     partners = pair(prompts, generator)
     seen = read(model, hook, prompts, [str(p.answer) for p in prompts], positions, prepend_bos)
     answers = [(str(p.answer), str(prompts[j].answer)) for p, j in zip(prompts, partners, strict=True)]

@@ -1,4 +1,4 @@
-"""Edits of codes: what becomes of which atoms, at which positions, for which items of the batch."""
+"""Edits of codes: how which atoms change, at which positions, for which items of the batch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from atom_lens.errors import AtomLensError
 from atom_lens.tensors.checks import Which, choice, indices
 
-# None: every position, also those that generation adds. Columns of the prompt, negative ones from its end. Or a mask
-# of shape (pos,) or (batch, pos).
+# None: every position, also those that generation adds. Or columns of the prompt, negative ones from its end. Or a
+# mask of shape (pos,) or (batch, pos).
 Positions = Which | None
-# One number; one per chosen atom, (k,); or one per item of the batch and chosen atom, (batch, k).
+# One number; or one per chosen atom, (k,); or one per item of the batch and chosen atom, (batch, k).
 Value = SupportsFloat | np.ndarray | Tensor
 
 
@@ -27,8 +27,8 @@ class Place:
 
     Attributes:
         positions: None, columns of the token batch (padding counts, as everywhere in TransformerLens), or a mask of
-            shape (pos,) or (batch, pos). Columns and masks are of the prompt; tokens that generation adds are edited
-            under None only.
+            shape (pos,) or (batch, pos). Columns and masks are of the prompt; only None also edits tokens that
+            generation adds.
         items: indices or a mask of the batch; None for all.
 
     Raises:
@@ -42,7 +42,7 @@ class Place:
         positions = self.positions
         if isinstance(positions, Tensor | np.ndarray) and positions.ndim == 2:
             table = torch.as_tensor(positions)
-            # Attention masks are integers.
+            # Attention masks are integers, so 0 and 1 are accepted here.
             if not bool(((table == 0) | (table == 1)).all()):
                 raise AtomLensError("positions has two dimensions, a mask (batch, pos) holds booleans, or 0 and 1 only")
             object.__setattr__(self, "positions", table.bool())
@@ -52,7 +52,7 @@ class Place:
             object.__setattr__(self, "items", choice(self.items, "item"))
 
     def mask(self, batch: int, length: int, past: int, device: torch.device) -> Bool[Tensor, "batch pos"]:
-        """The places within one forward pass of `length` columns that stand after `past` cached ones.
+        """The places within one forward pass of `length` columns that follow `past` cached ones.
 
         Raises:
             AtomLensError: a position outside the prompt, an item outside the batch, a mask of another shape.
@@ -89,7 +89,7 @@ class Edit:
         change: (codes of the chosen atoms, item of the batch that each row belongs to) -> codes.
         atoms: indices or a mask of the chosen atoms; None for all.
         place: where it acts.
-        others: the chosen atoms are all but `atoms`.
+        others: whether all atoms but `atoms` are chosen.
     """
 
     change: Callable[[Float[Tensor, "rows k"], Int[Tensor, " rows"]], Float[Tensor, "rows k"]]
@@ -149,7 +149,7 @@ def scale(atoms: Which | None, factor: Value, positions: Positions = None, items
 
 
 def add(atoms: Which | None, amount: Value, positions: Positions = None, items: Which | None = None) -> Edit:
-    """z' = z + amount, whether the atom fires or not: steering along it. In units of the code."""
+    """z' = z + amount, in units of the code, whether the atom fires or not: steering along it."""
     return Edit(lambda z, of: z + rows_of(amount, z, of), _chosen(atoms), Place(positions, items))
 
 
@@ -175,7 +175,7 @@ def exchange(
 ) -> Edit:
     """z' = z - min(z, old) + s new, with s = sum(min(z, old)) / sum(old): as much of `new` as there was of `old`.
 
-    Where the code is `old` it becomes `new`; where no atom of `old` fires nothing happens. So it needs no position.
+    Where the code is `old` it becomes `new`; where no atom of `old` fires nothing happens, so no position is needed.
     """
 
     def change(z: Float[Tensor, "rows F"], items: Int[Tensor, " rows"]) -> Float[Tensor, "rows F"]:

@@ -1,4 +1,4 @@
-"""Facts: prompts with a subject and a known answer, put to a model, clean or under edits."""
+"""Facts: prompts with a subject and a known answer, asked of a model, clean or under edits."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BATCH = 64
 
 
 class Batch(NamedTuple):
-    """Some prompts with an answer begun, padded on the left.
+    """Some prompts with the start of an answer, padded on the left.
 
     Attributes:
         rows: which prompts these are.
-        tokens, mask: token ids and which of them are real.
-        subject: where the chosen tokens of the subject are, the places to edit.
+        tokens, mask: token ids, and which of them are real.
+        subject: where the chosen tokens of the subject are, which edits act on.
     """
 
     rows: Int[Tensor, " batch"]
@@ -37,19 +37,19 @@ class Batch(NamedTuple):
     subject: Bool[Tensor, "batch pos"]
 
 
-# Opens what is to be done to the model while a batch runs; None leaves it alone.
+# Returns a context in which the model is edited while a batch runs; None leaves the model alone.
 Prepare = Callable[[Batch], Any]
 
 
 class Scores(NamedTuple):
-    """What a model makes of answers: log-probability of the whole answer, and whether greedy decoding gives it."""
+    """How a model answers: log-probability of the whole answer, and whether greedy decoding gives it."""
 
     logprob: Float[Tensor, "n answers"]
     greedy: Bool[Tensor, "n answers"]
 
 
 class Answered(NamedTuple):
-    """A prompt with all of an answer but its last token, and the answers that can be scored on it."""
+    """A prompt with all tokens of an answer but the last, and the answers that can be scored on it."""
 
     row: int
     ids: list[int]
@@ -60,15 +60,15 @@ class Answered(NamedTuple):
 def tokenised(
     tokenizer: Any, prompt: Prompt, answer: str, positions: Positions, prepend_bos: bool
 ) -> tuple[list[int], list[int], list[int]]:
-    """Tokens of a prompt, of its answer after a blank (where there is one), and which tokens of the prompt to edit.
+    """Tokens of a prompt, of its answer after a blank (if there is one), and which tokens of the prompt to edit.
 
     Raises:
-        AtomLensError: what `select_tokens` refuses, or an answer that is not told from the prompt by its tokens.
+        AtomLensError: what `select_tokens` refuses, or an answer without tokens of its own.
     """
     text = f"{prompt.text} {answer}" if answer else prompt.text
     ((ids, offsets),) = texts_tokenised(tokenizer, [text], prepend_bos)
     n = sum(start < len(prompt.text) for start, _ in offsets)
-    # Begun within the prompt, and beyond the blank after it: that part of the answer would be given away.
+    # A token that starts in the prompt and reaches into the answer would give a part of it away.
     if answer and (n == len(ids) or offsets[n - 1][1] > len(prompt.text) + 1):
         raise AtomLensError(f"the answer {shown(answer)!r} has no tokens of its own after {shown(prompt.text)!r}")
     return ids[:n], ids[n:], select_tokens(prompt, offsets[:n], positions)
@@ -87,7 +87,7 @@ def ask(
     Args:
         model: as of `splice`.
         prompts: n prompts.
-        answers: of every prompt the answers to score, as many for each.
+        answers: for every prompt the answers to score, equally many.
         edits: name -> what to do before a batch runs; None for the clean model.
         positions: where `Batch.subject` points to.
         prepend_bos: put the tokenizer's BOS before every prompt.
@@ -125,7 +125,7 @@ def answered(
     """Token sequences that score all `answers`; answers of one token share the sequence of their prompt.
 
     Raises:
-        AtomLensError: what `tokenised` refuses, a blank answer, or a prompt that with it is longer than the context.
+        AtomLensError: what `tokenised` refuses, a blank answer, or a prompt and answer longer than the context.
     """
     sequences: dict[tuple[int, tuple[int, ...]], Answered] = {}
     for row, (prompt, options) in enumerate(zip(prompts, answers, strict=True)):
@@ -140,7 +140,7 @@ def answered(
                 )
             key = (row, tuple(wanted[:-1]))
             sequences.setdefault(key, Answered(row, ids + wanted[:-1], chosen, [])).answers.append((column, wanted))
-    # Answers of like length together: only so many columns go through the unembedding, the dearest layer there is.
+    # Answers of similar length together: fewer columns then go through the unembedding, the most expensive layer.
     return sorted(sequences.values(), key=lambda sequence: (len(sequence.answers[0][1]), len(sequence.ids)))
 
 
@@ -164,7 +164,7 @@ def divergence(
         max_tokens: longer prompts are cut after these, and where the model's context ends.
 
     Raises:
-        AtomLensError: a prompt whose chosen tokens lie beyond `max_tokens`, so that an edit there would act nowhere.
+        AtomLensError: a prompt whose chosen tokens lie beyond `max_tokens`, so that edits there would do nothing.
     """
     backend = wrap_backend(model)
     max_tokens = min(max_tokens, backend.n_ctx)

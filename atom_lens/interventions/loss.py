@@ -1,4 +1,4 @@
-"""Loss: how much worse a model predicts text with the reconstructions of a dictionary in the place of activations."""
+"""Loss: how much worse a model predicts text when a dictionary's reconstructions replace its activations."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from atom_lens.evidence.results import Loss
 from atom_lens.interventions.facts import padded
 from atom_lens.interventions.splice import heads_merged
 
-_TOKENS = 256  # of a batch: its logits are tokens x vocabulary
-_ROWS = 8  # of logits at a time where a copy is made: copies of all would cost more in page faults than in arithmetic
+_TOKENS = 256  # per batch: its logits are tokens x vocabulary
+_ROWS = 8  # rows of logits copied at a time: copying all would cost more in page faults than in arithmetic
 
 
 @torch.no_grad()
@@ -35,11 +35,11 @@ def spliced_losses(
     prepend_bos: bool = True,
     max_tokens: int = 1024,
 ) -> dict[str, Loss]:
-    """Cross-entropy and KL of the model on texts, with each dictionary in it, from the same passes for all.
+    """Cross-entropy and KL of the model on texts, with each dictionary spliced in, all on the same batches.
 
-    As sae-lens' evaluator computes `ce_loss_score` when it leaves special tokens out of the reconstruction: the first
-    token's activation stays where a beginning-of-sequence token was prepended (no dictionary is made for it), and the
-    ablation puts zeros everywhere.
+    This is how sae-lens' evaluator computes `ce_loss_score` when it leaves special tokens out of the reconstruction:
+    the first token keeps its activation where a beginning-of-sequence token was prepended (no dictionary is made for
+    it), and the ablation puts zeros everywhere.
 
     Args:
         model: a TransformerBridge, a HookedTransformer or an nnsight model.
@@ -104,7 +104,7 @@ def first_texts(texts: Sequence[Prompt], tokenizer: Any, n: int) -> list[Prompt]
 
 
 def _batches(tokens: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Texts of about the same length, together up to so many tokens."""
+    """Texts of about the same length, up to `_TOKENS` tokens together."""
     batch: list[list[int]] = []
     for ids in tokens:
         if batch and (len(batch) + 1) * len(ids) > _TOKENS:
@@ -119,7 +119,7 @@ def _zeros(x: Tensor, past: int) -> Tensor:
 
 
 def _replacing(dictionary: Dictionary, kept: Bool[Tensor, "batch pos"], hook: str) -> Change:
-    """Reconstructions in the place of the activations of the tokens in `kept`."""
+    """Replace the activations of the tokens in `kept` by reconstructions."""
 
     def change(x: Tensor, past: int) -> Tensor:
         rows = x.flatten(2)

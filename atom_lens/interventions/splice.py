@@ -1,4 +1,4 @@
-"""Splice: atoms in the forward pass of a live model, so that an edit of codes edits what the model does."""
+"""Splice: atoms in the forward pass of a live model, so that editing codes changes what the model does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Site:
     patches: list[tuple[Tensor, Place]] = field(default_factory=list)
 
 
-# Trained BatchTopK SAEs are saved as jumprelu; while they train they choose across the batch.
+# Trained BatchTopK SAEs are saved as jumprelu; during training they choose across the batch.
 _ACROSS_ROWS = ("temporal", "batchtopk", "matryoshka_batchtopk")
 
 
@@ -40,7 +40,7 @@ class Splice:
     """Atoms in a model, made by `splice`. Edits act while its ``with`` block is open, until `clear` takes them back.
 
     An edit acts through the difference it makes, x + decode(z') - decode(z): what the atoms do not explain stays as
-    it is, and an ablation is not cancelled by an error term. Edits of one hook act in the order they were given.
+    it is, and no error term cancels an ablation. Edits of one hook act in the order they were given.
     """
 
     def __init__(self, backend: Backend, atoms: Mapping[str, SAE[Any]], replace: bool) -> None:
@@ -59,7 +59,7 @@ class Splice:
         if self.backend.tracing:
             raise AtomLensError("a splice was opened inside a running nnsight trace: open the splice first, then trace")
         if self._is_open:
-            raise AtomLensError("this splice is open already: make another one with splice() to nest them")
+            raise AtomLensError("this splice is already open: make another one with splice() to nest them")
         with ExitStack() as attached:
             for hook, site in self._sites.items():
                 attached.callback(self.backend.attach(hook, _change(hook, site, self.replace)))
@@ -74,7 +74,7 @@ class Splice:
         self._open.close()
 
     def apply(self, edit: Edit, hook: str | None = None) -> Splice:
-        """Add an edit at `hook`, which may be left out where atoms are spliced at one hook only.
+        """Add an edit at `hook`, which may be omitted where atoms are spliced at one hook only.
 
         Raises:
             AtomLensError: no such hook in this splice, or an atom that the dictionary does not have.
@@ -103,7 +103,7 @@ class Splice:
         return self.apply(edits.add(atoms, amount, **place), hook)
 
     def keep_only(self, atoms: Which, *, hook: str | None = None, **place: Any) -> Splice:
-        """z' = 0 for every atom but these."""
+        """z' = 0 for all other atoms."""
         return self.apply(edits.keep_only(atoms, **place), hook)
 
     def swap(self, codes: Tensor, *, hook: str | None = None, **place: Any) -> Splice:
@@ -111,17 +111,17 @@ class Splice:
         return self.apply(edits.swap(codes, **place), hook)
 
     def exchange(self, old: Tensor, new: Tensor, *, hook: str | None = None, **place: Any) -> Splice:
-        """`new` for as much of `old` as is there, wherever it is (see `edits.exchange`)."""
+        """Exchange as much of `old` as is present for `new`, wherever it is (see `edits.exchange`)."""
         return self.apply(edits.exchange(old, new, **place), hook)
 
     def patch(self, values: Tensor, *, hook: str | None = None, **place: Any) -> Splice:
-        """x' = values, (d,) or (batch, d), with everything the atoms leave out: the ceiling of any swap of codes."""
+        """x' = values, (d,) or (batch, d), including what the atoms leave out: the ceiling of any swap of codes."""
         _, site = self._site(hook)
         site.patches.append((values, Place(**place)))
         return self
 
     def clear(self, hook: str | None = None) -> Splice:
-        """Take all edits back, at `hook` or everywhere; the atoms stay spliced."""
+        """Remove all edits, at `hook` or everywhere; the atoms stay spliced."""
         for name in [hook] if hook else self._sites:
             _, site = self._site(name)
             site.edits.clear()
@@ -148,11 +148,11 @@ def splice(
     Args:
         model: a TransformerBridge, SAETransformerBridge, HookedTransformer, or nnsight model.
         atoms: one SAE, several at different hooks (their metadata says where), or hook -> SAE.
-        replace: put the reconstruction in the place of the activation, at every position, instead of adding the
-            difference that edits make.
+        replace: replace the activation by the reconstruction, at every position, instead of adding the difference that
+            edits make.
 
     Raises:
-        AtomLensError: a hook that this model lacks or that carries two SAEs, an SAE that reads and writes different
+        AtomLensError: a hook that this model lacks or that is given two SAEs, an SAE that reads and writes different
             hooks, a model without hooks, a splice inside a running nnsight trace. While running: a width that does
             not fit, a position outside the prompt.
     """
@@ -226,14 +226,14 @@ def _edited(
         codes = new = sae.encode(x.to(sae.W_dec))
         for edit, rows in chosen:
             new = torch.where(rows.to(new.device)[:, None], edit(new, items.to(new.device)), new)
-        # Both in one call: sae-lens forgets the norm that it divided by once it has decoded.
+        # Both in one call: after decoding, sae-lens forgets the norm that it divided by.
         after, before = sae.decode(torch.stack([new, codes]))
     return after.to(x) if replace else x + (after - before).to(x)
 
 
 @contextmanager
 def heads_merged(sae: SAE[Any]) -> Iterator[None]:
-    """An SAE of hook_z merges heads by itself and remembers their width: rows are merged here, it is left as it was."""
+    """Stop an SAE of hook_z from merging heads, and restore its state afterwards: rows are merged already."""
     names = ("hook_z_reshaping_mode", "reshape_fn_in", "reshape_fn_out", "d_head")
     kept = {name: getattr(sae, name) for name in names if hasattr(sae, name)}
     if sae.hook_z_reshaping_mode:

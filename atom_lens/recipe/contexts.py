@@ -1,4 +1,4 @@
-"""Contexts: the texts, and in them the tokens, at which a run's activations were read."""
+"""Contexts: the texts, and the tokens in them, at which a run's activations were read."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Corpus:
 
     Attributes:
         x: shape (n, d).
-        prompts: that they were read from.
-        places: of each row the prompt, and the first and one past the last character of the token read, shape (n, 3).
+        prompts: what they were read from.
+        places: for each row its prompt, and the first and one past the last character of the token read, shape (n, 3).
         heldout: rows that no training saw, shape (n,).
     """
 
@@ -39,7 +39,7 @@ class Corpus:
         return len(self.places)
 
     def prompt(self, row: int) -> Prompt:
-        """What row `row` was read from."""
+        """The prompt that row `row` was read from."""
         return self.prompts[int(self.places[row, 0])]
 
     def span(self, row: int) -> tuple[int, int]:
@@ -49,7 +49,7 @@ class Corpus:
 
 
 def corpus(recipe: Recipe, hook: str) -> Corpus:
-    """What the units of `hook` of a run are read on: from the store, where the recipe has been run here.
+    """The activations at `hook` of a run and their texts; from the store, if the recipe was run here.
 
     Raises:
         AtomLensError: the hook is not one of the recipe's, or the recipe has activations and no texts.
@@ -70,7 +70,7 @@ def corpus(recipe: Recipe, hook: str) -> Corpus:
 def places_of(
     rows: Int[Tensor, "n 2"], prompts: Sequence[Prompt], tokenizer: Any, prepend_bos: bool
 ) -> Int[Tensor, "n 3"]:
-    """Of activations that were read at (prompt, token) the prompt and the characters, as `Corpus.places`."""
+    """`Corpus.places` of activations that were read at (prompt, token)."""
     texts = [prompt.text for prompt in prompts]
     offsets = [characters for _, characters in tokenised(tokenizer, texts, prepend_bos)]
     return torch.tensor([[prompt, *offsets[prompt][token]] for prompt, token in rows.tolist()])

@@ -1,4 +1,4 @@
-"""Activations that a recipe is given in a file, in place of a model that reads prompts."""
+"""Activations that a recipe takes from a file, instead of a model that reads prompts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from atom_lens.tensors.rows import scratch
 
 
 def given_prompts(recipe: Recipe) -> list[Prompt]:
-    """For every row a prompt that stands for its subject or document; there is no text that was read."""
+    """For every row a placeholder prompt with its subject or document; no text was read."""
     path = Path(str(recipe.activations))
     if recipe.split.groups is not None:
         names = lines_of(read_text(existing(recipe.split.groups)).removesuffix("\n"))
         if "" in names:
             raise AtomLensError(f"split.groups has an empty line, {names.index('') + 1}: every row needs its group")
-    else:  # known by what they hold, whatever the file is called; rows of one context stay on one side of a split
+    else:  # named by their values, whatever the file is called; rows of one context stay on one side of a split
         rows = next(iter(_matrices(recipe).values()))
         together = _column(_dataset(path), recipe.hooks)[1][0] if path.is_dir() else 1
         contexts = [blake2b(some.numpy().tobytes(), digest_size=8).hexdigest() for some in rows.split(together)]
@@ -43,7 +43,7 @@ def given_activations(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
 
     Raises:
         AtomLensError: no such file, a file that holds something else, rows that are not finite, hooks that are not in
-            it, or groups of which there are not as many as rows.
+            it, or a number of groups that is not that of rows.
     """
     found = Harvest()
     found.from_store = True
@@ -57,7 +57,7 @@ def given_activations(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
 
 
 def _matrices(recipe: Recipe) -> dict[str, Float[Tensor, ...]]:
-    """hook -> its rows, mapped from the file where they are float32."""
+    """hook -> its rows, mapped from the file if they are float32."""
     path, hooks = Path(str(recipe.activations)), recipe.hooks
     if not path.exists():
         raise AtomLensError(f"key activations is {str(path)!r}: there is no such file or folder")
@@ -82,7 +82,7 @@ def _matrices(recipe: Recipe) -> dict[str, Float[Tensor, ...]]:
 
 
 def _chosen(names: list[str], hooks: list[str]) -> list[str]:
-    """The matrix of every hook; where there is one of each they belong together, whatever they are called."""
+    """The matrix of every hook; one matrix and one hook belong together, whatever their names."""
     if len(names) == len(hooks) == 1:
         return names
     if missing := [hook for hook in hooks if hook not in names]:
@@ -91,7 +91,7 @@ def _chosen(names: list[str], hooks: list[str]) -> list[str]:
 
 
 def _dataset(folder: Path) -> Dataset:
-    """What sae-lens' CacheActivationsRunner has written: a row per context, of shape (context, d)."""
+    """What sae-lens' CacheActivationsRunner wrote: a row per context, of shape (context, d)."""
     try:
         data = load_from_disk(str(folder))
     except OSError as error:

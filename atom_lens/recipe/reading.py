@@ -1,4 +1,4 @@
-"""Recipes as files: read, overridden, checked and written; whatever is wrong with one is said in one sentence."""
+"""Recipes as files: read, overridden, checked and written; any fault of one is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, a file or one of the package by name, and apply ``section.key=value`` overrides (values in YAML).
+    """Read a recipe, a file or the package's own by name, and apply ``section.key=value`` overrides (values in YAML).
 
     Raises:
         AtomLensError: no such file, not YAML, an unknown key, a wrong type or a value that is not allowed; one
@@ -48,7 +48,7 @@ def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[s
         if key in given:
             raise AtomLensError(f"override {key!r} is given twice")
         if lost := next((one for one in given if one.startswith(f"{key}.")), None):
-            raise AtomLensError(f"override {key!r} replaces what override {lost!r} said: give it first")
+            raise AtomLensError(f"override {key!r} replaces what override {lost!r} set: give it first")
         given.add(key)
         node = data
         *parents, last = key.split(".")
@@ -69,7 +69,7 @@ def check_recipe(data: Any, where: str = "the recipe") -> Recipe:
 
 
 def checked(kind: type[AnySection], data: Any, where: str) -> AnySection:
-    """`data` as a section; an AtomLensError says in one sentence what is wrong first, and `where`."""
+    """`data` as a section; an AtomLensError says in one sentence the first thing that is wrong, and `where`."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""A recipe: everything that a study depends on, in one YAML file, checked before anything is loaded."""
+"""A recipe: everything that a study depends on, in one YAML file that is checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 
 class Recipe(Section):
-    """One study: model, prompts, hooks and positions, split, metric; atoms and training where some are trained.
+    """One study: model, prompts, hooks and positions, split, metric; atoms and training if it trains any.
 
-    What only one study needs is a section that the study registers (`register_section`). `other_text` is what edits
-    should leave alone (`atom-lens intervene`), and, unless `domains` names others, the other distribution of
-    `atom-lens shift`. In place of a model and prompts a recipe may have `activations` of your own: a file (.npy, or
+    What only one study needs is a section that the study registers (`register_section`). `other_text` is text that
+    edits should leave alone (`atom-lens intervene`) and, unless `domains` names others, the other distribution of
+    `atom-lens shift`. Instead of a model and prompts a recipe may have `activations` of your own: a file (.npy, or
     .safetensors with a matrix for every hook) or a folder of sae-lens' cached activations.
     """
 
@@ -59,9 +59,9 @@ class Recipe(Section):
                 if key not in self.model_fields_set or getattr(self, key) is None:
                     raise AtomLensError(f"key {key} is missing")
             if self.split.groups is not None:
-                raise AtomLensError("key split.groups is given, allowed is it only beside activations")
+                raise AtomLensError("key split.groups is given, it is allowed only with activations")
         elif self.prompts is not None or self.stream is not None:
-            raise AtomLensError("key activations is given, allowed is it without prompts and without stream")
+            raise AtomLensError("key activations is given, it is allowed only without prompts and without stream")
         return self
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class Recipe(Section):
         return self
 
     def source(self, command: str) -> Source:
-        """The prompts, for what is about the texts that a model reads.
+        """The prompts, for commands that need the texts that a model reads.
 
         Raises:
             AtomLensError: the recipe has activations instead.
@@ -81,10 +81,10 @@ class Recipe(Section):
         return self.prompts
 
     def section(self, kind: type[T] | Any) -> T:
-        """The section that a study has registered as `kind`.
+        """The section that a study registered as `kind`.
 
         Raises:
-            AtomLensError: the recipe has none, and there is no default.
+            AtomLensError: the recipe lacks it, and it has no default.
         """
         name, default = next((name, default) for name, (one, default) in _SECTIONS.items() if one == kind)
         found: Any = getattr(self, name, default)
@@ -93,12 +93,12 @@ class Recipe(Section):
         return found
 
     def to_train(self, command: str) -> tuple[Atoms, Training]:
-        """What dictionaries are trained from, checked before any work.
+        """The sections that training needs, checked before any work.
 
-        Only commands ask: a recipe may be read where its device is not, and may have no such sections.
+        Only commands call this: a recipe may be read on a machine without its device, and may lack these sections.
 
         Raises:
-            AtomLensError: a section is missing, or a device is not there.
+            AtomLensError: a section is missing, or a device is not available.
         """
         for name in ("atoms", "training"):
             if getattr(self, name) is None:
@@ -113,12 +113,12 @@ _SECTIONS: dict[str, tuple[Any, Section | dict[str, Any] | None]] = {}
 
 
 def register_section(name: str, kind: Any, default: Section | dict[str, Any] | None = None) -> None:
-    """Let recipes have a section `name`; without a `default` it is only there where it is given."""
+    """Let recipes have a section `name`; without a `default`, only those that give it have it."""
     _SECTIONS[name] = kind, default
 
 
 def recipe_type() -> type[Recipe]:
-    """`Recipe` with the sections of all studies that are registered; the same type while these are the same."""
+    """`Recipe` with the sections of all registered studies; the same type as long as these are the same."""
     return _with_sections(tuple(_SECTIONS))
 
 

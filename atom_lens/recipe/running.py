@@ -1,4 +1,4 @@
-"""Running text of a recipe: the side of the split that a document is on, its first contexts, the stream of all."""
+"""A recipe's running text: the side of the split that a document is on, the first contexts, the stream of all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Side = Literal["train", "validation", "heldout"]
 
 
 def document_side(split: Split, document: str) -> Side:
-    """Drawn from the text itself: the same however many documents there are, and for every copy of one."""
+    """The side of a document, drawn from its text: the same for every copy, and however many documents there are."""
     digest = hashlib.sha256(f"{split.seed} {document}".encode()).digest()
     at = int.from_bytes(digest[:8], "big") / 2**64
     if at < split.heldout:
@@ -31,10 +31,10 @@ def document_side(split: Split, document: str) -> Side:
 def first_contexts(
     documents: Iterable[Prompt], tokenizer: Any, asked: Streaming, split: Split, prepend_bos: bool
 ) -> list[Prompt]:
-    """Contexts of the first documents: as many of each side of a split as are asked for, if there are.
+    """Contexts of the first documents: as many tokens of each side of a split as are asked for, or all there are.
 
     Raises:
-        AtomLensError: a side of the split is left without documents.
+        AtomLensError: a side of the split has no documents.
     """
     missing: dict[Side, int] = {"train": asked.metric_tokens, "heldout": asked.heldout_tokens}
     if split.validation:
@@ -51,8 +51,8 @@ def first_contexts(
                 break
     if empty:
         raise AtomLensError(
-            f"split.heldout is {split.heldout} and split.validation {split.validation}: of the documents none is on "
-            f"the side {' or '.join(sorted(empty))}, give more documents"
+            f"split.heldout is {split.heldout} and split.validation {split.validation}: no document is on the side "
+            f"{' or '.join(sorted(empty))}, give more documents"
         )
     return found
 
@@ -67,7 +67,7 @@ def beginnings(recipe: Recipe) -> list[Prompt]:
 
 
 def stream_of(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest) -> Stream:
-    """The activations of all training documents; nothing that a held-out row depends on is among them.
+    """The activations of all training documents, without any token prefix that is also held out.
 
     Args:
         recipe: with a section `stream`.

@@ -1,4 +1,4 @@
-"""Sections of a recipe: the model, the split, the metric, and what dictionaries are made and trained from."""
+"""Sections of a recipe: the model, the split, the metric, the dictionaries and their training."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Model(Section):
 
 
 class Split(Section):
-    """Held-out data, and what choices are made on. No subject lies on two sides, and no document of running text.
+    """Held-out and validation data. No subject, and no document of running text, is on two sides.
 
     `validation` is a share of the subjects that are not held out: nothing is trained on them. Thresholds of pursuits
     are set there, and learning rates are chosen there. `groups` is a text file with the subject or document of every
-    row of given activations, a line each; without it each row, or cached context, is one of its own.
+    row of given activations, a line each; without it each row, or cached context, is its own subject.
     """
 
     groups: str | None = None
@@ -40,9 +40,9 @@ class Streaming(Section):
     """Running text: the prompts are documents, and a model reads all their tokens while dictionaries are trained.
 
     The first `metric_tokens` of the training documents are kept on disk, like the activations of any other recipe, and
-    so are `heldout_tokens` of the documents that are held out. They tell the metric and the first atoms, reports are
-    measured on them, and studies that train many dictionaries train on them. What `train` reads after them is not kept:
-    it passes through a buffer of `buffer_size` activations of each hook in memory.
+    so are `heldout_tokens` of the documents that are held out. Metric and first atoms are taken from them, reports are
+    measured on them, and studies that train many dictionaries train on them. What `train` reads after them is not
+    stored: it passes through a buffer of `buffer_size` activations of each hook in memory.
     """
 
     context_size: int = Field(128, ge=2)
@@ -69,11 +69,11 @@ class Wandb(Section):
 
 
 class Pursuit(Section):
-    """What pursuit dictionaries, and TopK in the AIP, are made with besides.
+    """Settings of pursuit dictionaries and of TopK in the AIP.
 
     `norm` is alpha: 0 is the AIP, 1 Euclidean. `amortised` is the share of the steps with a TopK encoder, before those
     under the pursuit; a code has at most `cap` times the L0 asked for. `coherence_coefficient` weights the mean over
-    atoms of the sum of their squared coherences with the others, next to a share of variance: more raises q*. With
+    atoms of the sum of their squared coherences with the others, relative to a share of variance: more raises q*. With
     `distilled` a plain TopK SAE that finds the atoms of a trained pursuit in one product is trained after it, and kept
     in its folder.
     """
@@ -89,14 +89,14 @@ class Pursuit(Section):
 
 
 class Atoms(Section):
-    """The dictionary, and what a TSAE is trained with: the one place for defaults and for what is allowed.
+    """The dictionary, and the settings of a TSAE: the only place for its defaults and limits.
 
-    What pursuits and TopK in the AIP are made with instead is in `pursuit`.
+    The settings of pursuits and of TopK in the AIP are in `pursuit`.
     """
 
     architecture: Architecture = "aip_tsae"
     capacity: int = Field(ge=1, description="d_sae")
-    target_l0: float = Field(gt=0, description="wanted number of active atoms of every activation")
+    target_l0: float = Field(gt=0, description="number of active atoms to aim for, for every activation")
     encoder: Literal["tied", "free"] = Field(
         "free", description="tied keeps W_enc = D S as in the identifiability theorem, free learns it"
     )
@@ -110,28 +110,28 @@ class Atoms(Section):
         description="the residual is weighted by the eigenvalues of C to this power: 0 is the AIP norm, 1 Euclidean",
     )
     l0_coefficient: float = Field(
-        0.15, gt=0, description="weight of 2 (K - target_l0)^2 / target_l0 beside a share of variance"
+        0.15, gt=0, description="weight of 2 (K - target_l0)^2 / target_l0, relative to a share of variance"
     )
     noise: float = Field(
         0.3,
         ge=0,
-        description="expected square norm of the Gaussian noise on what the encoder reads in training, as a share of "
-        "the activation's; keeps thresholds and codes as they are on activations never seen",
+        description="expected square norm of the Gaussian noise on the encoder's input in training, as a share of the "
+        "activation's; it keeps thresholds and codes valid on unseen activations",
     )
     revival: float = Field(
-        1 / 32, ge=0, description="weight of the loss in which dead atoms explain what the living leave over"
+        1 / 32, ge=0, description="weight of the loss in which dead atoms explain what the living ones leave over"
     )
     bandwidth: float = Field(
         0.05, gt=0, description="width of the straight-through window, in norms of a whitened activation"
     )
     step: Literal["dense", "sparse"] = Field(
         "sparse",
-        description="sparse goes through active entries and those in the window only: the same up to rounding, and "
-        "faster while few are active; the SAE's forward hooks do not fire then, and codes are sparse tensors",
+        description="sparse visits only active entries and those in the window: the same up to rounding, and faster "
+        "while few are active; the SAE's forward hooks then do not fire, and codes are sparse tensors",
     )
     encoder_product: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="of sparse steps: bfloat16 looks for entries in that precision, missing none, and computes those "
+        description="of sparse steps: bfloat16 searches entries in that precision, missing none, and computes the ones "
         "found in the precision of the weights",
     )
     pursuit: Pursuit = Pursuit.model_validate({})
@@ -155,13 +155,13 @@ class Training(Section):
     device: str = "auto"
     seed: Seed = 0
     seeds: int = Field(1, ge=1, description="runs from independent starts, trained in one pass")
-    checkpoint_minutes: float = Field(5.0, ge=0, description="between checkpoints that a stopped run goes on from")
+    checkpoint_minutes: float = Field(5.0, ge=0, description="between checkpoints, from which a stopped run resumes")
     nulls: bool = Field(True, description="also train the frozen-decoder and the shuffled-coordinates null")
     also: list[Also] = Field([], description="other kinds, trained in the same pass and shown in the same table")
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Training:
-        if self.warm_up + self.decay > 1 + 1e-9:  # 0.9 and 0.1 are 1 together, whatever floats say
+        if self.warm_up + self.decay > 1 + 1e-9:  # 0.9 and 0.1 add up to 1, whatever floats say
             raise AtomLensError(
                 f"training.warm_up is {self.warm_up:g} and training.decay {self.decay:g}, allowed is up to 1 together"
             )

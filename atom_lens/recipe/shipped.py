@@ -12,7 +12,7 @@ from atom_lens.storage.text import existing
 def shipped() -> dict[str, Path]:
     """Name -> file."""
     here = Path(__file__).parent
-    # A wheel has them beside this module, a checkout at its top.
+    # A wheel has them next to this module, a checkout at its top.
     folder = next(one for one in (here / "shipped", here.parents[1] / "recipes") if one.is_dir())
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
@@ -21,8 +21,8 @@ def find_recipe(given: str | Path) -> Path:
     """A file, or else the recipe of that name.
 
     Raises:
-        AtomLensError: neither; the message names the nearest.
-        OSError: a path to nothing.
+        AtomLensError: neither; the message names the nearest recipe.
+        OSError: a path where nothing is.
     """
     name, known = str(given), shipped()
     if Path(given).is_file():

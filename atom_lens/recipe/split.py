@@ -43,14 +43,14 @@ def heldout_rows(groups: Labels, share: float, seed: int) -> Bool[Tensor, " n"]:
 
 
 def prompts_of(recipe: Recipe) -> list[Prompt]:
-    """The prompts whose activations a recipe keeps; of running text the contexts of its first documents."""
+    """The prompts whose activations a recipe keeps; for running text, the contexts of its first documents."""
     if recipe.activations is not None:
         return given_prompts(recipe)
     return recipe.source("a recipe").read() if recipe.stream is None else beginnings(recipe)
 
 
 def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
-    """The activations that a recipe asks for, at those of `prompts_of`."""
+    """The activations that a recipe asks for, at the prompts of `prompts_of`."""
     if recipe.activations is not None:
         return given_activations(recipe, prompts)
     return harvest(
@@ -70,7 +70,7 @@ def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
 
 
 def sides(recipe: Recipe, groups: Sequence[str]) -> tuple[Bool[Tensor, " n"], Bool[Tensor, " n"]]:
-    """The held-out rows, and those for validation, of the subject or document of every row."""
+    """The held-out rows, and those for validation, from the subject or document of every row."""
     split = recipe.split
     if recipe.stream is not None:
         at = {group: document_side(split, group) for group in set(groups)}
@@ -88,7 +88,7 @@ class SplitActivations(NamedTuple):
     """Activations of one hook, float32. No subject is in both parts.
 
     `subjects` are those of the held-out rows; `prompts` and `heldout_prompts` say which prompt each row comes from.
-    `validation` are rows of subjects that are in neither part, None where the recipe asks for none.
+    `validation` has rows of subjects that are in neither part, None where the recipe asks for none.
     """
 
     x: Float[Rows, "n d"]
@@ -108,8 +108,8 @@ def split_activations(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest,
     d = x.shape[1]
     if int(out.sum()) < 2:
         raise AtomLensError(
-            f"split.heldout is {recipe.split.heldout}, of {len(x)} activations it leaves {int(out.sum())} held-out: "
-            "at least 2 are needed"
+            f"split.heldout is {recipe.split.heldout}, which holds out {int(out.sum())} of {len(x)} activations: at "
+            "least 2 are needed"
         )
     subjects = [groups[i] for i in out.nonzero()[:, 0].tolist()]
     own = ~out & ~aside

@@ -1,4 +1,4 @@
-"""YAML as people mean it: no key twice, and scalars as YAML 1.2 reads them."""
+"""YAML as people mean it: no repeated keys, and scalars as in YAML 1.2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":  # what is merged in may be overridden
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":  # merged keys may be overridden
                 if key.value in seen:
                     line = key.start_mark.line + 1
                     raise yaml.YAMLError(f"key {key.value!r} is given twice, the second time in line {line}")
@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version would read as something else."""
+    """Quotes scalars that either version would read as something else."""
 
 
 for _tag, (_pattern, _first) in _SCALARS.items():
@@ -48,10 +48,10 @@ for _tag, (_pattern, _first) in _SCALARS.items():
 
 
 def read_yaml(text: str) -> Any:
-    """What a YAML document says.
+    """The content of a YAML document.
 
     Raises:
-        AtomLensError: it is not YAML, gives a key twice, or is nested too deep.
+        AtomLensError: it is not YAML, repeats a key, or is nested too deep.
     """
     try:
         return yaml.load(text, _Loader)
@@ -62,5 +62,5 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(data: Any) -> str:
-    """A YAML document that `read_yaml`, and a reader of YAML 1.1, reads back as it was."""
+    """A YAML document that `read_yaml`, and readers of YAML 1.1, read back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,1 +1,1 @@
-"""Publishing atoms, writing their model card, and converting them for other libraries."""
+"""Publishing atoms with a model card, and converting dictionaries for other libraries."""

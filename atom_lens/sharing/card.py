@@ -1,4 +1,4 @@
-"""The model card: what a reader of the Hub should know, made from the reports and the recipe of a run."""
+"""The model card: what a reader on the Hub should know, from the reports and the recipe of a run."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def run_card(
     """The README.md of a run: metadata, how to load, and every hook's table and figure with held-out data and nulls.
 
     Args:
-        reports: hook -> report.json; each has its figure beside it in the repository.
+        reports: hook -> report.json; each has a figure in the same folder of the repository.
         repo_id: where the atoms are published.
         recipe: of the run, which names its data.
-        license: of the atoms, as the Hub abbreviates it; None says nothing about it.
+        license: of the atoms, as the Hub abbreviates it; None leaves it out.
     """
     first = next(iter(reports.values()), None)
     base = first.model if first else None
@@ -45,7 +45,7 @@ def run_card(
     data = ModelCardData(
         library_name="saelens",
         tags=_TAGS,
-        # A local folder, a GGUF file or the demo model is nothing the Hub could link to.
+        # The Hub cannot link to a local folder, a GGUF file or the demo model.
         base_model=base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None,
         datasets=[prompts.path] if isinstance(prompts, HubDataset) else None,
         license=license,
@@ -56,7 +56,7 @@ def run_card(
         f"# {repo_id.split('/')[1]}",
         f"Atoms of {_code(str(base))}: threshold sparse autoencoders in the atomic inner product "
         "([arXiv 2509.20784](https://arxiv.org/abs/2509.20784)), made with atom-lens "
-        f"{__version__}. Figures are of training data, of data no training saw, and of dictionaries that know nothing.",
+        f"{__version__}. Numbers are given for training data, for held-out data, and for nulls.",
         "```python\n"
         "from sae_lens import SAE  # alone\n"
         f'sae = SAE.from_pretrained("{repo_id}", "{example}")\n\n'
@@ -80,13 +80,13 @@ def run_card(
 
 
 def _code(text: str) -> str:
-    """A code span: on one line, and neither Markdown nor HTML whatever is in it."""
+    """A code span on one line, in which nothing is read as Markdown or HTML."""
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {visible(text)} {fence}" if "`" in text else f"{fence}{visible(text)}{fence}"
 
 
 def merged_card(card: str, old: str | None) -> str:
-    """`card`, with what `old` says beside it: other text and other metadata stay as they are."""
+    """`card` merged into the card `old`, whose other text and metadata stay as they are."""
     if old is None:
         return card
     new, before = ModelCard(card, ignore_metadata_errors=True), ModelCard(old, ignore_metadata_errors=True)

@@ -1,4 +1,4 @@
-"""Convert: any dictionary that can be read, written as a folder that sae-lens and whatever builds on it reads."""
+"""Convert: any dictionary that can be read, written as a folder for sae-lens and everything built on it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def convert(
     Atoms keep their metric, exactly, whatever `dtype` their weights are written in.
 
     Args:
-        source: anything `load_atoms` reads from, of any architecture that sae-lens has, but for its releases.
+        source: anything that `load_atoms` reads except releases of sae-lens; of any architecture that sae-lens has.
         out: the new folder.
         hook, revision: which dictionary, as in `load_atoms`.
         dtype: of the weights; None keeps theirs.
-        threshold: whether bare weights hold thresholds ("plain") or their logarithms ("log"); "auto" goes by the name.
+        threshold: whether bare weights hold thresholds ("plain") or their logarithms ("log"); "auto" decides by name.
 
     Raises:
         FileExistsError: `out` is not empty.
-        AtomLensError: nothing known at `source`, or a dtype that is not allowed.
+        AtomLensError: nothing of a known kind at `source`, or a dtype that is not allowed.
     """
     out = Path(out)
     check_new(out)
@@ -71,9 +71,9 @@ def command(
     Example: atom-lens convert runs/cities-16k atoms-9 --hook 9 --dtype bfloat16
 
     Args:
-        source: folder, file or user/name of ours or another library
+        source: folder, file or user/name, of ours or another library
         out: the new folder
-        hook: which dictionary, where there are several: a name, a glob or a layer
+        hook: which dictionary, if there are several: a name, a glob or a layer
         dtype: of the weights: float32, bfloat16 or float16 (default: theirs)
         threshold: whether bare weights hold thresholds or their logarithms
     """

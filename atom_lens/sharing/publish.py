@@ -1,4 +1,4 @@
-"""Publish: a run's atoms, its evidence and a card made from them, on the Hugging Face Hub in one commit."""
+"""Publish: a run's atoms, its evidence and a model card, on the Hugging Face Hub in one commit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from atom_lens.storage.terminal import say
 from atom_lens.studies.train.show import evidence
 from atom_lens.views.plot import save_png
 
-# What is published of a folder of atoms; anything else that lies there stays at home.
+# What is published of a folder of atoms; anything else in it stays local.
 _ATOMS = (
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
@@ -40,7 +40,7 @@ _RUN = ("recipe.yaml", "report.json", MANIFEST)
 
 @dataclass(frozen=True)
 class Published:
-    """What was, or with `dry_run` would be, published.
+    """What was published, or would be without `dry_run`.
 
     Attributes:
         url: of the commit; None for a dry run.
@@ -65,24 +65,24 @@ def publish(
 ) -> Published:
     """Publish a run folder as a model repository that sae-lens, and `load_atoms`, read from.
 
-    One commit holds all layers and seeds. Large files go first: a publish that was cut off leaves the repository at its
-    old commit (or, if only the answer was lost, at the new one), and the next sends only what is not there yet. A
-    README.md of the repository is merged: its text and its metadata stay, the part that this function wrote is
-    replaced. Files that an earlier publish wrote for the same hooks and that this run does not have are removed.
+    One commit holds all layers and seeds. Large files are sent first: an interrupted publish leaves the repository at
+    its old commit (or, if only the answer was lost, at the new one), and the next one sends only what is missing. A
+    README.md of the repository is merged: its text and metadata stay, and the part that this function wrote is
+    replaced. Files that an earlier publish wrote for the same hooks and that this run lacks are removed.
 
     Args:
-        folder: of `train`, with atoms, report.json and recipe.yaml.
-        repo_id: "user/name"; created where it does not exist.
+        folder: a run folder of `train`, with atoms, report.json and recipe.yaml.
+        repo_id: "user/name"; created if it does not exist.
         hooks: names, globs or layer numbers of the hooks to publish; all if empty.
-        private: for a repository that is created now.
-        license: of the atoms, as the Hub abbreviates it ("mit"); None leaves what the repository says.
-        dry_run: say what would be published, ask nothing of the Hub and change nothing.
-        token: of the Hub; None takes the one that ``hf auth login`` keeps.
+        private: whether a repository that is created now is private.
+        license: of the atoms, as the Hub abbreviates it ("mit"); None keeps what the repository says.
+        dry_run: only return what would be published; the Hub is not asked and nothing changes.
+        token: of the Hub; None takes the one that ``hf auth login`` stored.
 
     Raises:
         FileNotFoundError: no run at `folder`.
-        AtomLensError: files that are not what the run wrote, no such hook, a name that is not "user/name", or the Hub
-            refuses.
+        AtomLensError: files that changed since the run wrote them, no such hook, a name that is not "user/name", or a
+            refusal by the Hub.
     """
     folder = Path(folder)
     try:
@@ -111,10 +111,10 @@ def publish(
 def _commit(
     api: HfApi, repo_id: str, files: dict[str, Path], card: str, private: bool, message: str
 ) -> tuple[str, str]:
-    """One commit of `files` and the card, merged with the README that is there; its URL, and the merged card."""
+    """Commit `files` and the card, merged with an existing README; returns the commit's URL and the merged card."""
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        # One state of the repository is read and built on: what somebody changes meanwhile is an error, not lost.
+        # The commit builds on the state that is read here: a change by somebody else meanwhile is an error, not lost.
         parent = api.repo_info(repo_id).sha
         there = api.list_repo_files(repo_id, revision=parent)
         old = None
@@ -127,7 +127,7 @@ def _commit(
         operations.append(CommitOperationAdd("README.md", card.encode()))
         operations += [CommitOperationDelete(name) for name in there if _stale(name, files)]
         found = api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent)
-    except Exception as error:  # the client raises errors of its HTTP library as they are, and that changes
+    except Exception as error:  # the client passes on errors of its HTTP library, which has changed before
         said = (str(error).splitlines() or [type(error).__name__])[0]
         said = without_secrets(said, api.token if isinstance(api.token, str) else get_token())
         raise AtomLensError(f"publishing to {repo_id!r} did not complete, try again: {said}") from None
@@ -135,14 +135,14 @@ def _commit(
 
 
 def _stale(name: str, files: dict[str, Path]) -> bool:
-    """Whether a file of the repository is one that a publish wrote for a hook published now, and that is no more."""
+    """Whether an earlier publish wrote this file for a hook that is published now, and the run no longer has it."""
     parts = name.split("/")
     ours = len(parts) in (2, 3) and f"{parts[0]}/{SAE_CFG_FILENAME}" in files and parts[-1] in (*_ATOMS, FIGURE)
     return ours and name not in files and (len(parts) == 2 or parts[1].startswith(WITHIN))
 
 
 def _files(folder: Path, hooks: Sequence[str]) -> dict[str, Path]:
-    """Path in the repository -> file, of the chosen hooks and their seeds; each is what its manifest says."""
+    """Path in the repository -> file, for the chosen hooks and their seeds; each was checked against its manifest."""
     available = sorted(path.parent.name for path in folder.glob(f"*/{SAE_CFG_FILENAME}"))
     if not available or not (folder / "recipe.yaml").exists():
         lacks = "no folder in it holds atoms" if not available else "it has no recipe.yaml"
@@ -178,11 +178,11 @@ def command(
 
     Args:
         run: run folder
-        repo: user/name, created where it does not exist
-        hook: layer number, name or glob of a hook; repeat (default: all)
+        repo: user/name, created if it does not exist
+        hook: layer number, name or glob of a hook; may be repeated (default: all)
         license: of the atoms, as the Hub abbreviates it, e.g. mit
-        private: for a repository that is created now
-        dry_run: say what would be published, change nothing
+        private: make a repository that is created now private
+        dry_run: only show what would be published
     """
     found = publish(run, repo, hooks=hook, private=private, license=license, dry_run=dry_run)
     total = sum(found.files.values())

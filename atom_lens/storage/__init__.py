@@ -1,1 +1,1 @@
-"""One door to disk: files and folders that are whole or absent, sealed, locked, and read with suspicion."""
+"""All access to disk: files and folders that are whole or absent, sealed, locked, and checked when read."""

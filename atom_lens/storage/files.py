@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, synced, then renamed; and read with suspicion."""
+"""Files that are whole or absent: written under a temporary name, synced, then renamed; and checked when read."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from atom_lens.errors import AtomLensError
 from atom_lens.storage.text import read_text
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, format characters, halves of surrogate pairs, separators
-_JOINERS = "\u200c\u200d"  # which scripts and emoji cannot be written without
+_JOINERS = "\u200c\u200d"  # some scripts and emoji need them
 _SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
-_TEMPORARY = ".atom-lens-"  # what begins with this is ours, and nobody's if no process is writing it
+_TEMPORARY = ".atom-lens-"  # files of this prefix are ours, and abandoned if no process is writing them
 
 
 @contextmanager
 def _disk_full_is_an_oserror(path: Path) -> Iterator[None]:
-    """safetensors and Arrow each have an error of their own for a full disk; make them the same."""
+    """safetensors and Arrow each have their own error for a full disk; turn both into an OSError."""
     try:
         yield
     except Exception as error:
@@ -47,7 +47,7 @@ def _umask() -> int:
 def _sync(path: Path) -> None:
     """Make a file, or the names in a folder, survive a power cut."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders, and keeps their names by itself
+        return  # Windows cannot open folders, and keeps their names by itself
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -57,7 +57,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file beside `path`; it becomes `path` on success and vanishes on failure."""
+    """Yield a temporary file next to `path`; it becomes `path` on success and disappears on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"{_TEMPORARY}{path.name}.", dir=path.parent)
     os.close(handle)
@@ -65,7 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _disk_full_is_an_oserror(path):
             yield temporary
-        # mkstemp makes files for the owner alone; give the file the mode any other new file would have.
+        # mkstemp makes files for the owner alone; give it the mode of any other new file.
         temporary.chmod(0o666 & ~_umask())
         _sync(temporary)
         temporary.replace(path)
@@ -76,7 +76,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path` that is gone afterwards, unless it was renamed."""
+    """Yield a folder next to `path` that is removed afterwards, unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}.", dir=path.parent))
     try:
@@ -88,9 +88,9 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it becomes `path` on success and vanishes on failure.
+    """Yield a temporary folder next to `path`; it becomes `path` on success and disappears on failure.
 
-    What stands at `path` by then is never removed: anything but an empty folder is a FileExistsError.
+    Whatever is at `path` by then is never removed: anything but an empty folder is a FileExistsError.
     """
     path = path.resolve()
     with temporary_folder(path) as temporary:
@@ -100,7 +100,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def settle(work: Path, path: Path) -> None:
-    """Sync a folder and rename it to `path`, for good; an empty folder there gives way, anything else stays."""
+    """Sync a folder and rename it to `path`; an empty folder there is replaced, anything else stays."""
     sync_folder(work)
     try:
         if path.is_dir():
@@ -110,12 +110,12 @@ def settle(work: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise FileExistsError(f"folder {str(path)!r} came into being meanwhile, it is left as it is") from error
+        raise FileExistsError(f"folder {str(path)!r} was created meanwhile, it is left as it is") from error
     _sync(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make all that is in a folder survive a power cut; files get the mode that any new file would have."""
+    """Make everything in a folder survive a power cut; files get the mode of any new file."""
     mask = _umask()
     for place, _, names in os.walk(folder):
         for name in names:
@@ -127,19 +127,19 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock on what is written at `path`, ``.<name>.lock`` beside it; the kernel drops it with its process.
+    """Hold the lock on what is written at `path`, ``.<name>.lock`` next to it; the kernel drops it with its process.
 
     The lock's empty file stays: removing it would let two processes hold locks of the same name.
 
     Raises:
-        AtomLensError: another process holds it, and this one is not to `wait`.
+        AtomLensError: another process holds it, and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.parent / f".{path.name}.lock")
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise AtomLensError(f"another process works on {str(path)!r}: wait for it, or choose another name=") from None
+        raise AtomLensError(f"another process is using {str(path)!r}: wait for it, or choose another name=") from None
     try:
         yield
     finally:
@@ -147,9 +147,9 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left half-written in `folder`: all of it, or what was to become `name`.
+    """Remove what killed processes left half-written in `folder`: all of it, or only what was to become `name`.
 
-    To be called by whoever holds the lock on what is written there.
+    The caller must hold the lock on what is written there.
     """
     for path in folder.glob(f"{_TEMPORARY}{name}.*" if name else f"{_TEMPORARY}*"):
         if path.is_dir():
@@ -159,19 +159,19 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Refuse a file that could not be written, before the work for it (an AtomLensError)."""
+    """Refuse a file that cannot be written, before the work for it (an AtomLensError)."""
     if path.is_dir():
-        raise AtomLensError(f"{option} is {str(path)!r}, a folder: the name of a file is needed")
+        raise AtomLensError(f"{option} is {str(path)!r}, a folder: a file name is needed")
     parent = path.absolute().parent
     there = next(p for p in (parent, *parent.parents) if os.path.lexists(p))
     if not there.is_dir():
         raise AtomLensError(f"{option} is {str(path)!r}, below {str(there)!r}, which is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise AtomLensError(f"{option} is {str(path)!r}, and nothing may be written in {str(there)!r}")
+        raise AtomLensError(f"{option} is {str(path)!r}, but {str(there)!r} is not writable")
 
 
 def check_new(path: Path, another: str = "another") -> None:
-    """Refuse, before any work, an output folder that holds something already (a FileExistsError)."""
+    """Refuse, before any work, an output folder that is not empty (a FileExistsError)."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"output folder {str(path)!r} is not empty: choose {another} or remove it")
 
@@ -183,11 +183,11 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 
 def regular_file(path: Path, limit: int | None = None) -> int:
-    """The size of a file; anything that is not a file (a pipe would wait for ever) or above `limit` is refused.
+    """The size of a file; anything that is not a file (a pipe would block for ever) or above `limit` is refused.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        AtomLensError: it is no regular file, or longer than `limit` bytes.
+        FileNotFoundError: there is no such file.
+        AtomLensError: it is not a regular file, or longer than `limit` bytes.
     """
     try:
         found = path.stat()
@@ -201,10 +201,10 @@ def regular_file(path: Path, limit: int | None = None) -> int:
 
 
 def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
-    """Read a strict JSON mapping: no NaN, no key twice, no depth or length beyond reason.
+    """Read a strict JSON mapping: no NaN, no repeated keys, no excessive depth or length.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: there is no such file.
         AtomLensError: it is anything else.
     """
     regular_file(path, limit)
@@ -215,7 +215,7 @@ def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """A strict JSON mapping: no NaN or infinity, no key twice, not too deep; anything else is an AtomLensError."""
+    """A strict JSON mapping: no NaN or infinity, no repeated keys, not too deep; all else is an AtomLensError."""
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refused, parse_float=_finite)
     except RecursionError as error:
@@ -226,13 +226,13 @@ def parse_json(text: str) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """What a message may hold of something that was read: on one line, without control characters, not too long."""
+    """How messages quote something that was read: on one line, without control characters, not too long."""
     text = "".join(c if c.isprintable() else "?" for c in (value if isinstance(value, str) else repr(value)))
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def without_secrets(text: str, *secrets: str | None) -> str:
-    """`text` without `secrets`, the environment's keys, what is said after Bearer, and who is named in addresses."""
+    """`text` without `secrets`, keys of the environment, what follows "Bearer", and user names in addresses."""
     kept = (os.environ.get(name, "").strip() for name in _SECRET)
     for secret in filter(None, (*secrets, *(key for key in kept if len(key) >= 8))):
         text = text.replace(secret, "[secret]")
@@ -241,9 +241,9 @@ def without_secrets(text: str, *secrets: str | None) -> str:
 
 
 def visible(text: str, keep: str = "") -> str:
-    """`text` with escapes, as Python writes them, for what has no look of its own or changes that of its neighbours.
+    """`text` with Python's escapes for characters that are invisible or change how their neighbours look.
 
-    Those are control characters, terminals' and bidi ones among them, and blanks without a width; not those in `keep`.
+    These are control characters, including those of terminals and bidi text, and zero-width blanks; except `keep`.
     """
     if text.isprintable():
         return text
@@ -254,7 +254,7 @@ def visible(text: str, keep: str = "") -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise AtomLensError(f"a key of {shown(', '.join(made))} stands twice")
+        raise AtomLensError(f"a key of {shown(', '.join(made))} is repeated")
     return made
 
 

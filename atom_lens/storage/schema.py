@@ -1,4 +1,4 @@
-"""What is written and read as JSON or YAML: typed, and refused where it is anything else."""
+"""Types of everything written and read as JSON or YAML; anything that does not fit is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atom_lens.errors import AtomLensError
 from atom_lens.storage.files import read_json, shown, write_json
 
 Positive = Annotated[float, Field(gt=0)]
-# What torch, numpy and scikit-learn all take, with room for those derived from it: seed + 1, seed + 2, ...
+# What torch, numpy and scikit-learn all accept, with room for seeds derived from it: seed + 1, seed + 2, ...
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 AnyResult = TypeVar("AnyResult", bound="Result")
@@ -26,7 +26,7 @@ class Strict(BaseModel):
 
 
 class Section(Strict):
-    """A part of a recipe: lists hold nothing twice."""
+    """A part of a recipe: lists have no repeated values."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Section:
@@ -38,9 +38,9 @@ class Section(Strict):
 
 
 class Result(BaseModel):
-    """What was measured: the type that is written as JSON is the one that checks it when it is read.
+    """What was measured: one type writes it as JSON and checks it when it is read.
 
-    Reads like the JSON, too: ``report["heldout"]["r2"]`` is ``report.heldout.r2``.
+    It can be indexed like the JSON: ``report["heldout"]["r2"]`` is ``report.heldout.r2``.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -66,14 +66,14 @@ class Result(BaseModel):
         """Read what `write` wrote.
 
         Raises:
-            FileNotFoundError: nothing is there.
+            FileNotFoundError: there is no such file.
             AtomLensError: it is damaged, or of another version.
         """
         return cls.checked(read_json(path), path)
 
     @classmethod
     def checked(cls: type[AnyResult], found: Any, path: Path) -> AnyResult:
-        """`found`, read from `path`, as this type; an AtomLensError names what is wrong with it."""
+        """`found`, read from `path`, as this type; an AtomLensError says what is wrong with it."""
         if not isinstance(found, dict):
             raise AtomLensError(f"{str(path)!r} is damaged: it has {shown(found)} where a mapping is needed")
         version = cls.model_fields.get("schema_version")
@@ -91,7 +91,7 @@ class Result(BaseModel):
 
 
 def parsed(kind: type[AnyStrict], data: Any, path: Path) -> AnyStrict:
-    """`data`, read from `path`, as a `kind`; the first thing wrong with it is an AtomLensError of one sentence."""
+    """`data`, read from `path`, as a `kind`; an AtomLensError says in one sentence the first thing that is wrong."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

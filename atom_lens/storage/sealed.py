@@ -36,14 +36,14 @@ class _File(Strict):
 
 
 class Manifest(Strict):
-    """`manifest.json`: the schema version, and every file that lies directly in its folder."""
+    """`manifest.json`: the schema version, and every file directly in its folder."""
 
     format: int = Field(ge=FORMAT, le=FORMAT)
     files: dict[_Name, _File]
 
 
 def seal(folder: Path, names: Iterable[str]) -> None:
-    """Write the manifest of the files `names` in `folder`; whatever else lies there is not of it."""
+    """Write the manifest of the files `names` in `folder`; other files there are not part of it."""
     files = {n: {"bytes": (folder / n).stat().st_size, "sha256": _sha256(folder / n)} for n in sorted(names)}
     write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
 
@@ -52,8 +52,8 @@ def seal(folder: Path, names: Iterable[str]) -> None:
 def sealed_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder whose files become those of `path`, sealed: all of them or, on failure, none.
 
-    Where `path` exists they are put in one by one, the manifest last: a process killed then leaves a seal that does not
-    fit. Of what was there before, nothing is of the new manifest.
+    If `path` exists, files are moved in one by one, the manifest last: a process killed meanwhile leaves a seal that
+    does not fit. The new manifest lists nothing that was there before.
     """
     if not path.is_dir():
         with new_folder(path) as temporary:
@@ -74,7 +74,7 @@ def manifest_of(folder: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: there is none.
-        AtomLensError: it is not what docs/format.md asks for.
+        AtomLensError: it is not as docs/format.md asks.
     """
     found = read_json(folder / MANIFEST)
     if found.get("format") != FORMAT:
@@ -83,11 +83,11 @@ def manifest_of(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, names: Sequence[str] | None = None) -> list[str]:
-    """Check `names`, or all files of the manifest, against their lengths and hashes; returns all that it lists.
+    """Check `names`, or all files of the manifest, against their lengths and hashes; returns all names that it lists.
 
     Raises:
-        FileNotFoundError: a file, or the manifest, is not there.
-        AtomLensError: the manifest does not list a file, or a file is not as it was when it was written.
+        FileNotFoundError: a file, or the manifest, is missing.
+        AtomLensError: the manifest does not list a file, or a file has changed since it was written.
     """
     files = manifest_of(folder).files
     for name in files if names is None else names:
@@ -97,7 +97,7 @@ def verify(folder: Path, names: Sequence[str] | None = None) -> list[str]:
         size = regular_file(path)
         if size != files[name].bytes:
             raise AtomLensError(
-                f"{str(path)!r} has {size} bytes, {files[name].bytes} were written: it is cut or replaced"
+                f"{str(path)!r} has {size} bytes, {files[name].bytes} were written: it was truncated or replaced"
             )
         if _sha256(path) != files[name].sha256:
             raise AtomLensError(f"{str(path)!r} is not what was written: its SHA-256 differs from the manifest")

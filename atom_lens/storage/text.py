@@ -1,4 +1,4 @@
-"""Text files as people have them: with a byte-order mark or without, with any line endings, and no others."""
+"""Text files: in UTF-8 or with a byte-order mark, with any of the usual line endings."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from atom_lens.errors import AtomLensError
 
-# Longest first: the mark of UTF-32 begins with that of UTF-16.
+# Longest first: the mark of UTF-32 starts with that of UTF-16.
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file in UTF-8, or in what its byte-order mark says; the mark is not a part of it.
+    """The text of a file in UTF-8, or in the encoding of its byte-order mark, without the mark.
 
     Raises:
         OSError: no such file.
-        AtomLensError: it is not such text; the message says at which line and byte.
+        AtomLensError: it is not such text; the message names the line and the byte.
     """
     raw = Path(path).read_bytes()
     encoding = _encoding(raw)
@@ -30,7 +30,7 @@ def read_text(path: str | Path) -> str:
         where = f"byte {error.start}, in line {line}: {error.reason}"
         raise AtomLensError(f"{str(path)!r} is not text in {name} at {where}") from None
     if (at := text.find("\0")) >= 0:
-        raise AtomLensError(f"{str(path)!r} is not text: a NUL stands in line {len(lines_of(text[:at]))}")
+        raise AtomLensError(f"{str(path)!r} is not text: there is a NUL in line {len(lines_of(text[:at]))}")
     return text
 
 
@@ -42,7 +42,7 @@ def lines_in(path: str | Path) -> Iterator[str]:
         with open(path, encoding=encoding) as text:
             for line in text:
                 if "\0" in line:
-                    read_text(path)  # which says where
+                    read_text(path)  # its error says where
                 yield line.removesuffix("\n")
     except UnicodeDecodeError:
         read_text(path)
@@ -54,15 +54,15 @@ def _encoding(start: bytes) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines as files have them: ended by LF, CR LF or CR, and by nothing else that Unicode knows."""
+    """Lines as in files: ended by LF, CR LF or CR, and by none of Unicode's other separators."""
     return re.split(r"\r\n|\n|\r", text)
 
 
 def existing(path: str | Path) -> Path:
-    """The path of a file that is there.
+    """The path of a file that exists.
 
     Raises:
-        AtomLensError: it is not.
+        AtomLensError: it does not.
     """
     found = Path(path).expanduser()
     if not found.is_file():

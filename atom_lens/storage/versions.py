@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions() -> dict[str, str]:
-    """Of this package and those that results depend on."""
+    """Versions of this package and of those that results depend on."""
     found = {"python": platform.python_version()}
     for package in ("atom-lens", "torch", "sae-lens", "transformer-lens", "nnsight", "transformers"):
         try:

@@ -1,4 +1,4 @@
-"""Studies: each a command, a recipe, a result, and its tables and figures."""
+"""Studies: each has a command, a section of a recipe, a result, and its tables and plots."""
 
 from atom_lens.discover import import_all
 

@@ -1,4 +1,4 @@
-"""Long studies go on where they were stopped: every cell is kept as soon as it is measured, for its recipe only."""
+"""Long studies resume where they were stopped: every cell is kept as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
-    """A folder is continued by the recipe that began it only, and by one process, or torchrun's together, at a time."""
-    if parallel.rank() > 0:  # process 0 looks after the folder
+    """Only the recipe that started a folder continues it, with one process (or torchrun's together) at a time."""
+    if parallel.rank() > 0:  # process 0 manages the folder
         parallel.together()
         yield
         return
@@ -51,10 +51,10 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 
 @contextmanager
 def result_folder(path: Path) -> Iterator[Path]:
-    """The folder of a study that leaves nothing to go on from: it is new, and appears whole; only one is written.
+    """The folder of a study that cannot be resumed: it is new and appears whole, and only one process writes it.
 
     Raises:
-        FileExistsError: something else is there.
+        FileExistsError: something else is at `path`.
     """
     check_new(path, "another name=")
     with locked(path.resolve()), new_folder(path) as work:
@@ -71,7 +71,7 @@ AnyKept = TypeVar("AnyKept", bound=Kept)
 
 
 def kept(path: Path, kind: type[AnyKept], make: Callable[[], AnyKept], says: Callable[[AnyKept], str]) -> AnyKept:
-    """The cell at `path`, made and logged with what it `says` if it is not there yet."""
+    """The cell at `path`; if it does not exist yet it is made, and logged with what it `says`."""
     if parallel.agreed(path.is_file):
         return kind.read(path)
     start = time.monotonic()
@@ -86,7 +86,7 @@ def kept(path: Path, kind: type[AnyKept], make: Callable[[], AnyKept], says: Cal
 
 
 def splits(recipe: Recipe, folder: Path) -> Iterator[tuple[str, SplitActivations]]:
-    """Each hook with its activations of both splits; a study ends with the activations that it began with, or not."""
+    """Each hook with its activations of both splits; a resumed study must have the activations that it began with."""
     prompts = prompts_of(recipe)
     found = harvest_for(recipe, prompts)
     same_activations(folder, found.views)

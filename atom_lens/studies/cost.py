@@ -16,12 +16,12 @@ from atom_lens.recipe.split import prompts_of, sides
 
 
 class Costs:
-    """Cross-entropy and KL of the recipe's model with a dictionary in it.
+    """Cross-entropy and KL of the recipe's model with a dictionary spliced in.
 
-    The model is loaded when the first dictionary comes: a study that goes on may have none left.
+    The model is loaded for the first dictionary: a resumed study may have none left to measure.
 
     Args:
-        recipe: tells the model and the texts.
+        recipe: gives the model and the texts.
         study: for messages.
         tokens: held-out tokens that the loss is taken of; 0 for none.
 
@@ -32,8 +32,8 @@ class Costs:
     def __init__(self, recipe: Recipe, study: str, tokens: int) -> None:
         if tokens and recipe.positions != "all":
             raise AtomLensError(
-                f"{study}.loss_tokens is {tokens} and positions {recipe.positions!r}, a loss is of dictionaries of all "
-                "tokens: positions: all, or loss_tokens: 0"
+                f"{study}.loss_tokens is {tokens} and positions {recipe.positions!r}, a loss needs dictionaries of all "
+                "tokens: set positions: all, or loss_tokens: 0"
             )
         self.recipe, self.tokens = recipe, tokens
 
@@ -50,7 +50,7 @@ class Costs:
         return first_texts(held, wrap_backend(self._model).tokenizer, self.tokens)
 
     def of(self, dictionaries: Sequence[Dictionary], hook: str) -> list[Loss | None]:
-        """The loss with each of them at `hook`; None for each where none is asked for."""
+        """The loss with each of them at `hook`; None for each if no loss is asked for."""
         if not self.tokens:
             return [None] * len(dictionaries)
         named = {str(number): one for number, one in enumerate(dictionaries)}

@@ -24,7 +24,7 @@ from atom_lens.storage.terminal import say
 from atom_lens.studies.train.show import report_table
 
 logger = logging.getLogger(__name__)
-# What decides which subjects a recipe reads, and which of them it holds out.
+# The keys that decide which subjects a recipe reads, and which of them it holds out.
 _READ = {
     "model",
     "prompts",
@@ -42,7 +42,7 @@ _READ = {
 def recipe_beside(path: str | Path) -> Path:
     """The recipe.yaml of the run that atoms at `path` belong to."""
     atoms = Path(path)
-    if atoms.name.startswith(WITHIN):  # these lie within the atoms of the first seed
+    if atoms.name.startswith(WITHIN):  # these are inside the folder of the first seed
         atoms = atoms.parent
     for folder in (atoms, atoms.parent):
         if (folder / "recipe.yaml").is_file():
@@ -60,8 +60,8 @@ def evaluate_folder(
     An SAE without a metric of its own is measured under the metric of the recipe's training split.
 
     Args:
-        path: whatever `load_atoms` reads from, but for releases, of any architecture that sae-lens has.
-        recipe: whose activations and split.
+        path: anything that `load_atoms` reads except releases; of any architecture that sae-lens has.
+        recipe: gives the activations and their split.
         overrides: ``section.key=value``, applied to a recipe that is read from a file.
         hook: which atoms of a run over several hooks.
 
@@ -94,11 +94,11 @@ def evaluate_folder(
 
 
 def check_split(folder: Path, recipe: Recipe) -> None:
-    """Atoms that know their recipe are not measured on held-out subjects that they were trained on.
+    """Refuse to measure atoms with a recipe of their own on held-out subjects that they were trained on.
 
     Args:
-        folder: of the atoms, or their run.
-        recipe: whose held-out rows they are to be measured on.
+        folder: of the atoms, or of their run.
+        recipe: the atoms are to be measured on its held-out rows.
 
     Raises:
         AtomLensError: some of those subjects were training subjects at a hook that both recipes read.
@@ -116,18 +116,18 @@ def check_split(folder: Path, recipe: Recipe) -> None:
             return
         theirs = _sides(own, before) if own.stream is None else _documents(own, before)
     except (ValueError, OSError) as error:
-        logger.warning("subjects held out now may have trained these atoms, whose own cannot be read: %s", error)
+        logger.warning("these atoms' own prompts cannot be read, subjects held out now may be among them: %s", error)
         return
     for hook, (heldout, _) in _sides(recipe, prompts).items():
         if seen := sorted(heldout & theirs.get(hook, (set(), set()))[1]):
             raise AtomLensError(
-                f"{len(seen)} of {len(heldout)} subjects held out now, {shown(seen[0])!r} among them, are subjects "
-                "that these atoms were trained with: keep the prompts, positions and split of their recipe.yaml"
+                f"{len(seen)} of {len(heldout)} subjects held out now, such as {shown(seen[0])!r}, are subjects that "
+                "these atoms were trained on: keep the prompts, positions and split of their recipe.yaml"
             )
 
 
 def _sides(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, tuple[set[str], set[str]]]:
-    """Hook -> the subjects held out, and those trained on, of the rows that are read: they decide how a split falls."""
+    """Hook -> the subjects held out and those trained on, among the rows that are read."""
     found: dict[str, tuple[set[str], set[str]]] = {}
     for hook, rows in harvest_for(recipe, prompts).rows.items():
         groups = [prompts[prompt].group for prompt in rows[:, 0].tolist()]
@@ -137,7 +137,7 @@ def _sides(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, tuple[set[str
 
 
 def _documents(recipe: Recipe, documents: Sequence[Prompt]) -> dict[str, tuple[set[str], set[str]]]:
-    """`_sides` of a recipe that streams, which has read all its documents and not only those that are kept."""
+    """`_sides` of a recipe that streams: it has read all documents, not only the stored ones."""
     groups = {document.group for document in documents}
     heldout = {group for group in groups if document_side(recipe.split, group) == "heldout"}
     hooks = harvest_for(recipe, prompts_of(recipe))
@@ -154,8 +154,8 @@ def command(
     Args:
         atoms: run folder, atoms folder, or any sae-lens SAE folder
         overrides: change a key of the recipe, e.g. model.device=cuda
-        recipe: whose activations (default: the run's own recipe.yaml)
-        hook: which atoms, where the run has several hooks
+        recipe: gives the activations (default: the run's own recipe.yaml)
+        hook: which atoms, if the run has several hooks
         json: also write the report to this file
     """
     if json is not None:

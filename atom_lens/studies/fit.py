@@ -1,4 +1,4 @@
-"""Fit: atoms of activations of your own, and what they are worth on rows that they were not trained on."""
+"""Fit: atoms from your own activations, and a report on held-out rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from atom_lens.training.fit import fit_one
 
 
 class Fitted(NamedTuple):
-    """Atoms on raw activations, with their metric, and the report on the rows that were held out."""
+    """Atoms on raw activations, with their metric, and the report on held-out rows."""
 
     atoms: Metered
     report: Report
@@ -53,11 +53,11 @@ def fit(
     sets the threshold.
 
     Args:
-        x: a tensor, a numpy array or memory map, of any floating-point type; it is read by the batch.
-        groups: the subject or document of every row; rows of one are never on two sides. None takes each row as one.
+        x: a tensor, a numpy array or memory map, of any floating-point type; it is read in batches.
+        groups: the subject or document of every row, which is never on two sides. None takes each row as its own.
         architecture: atoms under a pursuit, TopK in the AIP, or a threshold SAE.
         d_sae: number of atoms; None takes four times the width, and no more than one for every ten training rows.
-        target_l0: number of active atoms of an activation; of TopK exactly, of others on average.
+        target_l0: number of active atoms per activation; exact for TopK, an average for others.
         steps: of the training.
         batch_size: rows of a step.
         lr: the highest learning rate.
@@ -67,7 +67,7 @@ def fit(
         others: further keys of the section `atoms` of a recipe.
 
     Raises:
-        AtomLensError: rows that are no finite matrix, too few of them, groups that do not fit, or a key or value that
+        AtomLensError: rows that are not a finite matrix, too few rows, groups that do not fit, or a key or value that
             is not allowed.
     """
     given = check_rows(x, "x")

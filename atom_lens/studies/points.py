@@ -1,4 +1,4 @@
-"""What was measured of a dictionary as points: R² against q*, and both over the layers of a model."""
+"""Plots of measured dictionaries: R² against q*, both over the layers of a model, and both over L0."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SPLITS = {"heldout": "held-out", "train": "train"}
 
 
 def value(figures: Figures, key: str) -> float:
-    """R² (of a drawn null at its best), R² (AIP) or q* of a split."""
+    """R² (for a drawn null its best), R² (AIP) or q* of a split."""
     return figures.best_r2 if key == "r2" and isinstance(figures, NullFigures) else getattr(figures, key)
 
 
 class Measured(NamedTuple):
-    """Dictionaries of one kind, from one or several seeds: the kind, what was asked of it, and a run's splits each."""
+    """Dictionaries of one kind from one or several seeds: the kind, the level asked for, and the splits of each run."""
 
     kind: Kind
     asked: str
@@ -57,7 +57,7 @@ def plane(measured: Sequence[Measured], key: str) -> Draw:
 
 
 def layers(by_layer: Mapping[int, Sequence[Measured]], key: str) -> Draw:
-    """A line per kind over the layers, means over seeds; training values dotted and hollow, nulls held-out only."""
+    """A line per kind over the layers, means over seeds; training values dotted and hollow, nulls only held-out."""
 
     def draw(axes: Axes) -> None:
         every: list[float] = []
@@ -134,9 +134,9 @@ def over_l0(measured: Sequence[Measured], key: str) -> Draw:
 
 
 def over_layers(hooks: Mapping[str, Sequence[Measured]]) -> dict[str, dict[int, list[Measured]]]:
-    """What of `hooks` there is at several layers: the hook without its layer, and what was asked -> layer -> measured.
+    """What was measured at several layers: hook without its layer, and level asked for -> layer -> measured.
 
-    What nobody asks a sparsity of, neurons and pretrained features, is in every one of them.
+    Kinds without a level, neurons and pretrained features, are in every one of them.
     """
     found: dict[tuple[str, str], dict[int, list[Measured]]] = {}
     free: dict[str, dict[int, list[Measured]]] = {}

@@ -1,4 +1,4 @@
-"""Recipes: list those that come with the package, or copy one to change it."""
+"""List the recipes that come with the package, or copy one to change it."""
 
 from __future__ import annotations
 

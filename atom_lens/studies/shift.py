@@ -1,7 +1,7 @@
-"""Representation shift: what angle do activations centre on, and which metric puts it back to 90 degrees?
+"""Representation shift: what is the mean angle between activations, and which metric brings it back to 90 degrees?
 
-A metric undoes the shift of the kind of text that it was estimated on. How far it does so on other kinds is a matrix: a
-metric from each domain, on held-out activations of every domain.
+A metric undoes the shift of the kind of text that it was estimated on. A matrix shows how far it does so on others: the
+metric of each domain on held-out activations of every domain.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from atom_lens.views.table import Row, Table
 
 
 class Domain(Section):
-    """A kind of text, and where it is read."""
+    """A kind of text, and the positions that are read."""
 
     prompts: Prompts
     positions: Positions = "all"
@@ -47,13 +47,13 @@ class DomainAngles(Result):
     n_heldout: int
     condition: float
     euclidean: Angles
-    seen: Angles = Field(description="of training rows, under the metric that saw them")
+    seen: Angles = Field(description="of training rows, under the metric estimated on them")
     heldout: Angles = Field(description="of other subjects or texts of the domain, Euclidean")
-    under: dict[str, Angles] = Field(description="of those, under the metric of each domain")
+    under: dict[str, Angles] = Field(description="of the same, under the metric of each domain")
 
 
 class Shifts(Result):
-    """What shift.json holds: hook -> domain -> angles."""
+    """The content of shift.json: hook -> domain -> angles."""
 
     schema_version: int = 1
     model: str
@@ -64,7 +64,7 @@ class Shifts(Result):
 def shift(recipe: Recipe, out: str | Path = "runs") -> Path:
     """Angles at every hook of `recipe`, Euclidean and under the metric of each domain; returns ``out/<name>``.
 
-    The domains are those of `domains`; without any, the prompts as they are read, and all tokens of `other_text`.
+    The domains are those of `domains`; without any, the recipe's prompts, and all tokens of `other_text`.
 
     Raises:
         AtomLensError: a domain has fewer activations than the metric needs.
@@ -76,7 +76,7 @@ def shift(recipe: Recipe, out: str | Path = "runs") -> Path:
     folder = Path(out) / recipe.name
     check_new(folder, "another name=")
     texts = {name: domain.prompts.read() for name, domain in domains.items()}
-    for name, domain in domains.items():  # of every domain, before the first is harvested
+    for name, domain in domains.items():  # check every domain before the first is harvested
         try:
             check_prompts(as_prompts(texts[name]), domain.positions)
         except ValueError as error:
@@ -124,7 +124,7 @@ def show(result: Shifts, name: str) -> list[Part]:
         for domain, one in matrix.items():
             means = [one.euclidean, one.seen, *(one.under[other] for other in domains)]
             rows.append(Row(f"{hook} {domain}", [str(one.n), *(f"{found.mean:.2f}" for found in means)]))
-    note = 'Columns "under" are held-out rows, under the metric of a domain.'
+    note = 'Columns "under" are for held-out rows, under the metric of a domain.'
     panel = Panel(
         "Mean angles",
         "Held-out activations of each domain (rows), Euclidean and under the metric of each (columns), degrees.",

@@ -1,4 +1,4 @@
-"""A study: a command that leads from a recipe to a typed result, and what a reader sees of it."""
+"""A study: a command that turns a recipe into a typed result, and how a reader sees it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AnyResult = TypeVar("AnyResult", bound=Result)
 
 @dataclass(frozen=True)
 class Part:
-    """A part of what a reader sees: the page joins the parts of one title, a terminal shows their tables."""
+    """A part of what a reader sees: the page joins parts with the same title, a terminal shows their tables."""
 
     title: str
     tables: Sequence[Table] = ()
@@ -29,14 +29,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Study(Generic[AnyResult]):
-    """What a study leaves behind and how it is shown.
+    """What a study writes and how it is shown.
 
     Attributes:
         name: of its command.
-        result: the type of what it found.
-        file: that its folder holds it in; <name>.json where nothing is said.
-        show: its parts, given the name of its folder.
-        tables: further files that its folder holds: name -> table, written as CSV.
+        result: the type of its result.
+        file: the name of the result in its folder; <name>.json by default.
+        show: makes its parts, given the result and the name of its folder.
+        tables: further files in its folder: name -> table, written as CSV.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Study(Generic[AnyResult]):
         object.__setattr__(self, "file", self.file or f"{self.name}.json")
 
     def keep(self, result: AnyResult, folder: Path) -> None:
-        """Write a result, its tables as CSV, and a picture for each thing that the reader may choose (a hook)."""
+        """Write a result, its tables as CSV, and a picture for each choice that the reader has (a hook)."""
         result.write(folder / self.file)
         for name, table in self.tables(result).items():
             with replacing(folder / name) as temporary:
@@ -66,12 +66,12 @@ class Study(Generic[AnyResult]):
 
 
 def recipe_command(study: Study[AnyResult], run: Callable[..., Path], example: str) -> Callable[..., None]:
-    """The command of a study that leads from a recipe to a folder.
+    """The command of a study that turns a recipe into a folder.
 
     Args:
-        study: what the folder holds.
-        run: from (recipe file, overrides, out) to the folder.
-        example: of a call, for the help.
+        study: says what the folder holds.
+        run: (recipe file, overrides, out) -> the folder.
+        example: an example call, for the help.
     """
 
     def command(recipe: str, /, *overrides: str, out: Path = Path("runs"), json: Path | None = None) -> None:
@@ -102,7 +102,7 @@ Args:
 
 
 def summary_of(function: Callable[..., Any]) -> str:
-    """The first sentence of what a module does."""
+    """The first line of a module's docstring."""
     module = sys.modules[function.__module__]
     package = sys.modules.get(function.__module__.removesuffix(".run"), module)
     return (package.__doc__ or "").strip().splitlines()[0]
@@ -112,7 +112,7 @@ STUDIES: dict[str, Study[Any]] = {}
 
 
 def register(study: Study[AnyResult]) -> Study[AnyResult]:
-    """Let the command line and the page know a study, and `print` show its result as the terminal does."""
+    """Add a study to the command line and the page, and let `print` show its result as the terminal does."""
     STUDIES[study.name] = study
     setattr(study.result, "__str__", lambda result: study.text(result, study.name))  # noqa: B010 -- no method is known
     return study

@@ -1,4 +1,4 @@
-"""What recipes say of the dictionaries that a study measures: kinds by name, and pretrained SAEs."""
+"""The dictionaries that a study measures, as recipes name them: kinds by name, and pretrained SAEs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from atom_lens.storage.schema import Section
 
 
 def measured_kinds() -> list[Kind]:
-    """Kinds that a recipe may name: all but nulls, which are always there."""
+    """Kinds that a recipe may name: all but nulls, which are always measured."""
     return [one for one in kinds() if one.role != "null"]
 
 

@@ -1,4 +1,4 @@
-"""What callers hand over: matrices, choices, masks, labels and seeds, each taken for what it is or refused."""
+"""Checks of what callers pass in: matrices, choices, masks, labels and seeds, each taken for what it is or refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def matrix(x: Any, name: str) -> Tensor | Rows:
     """`x` as it is, or the tensor of a numpy array.
 
     Raises:
-        AtomLensError: another type, another number of dimensions than 2, or numbers that are not floating-point ones.
+        AtomLensError: another type, not two dimensions, or numbers that are not floating-point.
     """
     if not isinstance(x, Tensor | Rows | np.ndarray):
         raise AtomLensError(
@@ -36,18 +36,18 @@ def matrix(x: Any, name: str) -> Tensor | Rows:
         raise AtomLensError(f"{name} has numbers of type {x.dtype}, allowed are floating-point numbers")
     if isinstance(x, np.ndarray):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of arrays that cannot be written: nothing here writes
+            warnings.simplefilter("ignore", UserWarning)  # about read-only arrays: nothing here writes to them
             return torch.from_numpy(np.ascontiguousarray(x, x.dtype.newbyteorder("=")))
     return x
 
 
 def _plain(value: Any) -> Any:
-    """A number or text of numpy, or a tensor of one element and no dimension, as Python's own."""
+    """A numpy scalar, or a tensor or array without dimensions, as a Python value; anything else as it is."""
     return value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and not value.ndim else value
 
 
 def _flat(which: Any, name: str) -> Int[Tensor, " m"] | Bool[Tensor, " n"]:
-    """Indices as int64, or a mask as booleans, on the CPU: told apart here and nowhere else."""
+    """Indices as int64, or a mask as booleans, on the CPU: this is the only place that tells them apart."""
     which = _plain(which)
     if isinstance(which, Tensor | np.ndarray):
         found = torch.as_tensor(which).detach().cpu()
@@ -55,7 +55,7 @@ def _flat(which: Any, name: str) -> Int[Tensor, " m"] | Bool[Tensor, " n"]:
             raise AtomLensError(
                 f"{name} has shape {tuple(found.shape)}, allowed are indices or a mask in one dimension"
             )
-        # torch takes uint8 for a mask, numpy for indices.
+        # torch reads uint8 as a mask, numpy as indices.
         if found.dtype == torch.uint8 or found.dtype.is_floating_point or found.dtype.is_complex:
             raise AtomLensError(f"{name} has numbers of type {found.dtype}, allowed are int64 or booleans")
         return found if found.dtype == torch.bool else found.long()
@@ -69,7 +69,7 @@ def _flat(which: Any, name: str) -> Int[Tensor, " m"] | Bool[Tensor, " n"]:
 
 
 def choice(which: Which, name: str) -> tuple[int, ...] | tuple[bool, ...]:
-    """Indices or a mask, kept until it is known of how many things they are: `indices` takes them then."""
+    """Indices or a mask, kept until the number of things to choose from is known and `indices` can check them."""
     return tuple(_flat(which, name).tolist())
 
 
@@ -81,10 +81,10 @@ def indices(which: Which, n: int, name: str, of: str, least: int = 0) -> Int[Ten
         n: how many there are.
         name: of one of them, for the error.
         of: what they are among, for the error.
-        least: the smallest index allowed; -n where they may count from the end.
+        least: the smallest index allowed; -n where indices may count from the end.
 
     Raises:
-        AtomLensError: what is neither, an index outside, one that is there twice, or a mask of another length.
+        AtomLensError: neither indices nor a mask, an index out of range or chosen twice, or a mask of another length.
     """
     found = _flat(which, name)
     if found.dtype == torch.bool:
@@ -94,7 +94,7 @@ def indices(which: Which, n: int, name: str, of: str, least: int = 0) -> Int[Ten
     if len(outside := found[(found < least) | (found >= n)]):
         raise AtomLensError(f"{name} {int(outside[0])} is outside {of}, allowed are {least} to {n - 1}")
     found = found % max(n, 1)
-    # A mask of zeros and ones, in integers, would be this.
+    # A mask given as zeros and ones in integers ends here.
     if len(twice := found[found.bincount(minlength=n)[found] > 1]):
         raise AtomLensError(f"{name} {int(twice[0])} is chosen more than once; a mask holds booleans")
     return found
@@ -110,7 +110,7 @@ def mask(which: Mask, n: int, name: str) -> Bool[Tensor, " n"]:
 
 
 def counts(given: Any, name: str) -> Int[Tensor, " n"]:
-    """Numbers of something, 0 or more, one per row, on the CPU; a mask is none."""
+    """Counts, 0 or more, one per row, on the CPU; a mask is refused."""
     found = _flat(given, name)
     if found.dtype == torch.bool or (len(found) and int(found.min()) < 0):
         raise AtomLensError(f"{name} holds {found.min().item()}, allowed are counts >= 0")
@@ -118,14 +118,14 @@ def counts(given: Any, name: str) -> Int[Tensor, " n"]:
 
 
 def labels(given: Labels, n: int | None, name: str) -> list[Any]:
-    """A label for each of `n` rows, equal where they are equal: elements of tensors and arrays are plain values.
+    """A label for each of `n` rows, as plain values, so that equal labels compare equal.
 
     Raises:
-        AtomLensError: no sequence, another length, a label that is not a number, or one that cannot be compared.
+        AtomLensError: no sequence, another length, or a label that cannot be hashed or does not equal itself (NaN).
     """
     if isinstance(given, str) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) != 1:
         raise AtomLensError(f"{name} is {type(given).__name__} and no sequence of labels, expected one for each row")
-    # A tensor compares by identity once it is taken apart.
+    # The elements of a tensor would compare by identity.
     found = given.tolist() if isinstance(given, Tensor | np.ndarray) else [_plain(value) for value in given]
     if n is not None and len(found) != n:
         raise AtomLensError(f"{name} has {len(found)} rows, expected {n}")
@@ -136,7 +136,7 @@ def labels(given: Labels, n: int | None, name: str) -> list[Any]:
 
 
 def checked_seed(given: SupportsIndex) -> int:
-    """A seed that the generators of torch and of numpy both take.
+    """A seed that the generators of both torch and numpy accept.
 
     Raises:
         AtomLensError: not an integer from 0 to 2**63 - 1.

@@ -1,4 +1,4 @@
-"""Several processes at one recipe, as `torchrun` starts them: all run the same code, share out its loops, and agree.
+"""Several processes on one recipe, as `torchrun` starts them: all run the same code, divide its loops, and agree.
 
 Outside `processes` there is one process, and everything here does nothing.
 """
@@ -23,9 +23,9 @@ _active = False
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Work with the other processes that torchrun has started, if it has; they need one file system in common.
+    """Work with the other processes that torchrun started, if it did; they need a shared file system.
 
-    Only code that runs under this shares anything: somebody's own process group is left alone.
+    Only code inside this context is divided: a process group of the user's own is left alone.
     """
     global _active
     if _active or int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -35,7 +35,7 @@ def processes() -> Iterator[None]:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # Trainings are of different lengths: a process may wait for hours for another.
+    # Trainings differ in length: one process may wait hours for another.
     dist.init_process_group(backend, timeout=timedelta(days=7))
     _active = True
     try:
@@ -61,12 +61,12 @@ def mine(items: Iterable[T]) -> Iterator[T]:
 
 
 def summed(x: Tensor) -> Tensor:
-    """`x`, in place the sum over all processes. Exact for whole numbers, and where all but one hold zero."""
+    """`x` summed over all processes, in place. Exact for integers, and where all processes but one hold zero."""
     return _reduced(x, dist.ReduceOp.SUM)
 
 
 def largest(x: Tensor) -> Tensor:
-    """`x`, in place the maximum over all processes."""
+    """The maximum of `x` over all processes, in place."""
     return _reduced(x, dist.ReduceOp.MAX)
 
 
@@ -77,9 +77,9 @@ def _reduced(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def in_order(items: Iterable[T], work: Callable[[T], Tensor]) -> Iterator[Tensor]:
-    """`work` of each of `items`, which are shared out; every process gets all results, in the order of the items.
+    """Apply `work` to `items`, divided among processes; every process gets all results, in the order of the items.
 
-    What is then summed rounds as it does in one process.
+    Sums over them therefore round as they do in one process.
     """
     items = list(items)
     for start in range(0, len(items), size()):
@@ -94,14 +94,14 @@ def in_order(items: Iterable[T], work: Callable[[T], Tensor]) -> Iterator[Tensor
 
 
 def sent(x: Tensor, source: int) -> Tensor:
-    """`x`, in place as process `source` has it."""
+    """`x` as process `source` has it, in place."""
     if _active:
         dist.broadcast(x, source)
     return x
 
 
 def agreed(make: Callable[[], T], source: int = 0) -> T:
-    """What `make` gives in process `source`, in every process: a name, a flag, anything that JSON holds."""
+    """What `make` returns in process `source`, in every process: a name, a flag, anything that JSON can hold."""
     if not _active:
         return make()
     text = json.dumps(make()).encode() if rank() == source else b""

@@ -1,4 +1,4 @@
-"""Rows of activations that need not fit into memory: a file is mapped, and what is asked for is read."""
+"""Rows of activations that need not fit into memory: a file is mapped, and only the rows asked for are read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 class Rows:
-    """Some rows of a matrix, in some order, and maybe through a linear map; no row is copied before it is read.
+    """Some rows of a matrix, in some order, optionally through a linear map; no row is copied before it is read.
 
-    Stands wherever activations (n, d) do that are only ever read in parts: ``len``, `shape`, `split`, ``rows[index]``.
+    Takes the place of activations (n, d) wherever they are only read in parts: ``len``, `shape`, `split`, ``rows[i]``.
 
     Args:
         matrix: all rows, shape (N, e); often mapped from a file.
         index: which of them, in which order, shape (n,); None is all.
-        map: applied in float64 to what is read, shape (e, d); None gives rows as they are.
-        dtype: of what is read; None leaves that of the matrix.
+        map: applied in float64 to what is read, shape (e, d); None leaves rows as they are.
+        dtype: of what is read; None keeps that of the matrix.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Rows:
 
 
 def float32_rows(x: Float[Tensor | Rows, "n d"]) -> Rows:
-    """The same rows, float32 once they are read."""
+    """The same rows, read as float32."""
     return Rows(x.matrix, x.index, x.map, torch.float32) if isinstance(x, Rows) else Rows(x, dtype=torch.float32)
 
 
@@ -77,6 +77,6 @@ def mean_row(x: Float[Tensor | Rows, "n d"]) -> Float[Tensor, " d"]:
 
 
 def scratch(n: int, width: int) -> Float[Tensor, "n width"]:
-    """An empty float32 matrix on disk, in a file without a name that is gone with the tensor."""
+    """An empty float32 matrix on disk, in an unnamed file that disappears with the tensor."""
     with tempfile.TemporaryFile() as file:
         return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(n, width)))

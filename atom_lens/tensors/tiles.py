@@ -1,4 +1,4 @@
-"""All pairs of rows, a tile of products at a time: the n x n matrix never exists."""
+"""All pairs of rows, one tile of products at a time: the n x n matrix never exists."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def over_tiles(
     visit: Callable[[slice, slice, Float[Tensor, "rows columns"]], T],
     tile: int = 1024,
 ) -> Iterator[T]:
-    """What `visit` makes of u[rows] u[columns]ᵀ, for every tile that holds pairs i <= j; tiles on the diagonal whole.
+    """Yield what `visit` returns for u[rows] u[columns]ᵀ, for every tile with pairs i <= j; diagonal tiles are whole.
 
-    On a CPU each thread that torch has takes tiles of its own: the product costs the same, and what follows it,
-    which torch mostly does on one thread, is shared as well. A tile of 1,024 lies in the cache for it. Of several
-    processes (`parallel`) each gets every so-manieth tile: what comes of them is still to be put together.
+    On a CPU each of torch's threads takes tiles of its own: the product costs the same, and the work after it, most
+    of which torch does on one thread, is divided too. A tile of 1,024 still fits the cache then. With several
+    processes (`parallel`) each visits its share of the tiles, and the caller has to combine their results.
 
     Args:
         u: rows, shape (n, d).

@@ -1,6 +1,6 @@
-"""Checkpoints: all that a training depends on, in one safetensors file, so that it goes on bit for bit.
+"""Checkpoints: everything that a training depends on, in one safetensors file, so that it resumes bit for bit.
 
-sae-lens' own trainer state is a pickle and knows neither the order of the data nor our generators.
+sae-lens' own trainer state is a pickle, and has neither the order of the data nor our generators.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FORMAT = "atom_lens.checkpoint.1"
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """Endless batches, by the names of their streams, that can be put back where they were."""
+    """Endless batches, by the names of their streams, that can be resumed."""
 
     checkpoints: Checkpoints | None
     together: bool
@@ -58,10 +58,10 @@ class Batches:
     """Endless batches, the same rows of every stream, each row once per epoch; a batch may straddle two epochs.
 
     Attributes:
-        left: rows of this epoch that are still to come.
+        left: rows of this epoch that are not used yet.
         generator: shuffles the next epoch.
-        checkpoints: kept between two steps, if any.
-        together: no; each of several processes goes through them by itself.
+        checkpoints: written between two steps, if any.
+        together: False: each of several processes reads them by itself.
     """
 
     together = False
@@ -76,7 +76,7 @@ class Batches:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Tells the activations from others."""
+        """What distinguishes these activations from others."""
         return {"streams": {name: fingerprint(x) for name, x in self.streams.items()}}
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, Float[Tensor, "batch _"]]:
-        # The trainer asks for a batch between two steps: the one moment when its state is whole.
+        # The trainer asks for a batch between two steps: the only moment when its state is consistent.
         if self.checkpoints is not None:
             self.checkpoints.keep_if_due()
         while len(self.left) < self.batch_size:
@@ -94,7 +94,7 @@ class Batches:
         rows, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
         known = self._ahead is not None and torch.equal(self._ahead[0], rows)
         batch = self._ahead[1].result() if self._ahead is not None and known else self._read(rows)
-        # While the trainer works on this batch the next one is read, from a disk maybe.
+        # Read the next batch, perhaps from a disk, while the trainer works on this one.
         following = self.left[: self.batch_size]
         full = len(following) == self.batch_size
         self._ahead = (following, self._reader.submit(self._read, following)) if full else None
@@ -104,24 +104,24 @@ class Batches:
         return {name: x[rows.to(x.device)] for name, x in self.streams.items()}
 
     def state(self) -> dict[str, Any]:
-        """All that the batches to come depend on."""
+        """Everything that future batches depend on."""
         return {"left": self.left, "generator": self.generator.get_state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Resume from a `state`."""
         self.left = state["left"]
         self.generator.set_state(state["generator"])
 
 
 class Checkpoints:
-    """Checkpoints of one training in one file, replaced whole every so often.
+    """Checkpoints of one training in one file, which is replaced atomically.
 
     Args:
         path: of the file.
         trainer: of all learners.
-        batches: that it reads: has `about`, `state` and `restore`.
-        minutes: between two checkpoints; 0 keeps one before every step.
-        about: what the training is; only the same goes on.
+        batches: what it reads.
+        minutes: between two checkpoints; 0 writes one before every step.
+        about: describes the training; only the same training resumes.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class Checkpoints:
         self.last = time.monotonic()
 
     def keep_if_due(self) -> None:
-        """Keep a checkpoint if the last is old enough and the trainer stands between two of its steps."""
+        """Write a checkpoint if the last one is old enough; the trainer must be between two steps."""
         steps = self.trainer.n_training_steps
-        # Where sae-lens has just emptied its firing counts, going on would divide by their zero.
+        # Where sae-lens has just reset its firing counts, resuming would divide by zero.
         if steps == 0 or steps % self.trainer.cfg.feature_sampling_window == 0:
             return
         due = time.monotonic() - self.last >= self.seconds
@@ -144,7 +144,7 @@ class Checkpoints:
             self.last = time.monotonic()
 
     def keep(self) -> None:
-        """Write the file; processes that read together replace theirs at once, when all have written."""
+        """Write the file; processes that read together replace theirs at the same time, when all have written."""
         tensors: dict[str, Tensor] = {}
         learners = {name: _state(trainer) for name, trainer in self.trainer.trainers.items()}
         state = {**self.batches.state(), "learners": learners}
@@ -155,10 +155,13 @@ class Checkpoints:
                 parallel.together()
 
     def restore(self) -> bool:
-        """Put trainer and data where the file says, if there is one; of processes that read together, if all have one.
+        """Resume trainer and data from the file, if there is one; processes that read together all need one.
+
+        Returns:
+            Whether it resumed.
 
         Raises:
-            AtomLensError: it is damaged, or of another training.
+            AtomLensError: the file is damaged, or of another training.
         """
         there, together = self.path.exists(), self.batches.together
         if not (parallel.all_agree(there) if together else there):
@@ -184,7 +187,7 @@ class Checkpoints:
                     f"checkpoint {str(self.path)!r} is of another training, its {key} differ: remove it"
                 )
         if found["here"] != self.here:
-            logger.warning("the checkpoint is of %s, here is %s: the last bits may differ", found["here"], self.here)
+            logger.warning("the checkpoint is of %s, this is %s: the last bits may differ", found["here"], self.here)
         state = _unpacked(found["state"], tensors)
         step = next(iter(state["learners"].values()))["n_training_steps"]
         if together and parallel.agreed(lambda: step) != step:
@@ -196,7 +199,7 @@ class Checkpoints:
             _restore(trainer, state["learners"][name])
         one = next(iter(self.trainer.trainers.values()))
         self.trainer.n_training_steps, self.trainer.n_training_samples = one.n_training_steps, one.n_training_samples
-        logger.info("going on from step %d", one.n_training_steps)
+        logger.info("resuming from step %d", one.n_training_steps)
         return True
 
 
@@ -211,7 +214,7 @@ _COUNTS = (
 
 
 def _state(trainer: Any) -> dict[str, Any]:
-    """What one of sae-lens' trainers holds: weights, optimizer, schedules, scaling, counts, and our generator."""
+    """The state of one of sae-lens' trainers: weights, optimizer, schedules, scaling, counts, and our generator."""
     scaler = trainer.activation_scaler
     return {
         "weights": dict(trainer.sae.state_dict()),
@@ -244,7 +247,7 @@ def _restore(trainer: Any, state: dict[str, Any]) -> None:
 
 
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, with its tensors put aside under numbers."""
+    """`value` as JSON; its tensors go to `tensors`, numbered."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone().contiguous()
@@ -275,6 +278,6 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint(x: Float[Tensor | Rows, "n d"]) -> str:
-    """Tells activations apart by their shape and up to 4,096 rows spread over them."""
+    """A hash of the shape of activations and of up to 4,096 rows spread over them."""
     rows = x[torch.arange(0, len(x), max(1, len(x) // 4096), device=x.device)].float().cpu().contiguous()
     return hashlib.sha256(str(tuple(x.shape)).encode() + rows.numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Distil: a plain TopK SAE over the atoms of a pursuit, for tools that want one encoder matrix."""
+"""Distil: a plain TopK SAE over the atoms of a pursuit, for tools that need an encoder matrix."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _COUNTED = 8192
 
 
 def distil(atoms: PursuitSAE, x: Float[Tensor | Rows, "n d"], training: Training) -> AIPTopK:
-    """A ``topk`` SAE with the atoms of `atoms`, and as many of them in a code as its codes of `x` have on average.
+    """A ``topk`` SAE with the atoms of `atoms`, whose K is the mean L0 of its codes of `x`.
 
     Args:
         atoms: a pursuit dictionary with its metric.
-        x: raw activations, shape (n, d), that encoder and biases learn from.
+        x: raw activations, shape (n, d), that encoder and biases are trained on.
         training: steps, batch size, learning rate, device and seed.
 
     Returns:
-        The SAE on raw activations. On disk it is plain: SAEBench, dashboards and circuit tools run it.
+        The SAE on raw activations. On disk it is a plain SAE, which SAEBench, dashboards and circuit tools can run.
 
     Raises:
-        AtomLensError: activations that are no finite matrix of the atoms' width.
+        AtomLensError: activations that are not a finite matrix of the atoms' width.
     """
     x = check_rows(x, "x", atoms.cfg.d_in)
     counted = x[torch.arange(min(_COUNTED, len(x)))].to(atoms.W_dec)

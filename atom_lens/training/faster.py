@@ -1,4 +1,4 @@
-"""What a step of sae-lens' trainer does more often than it has to: going through the weights."""
+"""A faster optimizer step for sae-lens' trainer: fewer passes over the weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 
 def fuse(trainer: SAETrainer[Any, Any]) -> None:
-    """Adam in one pass over the weights instead of nine; the same numbers up to rounding.
+    """Run Adam in one pass over the weights instead of nine; results are the same up to rounding.
 
-    It goes through memory: weights that lie transposed (W_enc of a sparse step) are given to it as they lie.
+    Fused Adam needs contiguous tensors: weights stored transposed (W_enc of a sparse step) are passed as transposes.
     """
     lying = [(p, torch.nn.Parameter(p.detach().T)) for p in trainer.sae.parameters() if not p.is_contiguous()]
 

@@ -1,4 +1,4 @@
-"""Fit: activations in, dictionaries out. Any number of them learn from one pass, by sae-lens' own trainer."""
+"""Fit: activations in, dictionaries out. sae-lens' own trainer trains any number of them in one pass."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def fit_together(
 ) -> dict[str, Float[Tensor, " F"]]:
     """Train all `learners` in one pass over the activations; whitening and scaling are folded in at the end.
 
-    Several processes (`parallel`) share them out, and all have all of them afterwards.
+    Several processes (`parallel`) divide them, and each has all of them afterwards.
 
     Args:
         streams: activations by name, the same number of rows each, kept where they are; batches move to the device.
-            Or what gives batches of them.
+            Or a source of batches.
         learners: by name; their SAEs are trained in place.
         training: steps, batch size, learning rate; its seed orders the rows.
-        logging: how the trainer logs (`wandb_run`); None for not at all.
-        checkpoint: file to keep the state of the training in every `training.checkpoint_minutes`; a training that finds
-            one goes on from there, to the same bits. Removed by whoever keeps the result.
-        evaluator: what is measured of the SAEs while they train, and logged.
+        logging: how the trainer logs (`wandb_run`); None turns it off.
+        checkpoint: file for the state of the training, written every `training.checkpoint_minutes`; a training that
+            finds one resumes from it, to the same bits. Whoever keeps the result removes it.
+        evaluator: measures the SAEs while they train, to be logged.
 
     Returns:
         The log10 firing frequency of every atom over the last tenth of training, shape (F,) each.
@@ -57,7 +57,7 @@ def fit_together(
     found = {name: torch.zeros(learner.sae.cfg.d_sae) for name, learner in learners.items()}
     own = dict(parallel.mine(learners.items()))
     if not own and not isinstance(streams, Mapping):
-        # Processes read a stream together: one with nothing to train keeps step with the others by a copy.
+        # Processes read a stream together: one with nothing to train keeps in step by training a copy.
         own = dict([next(iter(learners.items()))])
     if own:
         trainer = _trained(streams, own, training, logging, checkpoint, evaluator)
@@ -86,7 +86,7 @@ def _trained(
             total_training_samples=training.steps * training.batch_size,
             train_batch_size_samples=training.batch_size,
             lr=training.lr,
-            lr_end=training.lr / 10,  # of schedules we do not use, but it may not be None
+            lr_end=training.lr / 10,  # only for schedules that are not used here, but it must not be None
             lr_warm_up_steps=round(training.warm_up * training.steps),
             lr_decay_steps=round(training.decay * training.steps),
             device=device,
@@ -115,16 +115,16 @@ def _trained(
 
 
 def _share(sae: TrainingSAE[Any], sparsity: Float[Tensor, " F"], source: int) -> None:
-    """Give every process what process `source` has trained."""
+    """Give every process what process `source` trained."""
     for value in (*sae.state_dict().values(), sparsity):
         whole = value.detach().contiguous()
         value.detach().copy_(parallel.sent(whole, source))
-    # Folded in at the end of a training, like the scaling of other architectures.
+    # The end of a training folds the whitening in and changes this, as it does for scaling.
     sae.cfg.normalize_activations = parallel.agreed(lambda: sae.cfg.normalize_activations, source)
 
 
 def encoder_seconds(width: int, atoms: Atoms, training: Training) -> float:
-    """Seconds that this machine takes for the encoder's product of one batch: no step of this kind is faster.
+    """Seconds that this machine takes for the encoder's product of one batch: a lower bound for a training step.
 
     The median of a few, in the precision that the product has in training.
     """
@@ -135,17 +135,17 @@ def encoder_seconds(width: int, atoms: Atoms, training: Training) -> float:
     seconds = []
     for _ in range(7):
         start = time.perf_counter()
-        (x @ weights.T)[0, 0].item()  # which also waits for a GPU
+        (x @ weights.T)[0, 0].item()  # this waits for a GPU
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])
 
 
 @contextmanager
 def wandb_run(wandb: Wandb | None, run_name: str | None) -> Iterator[LoggingConfig]:
-    """A run on Weights & Biases where one is asked for, and how a trainer logs to it.
+    """A run on Weights & Biases if the recipe asks for one, and how a trainer logs to it.
 
     Raises:
-        AtomLensError: it did not start.
+        AtomLensError: the run did not start.
     """
     if wandb is None or wandb.mode == "disabled":
         yield LoggingConfig(log_to_wandb=False)
@@ -171,8 +171,8 @@ def fit_one(
     """Train one dictionary, the one that `atoms` describes, on activations `x`, shape (n, d), under the metric `aip`.
 
     Args:
-        calibration: activations not trained on, shape (m, d), on which a pursuit sets its threshold; None leaves it as
-            trained.
+        calibration: activations not trained on, shape (m, d), on which a pursuit sets its threshold; None keeps the
+            threshold of training.
 
     Returns:
         The atoms on raw activations, and the log10 firing frequency of each, shape (F,).

@@ -1,6 +1,6 @@
 """Mixing: batches from a stream of activations, which come in the order of the text, through a buffer in memory.
 
-sae-lens' `mixing_buffer` does the same from the global generator; this one can be put back where it was.
+sae-lens' `mixing_buffer` does the same from the global generator; this one can be resumed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from atom_lens.training.checkpoint import Checkpoints
 
 
 class Mixing:
-    """Endless batches, the same rows of every hook, each drawn from the last `buffer_size` or so of the stream.
+    """Endless batches, the same rows of every hook, drawn from about the last `buffer_size` rows of the stream.
 
     Args:
-        stream: where activations come from.
+        stream: the source of activations.
         batch_size: rows of a batch.
-        buffer_size: rows of the buffer, at least two batches; half of it is new whenever it is filled.
+        buffer_size: rows of the buffer, at least two batches; half of them are replaced at each refill.
         seed: of the mixing.
-        shuffled: name -> hook: another stream, of the activations of that hook with every coordinate permuted over the
-            rows of a batch by itself.
+        shuffled: name -> hook: another stream, the activations of that hook with every coordinate permuted
+            independently over the rows of a batch.
 
     Attributes:
-        checkpoints: kept between two steps, if any.
+        checkpoints: written between two steps, if any.
         together: several processes read it together, batch by batch.
     """
 
@@ -45,7 +45,7 @@ class Mixing:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Tells a stream from others, as far as it says itself."""
+        """What distinguishes this source of batches from others."""
         return {"streams": self.stream.limits, "context_size": self.stream.context_size, "buffer_size": self.size}
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class Mixing:
         return self
 
     def __next__(self) -> dict[str, Float[Tensor, "batch _"]]:
-        # The trainer asks for a batch between two steps: the one moment when its state is whole.
+        # The trainer asks for a batch between two steps: the only moment when its state is consistent.
         if self.checkpoints is not None:
             self.checkpoints.keep_if_due()
         while self._left < self.batch_size or not self.buffer:
@@ -66,7 +66,7 @@ class Mixing:
 
     @property
     def _left(self) -> int:
-        """Rows that may be handed out before the buffer is filled: half of it stays, to be mixed with what comes."""
+        """Rows that may be returned before the next refill: half of the buffer stays, to be mixed with new rows."""
         return len(next(iter(self.buffer.values()))) - self.size // 2 if self.buffer else 0
 
     def _fill(self) -> None:
@@ -80,11 +80,11 @@ class Mixing:
         return x.gather(0, torch.rand(x.shape, generator=self.generator).argsort(dim=0))
 
     def state(self) -> dict[str, Any]:
-        """All that the batches to come depend on."""
+        """Everything that future batches depend on."""
         return {"buffer": self.buffer, "generator": self.generator.get_state(), "stream": self.stream.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Resume from a `state`."""
         self.buffer = state["buffer"]
         self.generator.set_state(state["generator"])
         self.stream.restore(state["stream"])

@@ -1,1 +1,1 @@
-"""Views: one table, one way to draw, and the page that holds both."""
+"""Views: one kind of table, one way to draw, and the page with both."""

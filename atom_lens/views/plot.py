@@ -1,4 +1,4 @@
-"""One way to draw: panels of matplotlib, each as an SVG for the page, and side by side as a PNG."""
+"""One way to draw: matplotlib panels, each as an SVG for the page, and side by side as a PNG."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from matplotlib.transforms import ScaledTranslation
 
 from atom_lens.storage.files import replacing, visible
 
-# Tones that stand out from a light and from a dark page alike.
+# Colours that stand out on both a light and a dark page.
 ATOMS, QUIET = "#d6506a", "#8a8f98"
 SERIES = [ATOMS, "#3b82c4", "#d9772b", "#3a9a5f", "#9067c6", "#1f9aa8", "#b5892a", "#c2559d"]
-LEAST = -0.5  # R² below is counted, not drawn
+LEAST = -0.5  # points of R² below this are counted, not drawn
 _INK = "#123456"  # becomes the colour of the page's text
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -46,7 +46,7 @@ Draw = Callable[[Axes], None]
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot with a title and one sentence on what is seen; one for each thing that the reader may choose (a hook)."""
+    """A plot with a title and a caption; one drawing for each choice that the reader has (a hook)."""
 
     title: str
     caption: str
@@ -54,7 +54,7 @@ class Panel:
 
 
 def svg(draw: Draw) -> str:
-    """One panel for the page: as wide as a phone, its text is text, its ink the colour of the page's."""
+    """One panel for the page: as wide as a phone, with real text, in the colour of the page's text."""
     with rc_context(_STYLE):
         figure = _figure([("", draw)], width=4.4)
         out = io.StringIO()
@@ -73,7 +73,7 @@ def save_png(panels: Sequence[tuple[str, Draw]], path: Path, title: str = "") ->
         if title:
             figure.suptitle(plain(title), fontsize=12)
         with replacing(path) as temporary:
-            # Without the software's version, so that the same result is the same file.
+            # Without the software's version, so that the same result gives the same file.
             figure.savefig(temporary, format="png", dpi=100, metadata={"Software": None})
 
 
@@ -101,7 +101,7 @@ def _figure(panels: Sequence[tuple[str, Draw]], width: float) -> Figure:
 
 
 def plain(text: str) -> str:
-    """Text as it is: matplotlib would take dollars for mathematics."""
+    """Literal text: matplotlib would read dollar signs as mathematics."""
     return visible(text).replace("$", r"\$")
 
 
@@ -115,15 +115,15 @@ def points(
     marker: str,
     hollow: bool = False,
 ) -> None:
-    """Marks: filled for held-out, hollow for train."""
-    look: dict[str, Any] = {"color": color}  # crosses have no inside
+    """Markers: filled for held-out, hollow for train."""
+    look: dict[str, Any] = {"color": color}  # crosses cannot be filled
     if marker not in "x+":
         look = {"edgecolors": color, "facecolors": "none" if hollow else color}
     axes.scatter(x, y, s=45, marker=marker, label=plain(label), linewidths=1.3, clip_on=False, zorder=3, **look)
 
 
 def r2_axis(axes: Axes, values: Sequence[float]) -> None:
-    """An axis of R² from -0.5 to 1 at most, which says how many values lie below it."""
+    """An axis of R² from -0.5 to 1 at most, with a note of how many values lie below."""
     low = min([*values, 0.0])
     axes.set_ylim(max(LEAST, low) - 0.04, min(1.0, max([*values, 0.05])) + 0.05)
     axes.axhline(0, color=QUIET, linewidth=0.8)
@@ -134,7 +134,7 @@ def r2_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def log_ticks(axis: Any, values: Sequence[float | int]) -> None:
-    """Ticks of a logarithmic axis at measured values, as many as leave their labels room."""
+    """Ticks of a logarithmic axis at measured values, as many as their labels have room for."""
     ticks: list[float | int] = []
     for value in sorted(set(values)):
         if not ticks or value >= 1.9 * ticks[-1]:

@@ -1,4 +1,4 @@
-"""One table: text for a terminal, CSV for a spreadsheet, and for the page what its template sets."""
+"""One kind of table: as text for a terminal, as CSV for a spreadsheet, and for the page's template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atom_lens.storage.files import visible
 
 
 class Cell(NamedTuple):
-    """What stands in a cell, and smaller below it; held-out ones are tinted on the page."""
+    """The text of a cell, and smaller text below it; held-out cells are tinted on the page."""
 
     text: str
     small: str = ""
@@ -22,7 +22,7 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row: its head, its other cells, and whether it is of a null."""
+    """A row: its head, its other cells, and whether it belongs to a null."""
 
     head: str
     cells: Sequence[Cell | str]
@@ -35,10 +35,10 @@ class Table:
 
     Attributes:
         title: of the table; empty for none.
-        heads: of the columns, the first that of the row heads.
-        rows: of it.
-        groups: (heading, columns it spans) above the heads; empty for none.
-        facts: (name, value) shown above it.
+        heads: of the columns, the first one above the row heads.
+        rows: of the table.
+        groups: (heading, number of columns) above the heads; empty for none.
+        facts: (name, value) pairs shown above it.
         notes: sentences below it.
     """
 
@@ -65,13 +65,13 @@ class Table:
         return "\n\n".join(filter(None, [self.title, facts, body, *self.notes]))
 
     def csv(self) -> str:
-        """Heads and cells, a line each."""
+        """Heads and cells, a line per row."""
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows(self.grid())
         return out.getvalue()
 
     def grid(self) -> list[list[str]]:
-        """The texts of the heads, then of each row."""
+        """The texts of the heads, then those of each row."""
         rows = [[row.head, *(_of(cell).text for cell in row.cells)] for row in self.rows]
         return [[_of(cell).text for cell in self.heads], *rows]
 
@@ -81,9 +81,9 @@ def _of(cell: Cell | str) -> Cell:
 
 
 def aligned(cells: Sequence[Sequence[str]], heads: int = 1) -> str:
-    """Lines: the first column to the left, the others to the right, a rule under the first `heads` rows.
+    """Aligned lines: the first column to the left, the others to the right, a rule under the first `heads` rows.
 
-    Chinese, say, takes two places of a terminal for a character.
+    Wide characters, such as Chinese ones, count as two.
     """
     shown = [[visible(cell) for cell in row] for row in cells]
     widths = [max(map(cell_len, column)) for column in zip(*shown, strict=True)]
@@ -97,7 +97,7 @@ def aligned(cells: Sequence[Sequence[str]], heads: int = 1) -> str:
 
 
 def shown_interval(interval: Sequence[float] | None, digits: int = 3, sign: str = "") -> str:
-    """An interval, or nothing where there is none."""
+    """An interval as text, empty for None."""
     if interval is None:
         return ""
     low, high = (

@@ -1,4 +1,4 @@
-"""Backends: a file for each library that runs models, found here, all under TransformerLens' hook names."""
+"""Backends: one file for each library that runs models, discovered here, all with TransformerLens' hook names."""
 
 from typing import TYPE_CHECKING, Literal
 

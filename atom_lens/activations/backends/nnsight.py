@@ -43,7 +43,7 @@ class NNsightBackend:
     def _site(self, hook: str) -> Site:
         path, side = self.sites[hook]
         try:
-            # Not by envoy: one named `output` (BERT has such modules) goes by another name there.
+            # Not by envoy: one named `output` (BERT has such modules) has another name there.
             return self.model._module.get_submodule(path), side
         except AttributeError as error:
             raise AtomLensError(f"hook {hook!r} has no module of its own in this model: {error}") from error
@@ -51,8 +51,8 @@ class NNsightBackend:
     def run(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], hooks: Sequence[str], take: Take
     ) -> dict[str, Tensor]:
-        # By hooks of torch: a cache of nnsight keeps references, which models change in place, and is filled before the
-        # hooks of an open splice act. As a trace, so that edits of nnsight do.
+        # By torch hooks: nnsight's cache keeps references, which models change in place, and is filled before the hooks
+        # of an open splice act. As a trace, so that nnsight's edits act.
         sites = {name: self._site(name) for name in hooks}
         inputs = {"input_ids": tokens, "attention_mask": mask}
         with evaluating(self.model._module):
@@ -71,8 +71,8 @@ class NNsightBackend:
         return found[:, -keep:]
 
     def attach(self, hook: str, change: Change) -> Callable[[], None]:
-        # A hook of torch on the module: an edit of nnsight would act in traces only, and could not be taken back
-        # without the user's own edits.
+        # A torch hook on the module: an nnsight edit would act in traces only, and could not be removed without
+        # removing the user's own edits.
         site = self._site(hook)
         passes = Passes(hook, change, self.model._module)
         changing = on_site(site, passes.act)
@@ -86,7 +86,7 @@ class NNsightBackend:
 
 def from_transformers(model: Any, tokenizer: Any, name: str) -> Backend:
     """An nnsight model around a loaded transformers model."""
-    # Without a device its pipeline would move the model to the first GPU.
+    # Without a device, its pipeline would move the model to the first GPU.
     return NNsightBackend(TransformersModel(model, tokenizer=tokenizer, device=model.device))
 
 
@@ -95,7 +95,7 @@ def wrap(model: Any) -> Backend | None:
     if not isinstance(model, TransformersModel):
         return None
     if not model.dispatched:
-        model.dispatch()  # nnsight loads weights at the first trace; until then they are on no device
+        model.dispatch()  # nnsight loads weights at the first trace; until then they are on the meta device
     return NNsightBackend(model)
 
 

@@ -1,4 +1,4 @@
-"""What a backend is: something that runs token ids, and reads and replaces activations at named hook points."""
+"""What a backend is: it runs a model on token ids, and reads and replaces activations at named hook points."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from atom_lens.errors import AtomLensError
 
-# Gets the activations (batch, pos, ...) of one forward pass and the number of tokens that its KV cache already held;
-# gives what stands in their place, or None to leave them.
+# Takes the activations (batch, pos, ...) of one forward pass and the number of tokens that its KV cache already held;
+# returns what replaces them, or None to leave them.
 Change = Callable[[Tensor, int], Tensor | None]
 
-# Gets the name of a hook and its activations (batch, pos, ...) while the forward pass is there, and copies what is
-# wanted of them: a model may go on to change them in place.
+# Takes the name of a hook and its activations (batch, pos, ...) during the forward pass, and returns a copy of what is
+# needed of them: the model may change them in place later.
 Take = Callable[[str, Tensor], Tensor]
 
 # A module, and whether a hook is its first input or its output.
@@ -45,16 +45,16 @@ class Backend(Protocol):
 
     @property
     def tracing(self) -> bool:
-        """Whether a forward pass is running that was begun before this call (an nnsight trace)."""
+        """Whether a forward pass started before this call is running (an nnsight trace)."""
         ...
 
     def run(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], hooks: Sequence[str], take: Take
     ) -> dict[str, Tensor]:
-        """One forward pass without dropout, stopped after the last of `hooks`: hook -> what `take` took of it.
+        """One forward pass without dropout, stopped after the last of `hooks`: hook -> what `take` returned for it.
 
         Raises:
-            AtomLensError: something else stands in the place of a hook, or its values are not of the tokens.
+            AtomLensError: something else has replaced a hook, or its values are not per token.
         """
         ...
 
@@ -65,11 +65,11 @@ class Backend(Protocol):
         ...
 
     def attach(self, hook: str, change: Change) -> Callable[[], None]:
-        """Let `change` act at `hook` in every forward pass, however it is begun, until the returned function is called.
+        """Let `change` act at `hook` in every forward pass, however started, until the returned function is called.
 
         Raises:
-            AtomLensError: something else stands in the place of this hook. In a forward pass: its values are not of the
-                tokens, or it does not fire.
+            AtomLensError: something else has replaced this hook. In a forward pass: its values are not per token, or it
+                does not fire.
         """
         ...
 
@@ -86,25 +86,25 @@ class Library(NamedTuple):
     wrap: Callable[[Any], Backend | None]
 
 
-# By their names in recipes; each backend's file adds its own.
+# By their names in recipes; each backend's file adds itself.
 BACKENDS: dict[str, Library] = {}
 
 
 class _AllRead(Exception):
-    """All that was asked for is read."""
+    """Everything asked for has been read."""
 
 
 def read_at(
     sites: Mapping[str, Site], take: Take, tokens: Int[Tensor, "batch pos"], forward: Callable[[], Any]
 ) -> dict[str, Tensor]:
-    """What `take` takes at each of `sites` while `forward` runs on `tokens`, which ends at the last of them."""
+    """What `take` returns at each of `sites` while `forward` runs on `tokens`, up to the last of them."""
     kept: dict[str, Tensor] = {}
 
     def keep(hook: str, value: Tensor) -> None:
         kept[hook] = take(hook, by_token(hook, value, tokens.shape))
         if len(kept) == len(sites):
-            # Here, not by a layer to stop at: after its last layer a model would run the unembedding all the same,
-            # which can cost more than all layers together.
+            # Not by a layer to stop at: after its last layer a model would still run the unembedding, which can cost
+            # more than all layers together.
             raise _AllRead
 
     handles = [on_site(site, partial(keep, hook)) for hook, site in sites.items()]
@@ -118,7 +118,7 @@ def read_at(
 
 
 def on_site(site: Site, act: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """A hook of torch that gives `act` the tensor at `site`, and puts what it returns, unless None, in its place."""
+    """A torch hook that calls `act` with the tensor at `site` and replaces it by what that returns, unless None."""
 
     def on_output(module: Any, args: Any, output: Any) -> Any:
         if not isinstance(output, tuple):
@@ -144,11 +144,11 @@ def by_token(hook: str, value: Tensor, size: Sequence[int]) -> Tensor:
 
     Args:
         hook: its name.
-        value: what was found there.
+        value: the tensor found there.
         size: (batch, pos) of the forward pass.
 
     Raises:
-        AtomLensError: something else, such as attention patterns, or a table of positions that serves all prompts.
+        AtomLensError: anything else, such as attention patterns, or a table of positions shared by all prompts.
     """
     # With one prompt a table of rotary positions has the shape of activations.
     if not hook.endswith((".hook_cos", ".hook_sin")):
@@ -163,12 +163,12 @@ def by_token(hook: str, value: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class Passes:
-    """The forward passes of a model, and a change that acts in each of them, until `end`.
+    """The forward passes of a model, and a change that acts in each of them until `end`.
 
     Args:
         hook: where the change acts.
         change: what it does.
-        entry: the module that a pass begins with, called with what is in the KV cache.
+        entry: the module that a pass starts with, called with the KV cache.
     """
 
     def __init__(self, hook: str, change: Change, entry: torch.nn.Module) -> None:
@@ -189,20 +189,20 @@ class Passes:
             raise AtomLensError(f"hook {self._hook!r} is named by the model but never fires in its forward pass")
 
     def act(self, value: Tensor) -> Tensor | None:
-        """The change, on the values of the hook as they come."""
+        """Apply the change to the values of the hook."""
         self._fired = True
         changed = self._change(by_token(self._hook, value, self._size or value.shape[:2]), self._past)
         return None if changed is None else changed.reshape(value.shape)
 
     def end(self) -> None:
-        """Let go of the model."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 @contextmanager
 def evaluating(*models: torch.nn.Module) -> Iterator[None]:
-    """Without dropout; each module is in the mode it was in afterwards."""
+    """Put modules in eval mode (no dropout), and each back into its own mode afterwards."""
     training = [module for model in models for module in model.modules() if module.training]
     try:
         for module in training:
@@ -214,10 +214,10 @@ def evaluating(*models: torch.nn.Module) -> Iterator[None]:
 
 
 def forward_arguments(model: torch.nn.Module, mask: Int[Tensor, "batch pos"], keep: int) -> dict[str, Any]:
-    """What a transformers model is told beside the tokens of a batch that is padded on the left.
+    """Arguments of a transformers model, apart from tokens, for a batch that is padded on the left.
 
     Position ids count real tokens: models with learned positions do not derive them from the mask. The unembedding can
-    cost more than all layers together, so only the columns that are wanted go through it.
+    cost more than all layers together, so only the columns needed go through it.
     """
     known = inspect.signature(model.forward).parameters
     wanted = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "logits_to_keep": keep, "use_cache": False}
@@ -225,7 +225,7 @@ def forward_arguments(model: torch.nn.Module, mask: Int[Tensor, "batch pos"], ke
 
 
 def cached_tokens(arguments: Mapping[str, Any]) -> int:
-    """Tokens in the KV cache that a transformers model, or a block of a HookedTransformer, is called with."""
+    """Number of tokens in the KV cache that a transformers model, or a HookedTransformer's block, is called with."""
     if (position := arguments.get("cache_position")) is not None:
         return int(position[0])
     if (cache := arguments.get("past_key_values")) is not None:

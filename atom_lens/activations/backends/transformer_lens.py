@@ -40,15 +40,15 @@ class TransformerLensBackend:
         self.tokenizer = model.tokenizer
         self.n_layers: int = model.cfg.n_layers
         self.n_ctx: int = model.cfg.n_ctx
-        known = model.hook_dict  # built anew at every access
+        known = model.hook_dict  # rebuilt at every access
         points = {name: name for name in known}
         if isinstance(model, TransformerBridge):
             for layer, block in enumerate(model.blocks):
-                # The bridge's own names stay first; an alias counts where its target is a hook point.
+                # The bridge's own names take precedence; an alias counts if its target is a hook point.
                 for alias, target in component_hooks(block).items():
                     if f"blocks.{layer}.{target}" in known:
                         points.setdefault(f"blocks.{layer}.{alias}", f"blocks.{layer}.{target}")
-        # An attached sae-lens SAE stands in the place of its hook point: named, so that `attach` can say so.
+        # An attached sae-lens SAE replaces its hook point: it is listed, so that `attach` can say so.
         points |= {name: name for name in getattr(model, "acts_to_saes", {})}
         self._points = {name: point for name, point in points.items() if name.startswith("blocks.")}
         self.hooks = list(self._points)
@@ -59,19 +59,19 @@ class TransformerLensBackend:
 
     @property
     def _modules(self) -> list[torch.nn.Module]:
-        """What has a mode: a bridge holds the transformers model, but not among its modules."""
+        """The modules that have a mode: a bridge holds the transformers model, but not as a submodule."""
         return [self.model, *([self.model.original_model] if isinstance(self.model, TransformerBridge) else [])]
 
     def _point(self, hook: str, points: Mapping[str, Any]) -> HookPoint:
         point = points.get(self._points[hook])
         if not isinstance(point, HookPoint):
-            raise AtomLensError(f"an sae-lens SAE is attached at hook {hook!r}: take it off with reset_saes() first")
+            raise AtomLensError(f"an sae-lens SAE is attached at hook {hook!r}: detach it with reset_saes() first")
         return point
 
     def run(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], hooks: Sequence[str], take: Take
     ) -> dict[str, Tensor]:
-        # Not through run_with_hooks, which builds the table of all hook points anew for every hook.
+        # Not through run_with_hooks, which rebuilds the table of all hook points for every hook.
         points = self.model.hook_dict
         sites: dict[str, Site] = {name: (self._point(name, points), "output") for name in hooks}
         with evaluating(*self._modules):
@@ -91,14 +91,14 @@ class TransformerLensBackend:
 
     def attach(self, hook: str, change: Change) -> Callable[[], None]:
         point, level = self._point(hook, self.model.hook_dict), next(_LEVELS)
-        # A bridge hands its cache to the transformers model, a HookedTransformer to each of its blocks.
+        # A bridge passes its cache to the transformers model, a HookedTransformer to each of its blocks.
         entry = (
             self.model.original_model
             if isinstance(self.model, TransformerBridge)
             else self.model.blocks[layer_of(hook)]
         )
         passes = Passes(hook, change, entry)
-        # Permanent: reset_hooks(), which many notebooks call, would take it off in the middle of a block.
+        # Permanent: reset_hooks(), which many notebooks call, would otherwise remove it inside a with block.
         point.add_hook(lambda tensor, *, hook: passes.act(tensor), is_permanent=True, level=level)
 
         def detach() -> None:
@@ -111,7 +111,7 @@ class TransformerLensBackend:
 
 
 def from_transformers(model: Any, tokenizer: Any, name: str) -> Backend:
-    """A bridge around a loaded transformers model (whose modules it takes over)."""
+    """A bridge around a loaded transformers model, whose modules it takes over."""
     bridge = TransformerBridge.boot_transformers(
         name, hf_model=model, tokenizer=tokenizer, device=model.device, dtype=model.dtype
     )

@@ -1,4 +1,4 @@
-"""Prompt sources: a class for each place that prompts come from, each in a file that is found here."""
+"""Prompt sources: a class for each place that prompts come from, one per file, discovered here."""
 
 from typing import get_args
 

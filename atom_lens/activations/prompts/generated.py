@@ -1,6 +1,6 @@
 """Prompts made by rule, with known answers: arithmetic, facts in several steps, questions and opinions.
 
-They are as varied as their rules and no more: what is found on them is found on this kind of text.
+They are only as varied as their rules: results on them hold for this kind of text.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def sentiment(limit: int, seed: int = 0) -> list[Prompt]:
 
 
 def _distinct(make: Callable[[], Prompt], limit: int) -> list[Prompt]:
-    """So many different prompts, or fewer where the rule has run out of them."""
+    """`limit` different prompts, or fewer where the rule runs out of them."""
     found: dict[str, Prompt] = {}
     for _ in range(20 * limit):
         prompt: Any = make()

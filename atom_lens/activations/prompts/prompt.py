@@ -1,4 +1,4 @@
-"""A prompt: a text that a model reads and, where there is one, the subject in it and the true answer."""
+"""A prompt: a text that a model reads and, if there are any, the subject in it and the true answer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from atom_lens.storage.files import shown
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text and, where there is one, the subject in it.
+    """A text and, if there is one, the subject in it.
 
     Attributes:
         text: what the model reads.
         subject: the entity the prompt is about; it must occur in `text` unless `span` says where it is.
         span: character range [start, end) of the subject; found from `subject` (its first occurrence) if None.
-        answer: the true continuation, where it is known.
-        document: what the text is a part of, where it is one.
+        answer: the true continuation, if it is known.
+        document: what the text is a part of, if anything.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Prompt:
             try:
                 text.encode()
             except UnicodeEncodeError:  # JSON can hold one; tokenizers and files in UTF-8 cannot
-                raise AtomLensError(f"a prompt has {shown(text)!r}, half a surrogate pair: that is no text") from None
+                raise AtomLensError(f"a prompt has {shown(text)!r}, half a surrogate pair, which is not text") from None
         if self.span is not None:
             start, end = self.span
             if not 0 <= start < end <= len(self.text):
@@ -47,7 +47,7 @@ class Prompt:
 
     @property
     def group(self) -> str:
-        """What must not lie on both sides of a split: the document or the subject, else the whole text."""
+        """What must not be on both sides of a split: the document or the subject, else the whole text."""
         return self.document or self.subject or (self.text[slice(*self.span)] if self.span else self.text)
 
     @classmethod

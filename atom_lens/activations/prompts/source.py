@@ -1,4 +1,4 @@
-"""A prompt source: a section of a recipe that says where prompts come from, and reads them."""
+"""A prompt source: the section of a recipe that says where prompts come from, and reads them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from atom_lens.storage.schema import Section
 
 
 class Source(Section):
-    """Each subclass has a field `source`: the Literal of the names that it has in recipes."""
+    """Each subclass has a field `source`, a Literal of the names that it has in recipes."""
 
     def read(self) -> list[Prompt]:
         """The prompts.
 
         Raises:
-            AtomLensError: they cannot be read; one sentence that says where and why.
+            AtomLensError: they cannot be read; the message says where and why.
         """
         raise NotImplementedError
 
     def documents(self) -> Iterator[Prompt]:
-        """The prompts one by one, for sources of more text than fits in memory; as `read` gives them."""
+        """The prompts of `read` one by one, for sources of more text than fits in memory."""
         return iter(self.read())

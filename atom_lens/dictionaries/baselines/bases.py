@@ -1,4 +1,4 @@
-"""Units that need no training: the neurons, and the eigenvectors of the metric (theory.md section 3)."""
+"""Bases that need no training: the neurons, and the eigenvectors of the metric (theory.md section 3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atom_lens.tensors.rows import Rows, mean_row
 
 
 class Basis:
-    """Orthonormal directions with inner products as codes. Looks like an sae-lens SAE to `observe`.
+    """Orthonormal directions with inner products as codes; it has what `observe` needs of an sae-lens SAE.
 
     Args:
         units: orthonormal rows, shape (k, d).
@@ -38,8 +38,8 @@ def neurons(x: Float[Tensor | Rows, "n d"]) -> Basis:
 def principal(x: Float[Tensor | Rows, "n d"], metric: AtomicInnerProduct, k: int) -> Basis:
     """The k leading eigenvectors of C, the same for every activation.
 
-    They are orthogonal under S too, so their coherence is 0 and q* is 1 at every K, even at K = d with R² = 1: what
-    R² and q* leave open, only sparsity decides.
+    They are orthogonal under S too, so their coherence is 0 and q* is 1 at every K, even at K = d with R² = 1: R² and
+    q* mean nothing without sparsity.
     """
     return Basis(
         metric.eigenvectors.flip(1)[:, :k].T.float().contiguous(),

@@ -35,7 +35,7 @@ from atom_lens.geometry import AtomicInnerProduct
 
 
 class _Stock(NamedTuple):
-    """An architecture: its label, what `build` makes of the shared settings and a level, and the look of its family."""
+    """An architecture: its label, how `build` makes it from shared settings and a level, and the look of its family."""
 
     label: str
     build: Callable[[dict[str, Any], float], TrainingSAE[Any]]
@@ -146,7 +146,7 @@ def _start(architecture: str, whitened: bool, setup: Setup, level: float, seed: 
 
 
 def _finish(learner: Learner, aip: AtomicInnerProduct) -> SAE[Any]:
-    """What it has become, on raw activations, through the files that sae-lens writes."""
+    """The trained SAE on raw activations, by way of the files that sae-lens writes."""
     with tempfile.TemporaryDirectory() as folder:
         learner.sae.save_inference_model(folder)
         return SAE.load_from_disk(folder, device=str(learner.sae.device))

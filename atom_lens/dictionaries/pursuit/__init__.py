@@ -1,1 +1,1 @@
-"""Pursuit: codes of sparse dictionaries found one atom at a time."""
+"""Pursuit: sparse codes found one atom at a time."""

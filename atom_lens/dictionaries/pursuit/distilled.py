@@ -1,6 +1,6 @@
-"""A one-matrix encoder for pursued atoms: the atoms stay, a TopK encoder learns to find them in one product.
+"""A one-matrix encoder for pursued atoms: the atoms stay fixed, a TopK encoder learns to find them in one product.
 
-It gives up what the pursuit is for, and gains what runs anywhere: a plain sae-lens ``topk`` SAE.
+It gives up the accuracy of the pursuit and gains a plain sae-lens ``topk`` SAE, which runs anywhere.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from atom_lens.tensors.rows import Rows
 
 
 class DistilledTraining(AIPTopKTraining):
-    """TopK over atoms that do not move; encoder and biases learn.
+    """TopK over fixed atoms; only the encoder and the biases learn.
 
     Args:
-        cfg: with the atoms' sizes.
-        atoms: whose directions and bias it starts from.
+        cfg: d_in and d_sae must be those of the atoms.
+        atoms: their directions are kept, their bias is the start.
     """
 
     def __init__(self, cfg: AIPTopKTrainingConfig, atoms: PursuitSAE) -> None:
@@ -46,7 +46,7 @@ class DistilledTraining(AIPTopKTraining):
 
 
 def distilling(atoms: PursuitSAE, x: Float[Tensor | Rows, "n d"], k: int, device: str, seed: int) -> Learner:
-    """What is about to learn to find `atoms` in raw activations `x`, shape (n, d), k at a time."""
+    """A learner that will find `atoms` in raw activations `x`, shape (n, d), k at a time."""
     config = AIPTopKTrainingConfig(
         d_in=atoms.cfg.d_in,
         d_sae=atoms.cfg.d_sae,

@@ -1,7 +1,7 @@
-"""The atom most correlated with a row, exactly, by a product of few bits and a check of what that leaves in question.
+"""The atom most correlated with a row, exactly: a low-precision product, then an exact check of the close candidates.
 
-A pursuit needs the largest entry of a product per row, and none of the others. Products of 8 bits are several times
-faster than of 32, and it is known how far off they may be; what they cannot decide is computed again, in full.
+A pursuit needs only the largest entry of a product per row. Products in 8 bits are several times faster than in 32,
+and their error is bounded; what they cannot decide is computed again in full precision.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from atom_lens.errors import AtomLensError
 
 Precision = Literal["full", "bfloat16", "int8"]
 
-# Products of 8 bits have no public name in torch; where it lacks this one, other precisions do the same.
+# Products in 8 bits have no public name in torch; where it lacks this one, another precision is used.
 _int_mm = getattr(torch, "_int_mm", None)
 
 _SPREAD = 32  # columns that are mixed before they share a scale of 8 bits; a power of two
 _TILE = 64  # atoms of which only the largest correlation is looked at first
-_AT_ONCE = 1 << 14  # pairs of a row and an atom whose correlation is computed at once
+_AT_ONCE = 1 << 14  # pairs of a row and an atom whose exact correlation is computed at once
 
 
 class Found(NamedTuple):
-    """Of each row, the atom most correlated with it, and <row, atom>; atom -1 where none may be chosen."""
+    """For each row the atom most correlated with it, and <row, atom>; atom -1 where none may be chosen."""
 
     atom: Int[Tensor, " n"]
     value: Float[Tensor, " n"]
 
 
 def fastest(device: torch.device) -> Precision:
-    """The precision in which products are fastest, by what a device can do: timings are in benchmarks/pursuit.py."""
+    """The precision in which products are fastest on a device; benchmarks/pursuit.py times them."""
     if device.type == "cuda":
         return "bfloat16"
-    # Without instructions for it (VNNI), a CPU multiplies 8 bits one by one.
+    # Without instructions for 8 bits (VNNI) a CPU multiplies them one by one.
     able = getattr(torch.cpu, "_is_vnni_supported", None)
     return "int8" if device.type == "cpu" and _int_mm is not None and able is not None and able() else "full"
 
@@ -46,21 +46,21 @@ def fastest(device: torch.device) -> Precision:
 class Nearest:
     """Finds the largest correlations of rows with unit atoms: made once per dictionary, then called with rows.
 
-    With r = r^ + dr and d = d^ + dd, of which r^ and d^ have few bits, |<r, d> - <r^, d^>| <= |dr| |d| + |r^| |dd|
-    (Cauchy-Schwarz); |dr| and |dd| are computed, so the bound holds whatever the rows are. An atom comes into question
-    when its correlation may, within that bound, be as large as the exact one of the atom that looks best. All that come
-    into question are computed in the precision of the rows, so the choice is that of a full product but for its own
+    With r = r^ + dr and d = d^ + dd, where r^ and d^ have few bits, |<r, d> - <r^, d^>| <= |dr| |d| + |r^| |dd|
+    (Cauchy-Schwarz); |dr| and |dd| are computed, so the bound holds for any rows. An atom is a candidate when its
+    correlation could, within that bound, be as large as the exact one of the atom that looks best. Correlations of all
+    candidates are computed in the precision of the rows, so the choice is that of a full product up to its own
     rounding. Among equals the atom of the smallest index is chosen.
 
-    For 8 bits, columns are mixed by an orthogonal transform first (Hadamard, among 32 columns from all over the width):
-    a scale is set by the largest entry of a row, and in an eigenbasis a few entries may be much larger than the rest.
+    In 8 bits, columns are first mixed by an orthogonal transform (Hadamard, 32 columns spread over the width): the
+    largest entry of a row sets its scale, and in an eigenbasis a few entries may be much larger than the rest.
 
     Args:
         units: atoms of unit norm, shape (F, d), float32 or float64.
-        precision: of the product; None for what is fastest on the device.
+        precision: of the product; None takes what is fastest on the device.
 
     Raises:
-        AtomLensError: an atom whose norm is off 1 by more than 0.001 or not a number, or a precision without a product.
+        AtomLensError: an atom whose norm is NaN or more than 0.001 away from 1, or a precision that torch lacks.
     """
 
     def __init__(self, units: Float[Tensor, "F d"], precision: Precision | None = None) -> None:
@@ -79,14 +79,14 @@ class Nearest:
         n, width = units.shape
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._tiles = -(-n // _TILE)
-        # Atoms in the order of the product's columns: tile t has columns t, t + tiles, and so on. Numbers from
-        # n on are the last atom again, to fill the last tile.
+        # Atoms in the order of the product's columns: tile t has columns t, t + tiles, and so on. Indices from
+        # n on repeat the last atom, to fill the last tile.
         self._atom = torch.arange(_TILE * self._tiles, device=units.device)
         self._scale = torch.ones(self._tiles, device=units.device)
         if self.precision == "bfloat16":
             self._atom = rearrange(self._atom, "(tile within) -> (within tile)", within=_TILE)
             self._low = units.bfloat16()[self._atom.clamp(max=n - 1)]
-            # Sums and results are rounded as well, on a GPU to 8 bits.
+            # Sums and results are rounded too, on a GPU to 8 bits.
             self._off = 2**-8 + 2**-8 + 2**-23 * width + (2**-7 if units.is_cuda else 0)
             return
         filled = torch.cat([units, units[-1:].expand(-n % _TILE, -1)]) if n % _TILE else units
@@ -94,11 +94,11 @@ class Nearest:
         self._blocks = -(-width // _SPREAD)
         self._mix = _hadamard(_SPREAD, units.device)
         low = torch.empty(_TILE, self._tiles, _SPREAD * self._blocks, dtype=torch.int8, device=units.device)
-        for some in torch.arange(self._tiles, device=units.device).split(16):  # parts stay in a cache: 3 times faster
+        for some in torch.arange(self._tiles, device=units.device).split(16):  # parts that fit a cache: 3 times faster
             place = slice(int(some[0]), int(some[-1]) + 1)
             atoms = self._atom[_TILE * place.start : _TILE * place.stop]
             mixed = self._mixed(filled[_TILE * place.start : _TILE * place.stop])
-            # Atoms that need a like scale share one.
+            # Atoms that need similar scales share one.
             tops, order = mixed.abs().amax(dim=1).sort()
             scale = (tops[_TILE - 1 :: _TILE] / 127).clamp_(min=1e-30)
             few, off = _few_bits(mixed.index_select(0, order), scale.repeat_interleave(_TILE))
@@ -116,7 +116,7 @@ class Nearest:
         return (blocks @ self._mix).view(wide.shape)
 
     def _approximate(self, x: Float[Tensor, "m d"]) -> tuple[Tensor, Float[Tensor, " m"], Float[Tensor, " m"]]:
-        """For rows of norm 1: a product (m, 64 * tiles), to be scaled by row and tile; the row's scale; how far off."""
+        """For rows of norm 1: a product (m, 64 * tiles) before scaling by row and tile, the rows' scales, the bound."""
         if self.precision == "int8" and _int_mm is not None:
             mixed = self._mixed(x)
             scale = (mixed.abs().amax(dim=1) / 127).clamp_(min=1e-30)
@@ -128,7 +128,7 @@ class Nearest:
         return low @ self._low.T, torch.ones_like(off), off + (1 + off) * self._off
 
     def _memory(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """Room for a product: taken anew from the system each time, it would cost a third of the time."""
+        """Memory for a product, reused: getting it from the system each time would take a third of the time."""
         key = (name, threading.get_ident())
         kept = self._kept.get(key)
         if kept is None or len(kept) < rows:
@@ -143,14 +143,14 @@ class Nearest:
         tau: Float[Tensor, " F"] | None = None,
         signed: bool = False,
     ) -> Found:
-        """The atom of the largest correlation, of those that are not barred and reach what they have to.
+        """The atom of the largest correlation among those that are not barred and reach their thresholds.
 
         Args:
             rows: shape (m, d), finite.
-            barred: atoms that each row may not choose, shape (m, k); one may be there several times.
-            least: what a correlation has to be at least, for each row; above zero.
-            tau: the same for each atom; None where there is no such thing.
-            signed: go by the magnitude of correlations.
+            barred: atoms that each row may not choose, shape (m, k); repeats are allowed.
+            least: the smallest correlation that each row accepts; above zero.
+            tau: the smallest correlation that each atom accepts; None for no such limit.
+            signed: choose by the magnitude of correlations.
         """
         if self.precision == "full" or not len(rows):
             return self._in_full(rows, barred, least, tau, signed)
@@ -171,14 +171,14 @@ class Nearest:
 
         atom = torch.full_like(tile, -1)
         value = torch.zeros_like(norm)
-        # No correlation is above the norm of its row: rows of which nothing is left are out.
+        # No correlation exceeds the norm of its row: rows with nothing left are done.
         open_ = ((best + off >= lowest) & (lowest <= 1)).nonzero()[:, 0]
         if not len(open_):
             return Found(atom, value)
         rows, barred, least, norm, off = (one.index_select(0, open_) for one in (rows, barred, least, norm, off))
 
         def qualified(of: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
-            """Exact correlations, and their strength: -inf where an atom is barred or does not reach what it has to."""
+            """Exact correlations, and their strength: -inf where an atom is barred or below a threshold."""
             exact = self._exact(rows, of, candidate)
             strength = exact.abs() if signed else exact
             reached = least[of] if tau is None else torch.maximum(least[of], tau[candidate])
@@ -235,9 +235,9 @@ class Nearest:
 
 
 def _few_bits(x: Float[Tensor, "m wide"], scale: Float[Tensor, " m"]) -> tuple[Int8[Tensor, "m wide"], Tensor]:
-    """Rows in 8 bits, and the norms of what that leaves out. `x` is overwritten."""
+    """Rows in 8 bits, and the norms of the rounding errors. `x` is overwritten."""
     low = (x / scale[:, None]).round_()
-    # Mixing and scaling are in float32: 2⁻²⁰ is far above their rounding, for rows of norm 1.
+    # Mixing and scaling are in float32: for rows of norm 1, 2⁻²⁰ is far above their rounding.
     few = low.to(torch.int8)
     return few, x.sub_(low.mul_(scale[:, None])).norm(dim=1) + 2**-20
 

@@ -1,7 +1,7 @@
 """Threshold-activated orthogonal matching pursuit, batched: the codes of rows over given atoms.
 
-Orthogonal matching pursuit: Pati, Rezaiifar and Krishnaprasad 1993. Inverses of Gram matrices of chosen atoms are kept
-up to date by the block-inverse formula, one atom in or out at a time (as in Rubinstein, Zibulevsky and Elad 2008 by
+Orthogonal matching pursuit: Pati, Rezaiifar and Krishnaprasad 1993. The inverse of the Gram matrix of the chosen atoms
+is updated by the block-inverse formula as atoms join and leave (Rubinstein, Zibulevsky and Elad 2008 do so with
 Cholesky factors). Non-negative coefficients: the inner loop of Lawson and Hanson 1974, chapter 23.
 """
 
@@ -17,18 +17,20 @@ from torch.nn.functional import pad
 from atom_lens.dictionaries.pursuit.nearest import Found, Nearest, Precision
 from atom_lens.errors import AtomLensError
 
-_AT_ONCE = {"cpu": 2_621_440}  # entries of a product at a time: what stays in a cache
+_AT_ONCE = {"cpu": 2_621_440}  # entries of a product at a time: what fits in a cache
 _AT_ONCE_ELSEWHERE = 1 << 28
-_WORTH = 512  # searches of a row from which on it pays to turn the atoms into few bits
-_DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-8}  # share below which an atom is a combination of the chosen
-_DOUBTFUL = 0.05  # share of an atom outside the chosen ones below which float32 has too few digits for it
+_WORTH = 512  # searches from which on it pays to turn the atoms into few bits
+# Share of an atom outside the span of the chosen ones: below the first it counts as a combination of them, below the
+# second float32 has too few digits to tell.
+_DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-8}
+_DOUBTFUL = 0.05
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Sparse codes: `count[i]` atoms of row i, and their coefficients; what is beyond is atom 0 with coefficient 0.
+    """Sparse codes: `count[i]` atoms of row i and their coefficients, then atom 0 with coefficient 0 to fill the row.
 
-    Atoms stand in the order in which they joined, but for one that joins after another left, and takes its place.
+    Atoms stand in the order in which they joined, except that one which joins after another left takes its place.
     """
 
     support: Int[Tensor, "n most"]
@@ -36,7 +38,7 @@ class Codes:
     count: Int[Tensor, " n"]
 
     def dense(self, n_atoms: int) -> Float[Tensor, "n F"]:
-        """The same codes with a column for every atom."""
+        """The same codes, with a column for every atom."""
         found = self.values.new_zeros(len(self.values), n_atoms)
         return found.scatter_add_(1, self.support, self.values)
 
@@ -53,34 +55,34 @@ def pursue(
     prune: bool = False,
     search: Nearest | Precision | None = None,
 ) -> Codes:
-    """Codes of the rows of `y`: atoms join one at a time while they correlate with what the others leave over.
+    """Codes of the rows of `y`: atoms join one at a time while they correlate with the residual.
 
-    Up to `most` times, of the atoms i that are not chosen and whose correlation <r, d_i> with what is left over is at
-    least tau_i, the one of the largest correlation joins; all coefficients are fitted anew by least squares; r = y -
-    sum_i z_i d_i. A row stops when no atom qualifies, when its largest correlation is within rounding of zero (16 eps
-    |y|), or when the atom found is, within rounding, a combination of those chosen (a copy, for example).
+    Up to `most` times, among the atoms i that are not chosen and whose correlation <r, d_i> with the residual r is at
+    least tau_i, the one with the largest correlation joins; then all coefficients are refitted by least squares, and
+    r = y - sum_i z_i d_i. A row stops when no atom qualifies, when its largest correlation is zero up to rounding
+    (16 eps |y|), or when the atom found is, up to rounding, a combination of those chosen (a copy, for example).
 
-    The norm is Euclidean: a caller with another one scales `y` and the atoms so that it is. Nothing here is
-    differentiated: coefficients minimise the loss on their support, so that by the envelope theorem the gradient of the
-    loss with respect to atoms is that at fixed codes, wherever the support does not change.
+    The norm is Euclidean: for another one, the caller transforms `y` and the atoms. Nothing here is differentiated:
+    coefficients minimise the loss on their support, so by the envelope theorem the gradient of the loss with respect
+    to atoms is the one at fixed codes, wherever the support does not change.
 
     Args:
         y: rows, shape (n, d), float32 or float64.
         units: atoms, shape (F, d), of the same type and of norm 1.
-        most: atoms per row, and rounds, at least 1; more than d or F are allowed and not reached.
-        tau: smallest correlation with which an atom joins, in units of `y`: for all, or one for each atom, shape (F,).
+        most: largest number of atoms per row and of rounds, at least 1; more than d or F is allowed and never reached.
+        tau: smallest correlation with which an atom joins, in units of `y`: one for all, or one per atom, shape (F,).
         signed: choose by the magnitude of the correlation; needs `nonnegative=False`.
         nonnegative: where the fit would make coefficients negative, coefficients move towards it until the first of
-            them is zero; that atom leaves, and the rest is fitted anew, until none is negative (Lawson and Hanson): the
-            non-negative least squares over the atoms that stay, with a smaller error than before the last one joined.
-            An atom that left may join again, at a later round.
-        prune: at the end, atoms leave, one at a time, whose leaving raises the squared error of the refitted rest by
-            less than tau_i²; the one first that raises it least, compared with its tau_i². The reason: an atom that
-            joins with correlation c >= tau_i lowers the squared error by c² / s, where s <= 1 is the squared norm of
-            its part outside the span of those chosen; so each step of joining lowers |r|² + sum_i tau_i², and this rule
-            is the one that lowers the same sum further.
-        search: how the largest correlations are found, None for the fastest: it decides about speed, and no more than
-            rounding does about codes. A `Nearest` made once saves turning the same atoms into few bits again.
+            them is zero; that atom leaves and the rest are refitted, until none is negative (Lawson and Hanson). The
+            result is the non-negative least-squares fit over the atoms that stay, with a smaller error than before the
+            last one joined. An atom that left may join again in a later round.
+        prune: at the end, remove atoms, one at a time, whose removal raises the squared error of the refitted rest by
+            less than tau_i², starting with the smallest rise relative to tau_i². The reason: an atom that joins with
+            correlation c >= tau_i lowers the squared error by c² / s, where s <= 1 is the squared norm of its part
+            outside the span of those chosen; so each atom that joins lowers |r|² + sum_i tau_i², and this rule lowers
+            the same sum further.
+        search: how the largest correlations are found, None for the fastest: this changes the speed, and codes only by
+            rounding. A `Nearest` made once saves turning the same atoms into few bits again.
 
     Returns:
         Codes, values in the type of `y`.
@@ -97,11 +99,11 @@ def pursue(
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long codes are at every threshold that is one for all atoms: it decides where a row stops, and nothing else.
+    """The lengths of codes at every threshold shared by all atoms, which decides only where a row stops.
 
     Attributes:
-        correlation: smallest correlation with which an atom joined up to a round, shape (n, most); 0 after the last.
-        count: atoms after that round.
+        correlation: smallest correlation with which an atom joined up to each round, shape (n, most); 0 after the last.
+        count: number of atoms after that round.
     """
 
     correlation: Float[Tensor, "n most"]
@@ -119,7 +121,7 @@ def lengths(
 ) -> Lengths:
     """The lengths of the non-negative codes that `pursue` finds without pruning, at all thresholds, from one pursuit.
 
-    Args and errors are those of `pursue`.
+    Arguments and errors are those of `pursue`.
     """
     _check(y, units, most, 0.0, False, True)
     nearest = _searched(y, units, most, search)
@@ -163,10 +165,10 @@ def _check(y: Tensor, units: Tensor, most: int, tau: float | Tensor, signed: boo
 
 @dataclass
 class _Fits:
-    """Least-squares fits of rows over atoms in slots: of slots that are not taken, everything is zero.
+    """Least-squares fits of rows over atoms in slots; everything is zero in slots that are not taken.
 
-    `inverse` is that of the Gram matrix of the atoms taken. It gives all a pursuit needs: an atom in or out is a
-    change of rank one; leaving out atom j raises the squared error by values[j]² / inverse[j, j].
+    `inverse` is that of the Gram matrix of the atoms taken, and all a pursuit needs: adding or removing an atom changes
+    it by rank one, and removing atom j raises the squared error by values[j]² / inverse[j, j].
     """
 
     inverse: Float[Tensor, "m most most"]
@@ -180,7 +182,7 @@ class _Fits:
         self.inverse[which], self.values[which], self.taken[which] = other.inverse, other.values, other.taken
 
     def drop(self, slot: Int[Tensor, " m"]) -> None:
-        """One atom of each row leaves, the others are fitted anew."""
+        """Remove one atom of each row and refit the others."""
         rows = torch.arange(len(slot), device=slot.device)
         column = self.inverse[rows, :, slot]
         own = column[rows, slot].clone()
@@ -192,7 +194,7 @@ class _Fits:
         self.taken[rows, slot] = False
 
     def make_nonnegative(self, feasible: Float[Tensor, "m most"]) -> None:
-        """Lawson and Hanson's inner loop, from coefficients that are not negative and zero where none is taken."""
+        """Lawson and Hanson's inner loop, from `feasible` coefficients: non-negative, and zero in free slots."""
         feasible = feasible.clone()
         while len(rows := (self.values < 0).any(dim=1).nonzero()[:, 0]):
             fits, start = self.take(rows), feasible[rows]
@@ -205,7 +207,7 @@ class _Fits:
             self.put(rows, fits)
 
     def prune(self, cost: Float[Tensor, "m most"], nonnegative: bool) -> None:
-        """Atoms leave while leaving one out raises the squared error by less than its cost."""
+        """Remove atoms while removing one raises the squared error by less than its cost."""
         while True:
             own = self.inverse.diagonal(dim1=1, dim2=2)
             gain = torch.where(self.taken, self.values.square() / own - cost, torch.inf)
@@ -223,7 +225,7 @@ class _Fits:
 
 @dataclass
 class _Rows:
-    """Rows that go on."""
+    """The rows whose pursuit still goes on."""
 
     where: Int[Tensor, " m"]
     y: Float[Tensor, "m d"]
@@ -239,9 +241,9 @@ class _Rows:
         return _Rows(**kept, fits=self.fits.take(which))
 
     def joining(self, new: Float[Tensor, "m d"], before: int) -> tuple[Float[Tensor, "m most"], Float[Tensor, " m"]]:
-        """The part of new atoms outside the span of those chosen: its coefficients over these, and its squared norm.
+        """The part of new atoms outside the span of those chosen: its coefficients over them, and its squared norm.
 
-        Where little is outside, both are differences of numbers that are nearly equal, and taken in float64.
+        Where little lies outside, both are differences of nearly equal numbers and computed in float64.
         """
         most = self.support.shape[1]
 
@@ -249,7 +251,7 @@ class _Rows:
             weights = (fits.inverse[:, :before, :before] * gram[:, None]).sum(dim=2)
             return weights, own - (weights * gram).sum(dim=1)
 
-        # The transposed product is the one that is not slow on a CPU.
+        # Transposed, because the other order is slow on a CPU.
         gram = torch.bmm(new[:, None], self.atoms[:, :before].transpose(1, 2))[:, 0].double()
         weights, square = outside(self.fits, gram, 1.0)
         doubtful = (square < _DOUBTFUL).nonzero()[:, 0] if new.dtype == torch.float32 else square.new_zeros(0).long()
@@ -268,7 +270,7 @@ class _Rows:
         square: Float[Tensor, " m"],
         nonnegative: bool,
     ) -> None:
-        """An atom joins each row, in its first free slot: all is fitted anew."""
+        """Add an atom to each row, in its first free slot, and refit."""
         rows = torch.arange(len(atom), device=atom.device)
         slot = self.fits.taken.int().argmin(dim=1)
         feasible = self.fits.values
@@ -296,7 +298,7 @@ def _pursue(
     prune: bool,
     told: Lengths | None = None,
 ) -> Codes:
-    """A part of `pursue`; `told` is filled with the correlation and the number of atoms of every round."""
+    """`pursue` for some of the rows; `told` is filled with the correlation and the number of atoms of every round."""
     n, d = y.shape
     info = torch.finfo(y.dtype)
     least = (16 * info.eps * y.norm(dim=1)).clamp(min=info.tiny)
@@ -310,7 +312,7 @@ def _pursue(
     rows = _Rows(every, y, y, least, y.new_zeros(n, most, d), support.clone(), fits.take(every))
     for before in range(most):
         taken = rows.fits.taken[:, :before]
-        # A slot that is free bars what the row's first atom does.
+        # A free slot bars the row's first atom once more.
         first = rows.support.gather(1, rows.fits.taken.int().argmax(dim=1, keepdim=True))
         barred = torch.where(taken, rows.support[:, :before], first)
         found = nearest(rows.left, barred, rows.least, per_atom, signed)

@@ -1,6 +1,6 @@
 """The pursuit dictionary: threshold-activated matching pursuit in the AIP, as an sae-lens architecture.
 
-There is no encoder matrix: a code is found one atom at a time, in what the atoms before leave over (`omp.pursue`). The
+There is no encoder matrix: a code is found one atom at a time, each in the residual of those before (`omp.pursue`). The
 condition mu < 1 / (2K - 1), which q* asks of atoms, is the one under which this finds every K-sparse code (Tropp 2004).
 Importing this module registers the architecture ``aip_pursuit``.
 """
@@ -36,15 +36,15 @@ class PursuitSAEConfig(SAEConfig):
 
     Args:
         max_iterations: most atoms of a code.
-        norm: alpha: correlations, coefficients and thresholds are of the norm in which residuals are weighted by the
+        norm: alpha: correlations, coefficients and thresholds are taken in the norm that weights residuals by the
             eigenvalues of C to this power. 0 is the AIP, 1 Euclidean (theory.md section 3).
-        prune: at the end atoms leave whose leaving costs less than their threshold allows (`pursue`).
+        prune: whether atoms that lower the error by less than their threshold asks are removed at the end (`pursue`).
     """
 
     max_iterations: int = 32
     norm: float = 0.0
     prune: bool = False
-    # sae-lens' from_dict hands a plain dict to __init__ and puts the SAEMetadata in its place afterwards.
+    # sae-lens' from_dict passes a plain dict to __init__ and replaces it by the SAEMetadata afterwards.
     metadata: Any = field(default_factory=SAEMetadata)
 
     @override
@@ -61,17 +61,17 @@ class PursuitSAEConfig(SAEConfig):
 
 
 class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
-    """Atoms under a pursuit: ``encode`` and ``decode`` act on raw activations, ``aip`` is the metric they live in.
+    """Atoms under a pursuit: ``encode`` and ``decode`` act on raw activations, ``aip`` is the metric of the atoms.
 
-    ``W_dec`` holds one atom per row, of any norm but zero. ``threshold`` is, of each atom, the smallest correlation
-    with which it joins a code, in training coordinates, where an activation has mean square norm 1 (`pursuit_map`).
+    ``W_dec`` holds one atom per row, of any norm but zero. ``threshold`` is the smallest correlation with which each
+    atom joins a code, in training coordinates, where an activation has mean square norm 1 (`pursuit_map`).
     """
 
     of_training = (*Metered.of_training, "W_enc", "b_enc", "learned", "norm_weight", "pursuit_weight")
     threshold: torch.nn.Parameter
     _ready: tuple[tuple[int, ...], Nearest, Tensor, Tensor] | None = None
 
-    # The first step of a pursuit reads activations along these directions; later ones what is left over.
+    # The first step of a pursuit reads activations along these directions, later steps the residual.
     @property
     def W_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Reading directions of the first step, shape (d, F)."""
@@ -91,13 +91,13 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():  # the metric is a part of the encoder, and saved with it
+        for name, value in state_dict.items():  # the metric is part of the encoder and saved with it
             state_dict[name] = value.contiguous()
 
     @override
     @torch.no_grad()
     def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
-        """Take atoms and bias from whitened space to raw activations; there is no encoder to be taken."""
+        """Map atoms and bias from whitened space to raw activations; there is no encoder to map."""
         back = unwhitening_matrix.to(self.device)
         self.W_dec.copy_(self.W_dec.to(back.dtype) @ back)
         self.b_dec.copy_(self.b_dec.to(back.dtype) @ back + mean.to(back))
@@ -105,23 +105,23 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
     @override
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:
-        """Give rows unit Euclidean norm: codes scale, no choice of an atom changes."""
+        """Give rows unit Euclidean norm: coefficients scale, and the choice of atoms stays the same."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-30))
 
     def _prepared(self) -> tuple[Nearest, Float[Tensor, "d d"], Float[Tensor, " F"]]:
         """Unit atoms ready to be searched, the map into pursuit coordinates, and the atoms' norms there.
 
-        Kept while neither the atoms nor the metric change: a live model encodes a token at a time.
+        Cached while neither the atoms nor the metric change: a live model encodes one token at a time.
         """
         map = pursuit_map(self.aip, self.cfg.norm)
         mapped = self.W_dec.detach().double() @ map
         norms = mapped.norm(dim=1)
         if not bool((norms > 0).all()):
-            raise AtomLensError(f"atom {int((norms == 0).nonzero()[0])} is zero, allowed are atoms of any other norm")
+            raise AtomLensError(f"atom {int((norms == 0).nonzero()[0])} has norm 0, allowed is any other norm")
         return Nearest((mapped / norms[:, None]).float()), map, norms
 
     def _mapped(self, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Nearest, Float[Tensor, " F"]]:
-        """Activations in pursuit coordinates, the atoms there, and what their norms were."""
+        """Activations in pursuit coordinates, the unit atoms there, and the norms they had."""
         version = (self.W_dec._version, self.aip_eigenvalues._version, id(self.aip_eigenvalues), self.W_dec.data_ptr())
         if self._ready is None or self._ready[0] != version:
             self._ready = version, *self._prepared()
@@ -146,11 +146,11 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "n d"], l0: float) -> None:
-        """Set one threshold for all atoms, at which codes of `x` have a mean of `l0` atoms.
+        """Set one threshold for all atoms, at which codes of `x` have `l0` atoms on average.
 
         Args:
             x: raw activations, shape (n, d); not those trained on, whose codes are shorter at the same threshold.
-            l0: the mean asked for, up to `max_iterations`.
+            l0: the mean asked for, at most `max_iterations`.
         """
 
         def pruned(tau: float) -> Tensor:
@@ -175,9 +175,9 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
 
 
 def calibrated(mean: Callable[[float], float], l0: float) -> float:
-    """The threshold tau at which `mean(tau)`, the L0 of some codes, is `l0` to 0.5%; 0 where that is out of reach.
+    """The threshold tau at which `mean(tau)`, the mean L0 of some codes, is `l0` to 0.5%; 0 where that is out of reach.
 
-    Correlations of rows in training coordinates are seldom above 1 and never far, so the search begins there.
+    Correlations of rows in training coordinates are seldom above 1 and never by much, so the search begins there.
     """
     low, high = 0.0, 1.0
     while mean(high) > l0:
@@ -192,7 +192,7 @@ def calibrated(mean: Callable[[float], float], l0: float) -> float:
 
 
 def refitted(y: Float[Tensor, "n d"], units: Float[Tensor, "F d"], codes: Codes) -> Float[Tensor, "n most"]:
-    """The least-squares coefficients of `codes` again, as a function of `y` that can be differentiated."""
+    """The least-squares coefficients of `codes`, as a differentiable function of `y`."""
     used = (torch.arange(codes.support.shape[1], device=y.device) < codes.count[:, None]).to(y)
     chosen = units[codes.support] * used[..., None]
     gram = chosen @ chosen.mT + torch.diag_embed(1 - used)  # slots that are free stand alone
@@ -202,8 +202,8 @@ def refitted(y: Float[Tensor, "n d"], units: Float[Tensor, "F d"], codes: Codes)
 def pursuit_map(aip: AtomicInnerProduct, norm: float) -> Float[Tensor, "d d"]:
     """From activations to coordinates in which `norm` is Euclidean, float64.
 
-    Columns are eigenvectors times lambda^(alpha/2) / sqrt(lambda d), with lambda of the largest eigenvalue as unit in
-    the power: at alpha = 0 an activation has mean square norm 1.
+    Columns are eigenvectors times lambda^(alpha/2) / sqrt(lambda d), where the lambda in the power is relative to the
+    largest eigenvalue: at alpha = 0 an activation has mean square norm 1.
     """
     power = (aip.eigenvalues / aip.eigenvalues[-1]) ** (norm / 2)
     return aip.eigenvectors * (power / (aip.eigenvalues * aip.width).sqrt())

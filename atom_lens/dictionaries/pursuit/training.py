@@ -43,8 +43,8 @@ class PursuitTrainingConfig(AIPTopKTrainingConfig):
         amortised_steps: steps with a TopK encoder of K = k, before those under the pursuit.
         max_iterations: most atoms of a code.
         norm: alpha of the pursuit: 0 is the AIP, 1 Euclidean; `loss_norm` is that of the steps before.
-        prune: whether atoms leave at the end of a pursuit (`pursue`).
-        coherence_coefficient: weight of the coherence penalty (`coherence_penalty`) beside a share of variance.
+        prune: whether atoms are removed at the end of a pursuit (`pursue`).
+        coherence_coefficient: weight of the coherence penalty (`coherence_penalty`), relative to a share of variance.
     """
 
     k: float = 8.0  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -76,21 +76,21 @@ class PursuitTrainingConfig(AIPTopKTrainingConfig):
 
 
 def coherence_penalty(atoms: Float[Tensor, "F d"]) -> Float[Tensor, ""]:
-    """The sum of an atom's squared coherences with all others, averaged over atoms; Euclidean, of atoms of any norm.
+    """The sum of an atom's squared coherences with all others, averaged over atoms; Euclidean, for atoms of any norm.
 
-    The frame potential (Benedetto and Fickus 2003) over F, less 1: 0 for orthogonal atoms, never below F/d - 1. It is
-    taken from the d x d matrix of second moments, so that no F x F matrix is needed.
+    This is the frame potential (Benedetto and Fickus 2003) over F, less 1: 0 for orthogonal atoms, never below
+    F/d - 1. It is computed from the d x d matrix of second moments; no F x F matrix is needed.
     """
     units = normalize(atoms, dim=1)
     return (units.T @ units).square().sum() / len(units) - 1
 
 
 class PursuitTraining(AIPTopKTraining):
-    """The pursuit dictionary while it trains: `begin` or the first activations set metric and start."""
+    """The pursuit dictionary while it trains: `begin`, or the first activations, set the metric and the start."""
 
     cfg: PursuitTrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     threshold: Tensor  # of each atom, all the same
-    learned: Tensor  # steps of learning
+    learned: Tensor  # number of steps so far
     norm_weight: Tensor
     pursuit_weight: Tensor
 
@@ -115,7 +115,7 @@ class PursuitTraining(AIPTopKTraining):
 
     @torch.no_grad()
     def pursued(self, y: Float[Tensor, "n d"], tau: float) -> Codes:
-        """Codes of rows in training coordinates, with coefficients of atoms of unit AIP norm."""
+        """Codes of rows in training coordinates; coefficients are those of atoms of unit AIP norm."""
         atoms = self.W_dec * self.norm_weight
         norms = atoms.norm(dim=1, keepdim=True)
         rows = (y - self.b_dec) * self.norm_weight

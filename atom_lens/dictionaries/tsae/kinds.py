@@ -19,9 +19,9 @@ def start(setup: Setup, level: float, seed: int, encoder: str, freeze_decoder: b
     Args:
         setup: activations, their metric, and the recipe's section.
         level: the target L0.
-        seed: of the activations that it starts from, and of noise.
+        seed: of the activations that it starts from, and of the noise.
         encoder: tied or free.
-        freeze_decoder: random directions that stay as they are: a null.
+        freeze_decoder: keep the decoder at random directions: a null.
     """
     config = TSAETrainingConfig.of(
         setup.atoms.model_copy(update={"encoder": encoder, "target_l0": level}),

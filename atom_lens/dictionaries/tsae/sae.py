@@ -1,6 +1,6 @@
 """TSAE: the threshold-activated sparse autoencoder in the atomic inner product, as an sae-lens architecture.
 
-sae-lens' JumpReLU SAE on raw activations, with the metric beside it; `training` trains it (theory.md section 3).
+sae-lens' JumpReLU SAE on raw activations, with its metric; `training` trains it (theory.md section 3).
 Importing this module registers the architecture ``aip_tsae``.
 """
 
@@ -21,7 +21,7 @@ ARCHITECTURE = "aip_tsae"
 
 
 def model_metadata() -> dict[str, Any]:
-    """How `sae_lens.load_model` and sae-lens' evals are to load a model whose hooks go by TransformerLens' names."""
+    """How `sae_lens.load_model` and sae-lens' evals load a model whose hooks have TransformerLens' names."""
     return {"model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {}}
 
 
@@ -29,7 +29,7 @@ def model_metadata() -> dict[str, Any]:
 class TSAEConfig(JumpReLUSAEConfig):
     """Configuration of a trained TSAE. It saves itself as ``jumprelu``: any sae-lens tool can run it."""
 
-    # sae-lens' from_dict hands a plain dict to __init__ and puts the SAEMetadata in its place afterwards.
+    # sae-lens' from_dict passes a plain dict to __init__ and replaces it by the SAEMetadata afterwards.
     metadata: Any = field(default_factory=SAEMetadata)
 
     @override
@@ -43,7 +43,7 @@ class TSAEConfig(JumpReLUSAEConfig):
 
 
 class TSAE(Metered, JumpReLUSAE):
-    """Atoms, ready to use: ``encode`` and ``decode`` act on raw activations, ``aip`` is the metric they live in.
+    """Atoms, ready to use: ``encode`` and ``decode`` act on raw activations, ``aip`` is the metric of the atoms.
 
     ``W_dec`` holds one atom per row, of unit Euclidean norm; coherence does not depend on the norm.
     """
@@ -58,6 +58,6 @@ class _OnDisk(AtomsConfig):
 
 
 CONFIGS["jumprelu"] = _OnDisk
-# A second registration is an error in sae-lens, and a notebook may reload this module: the newest classes count.
+# sae-lens refuses a second registration, and a notebook may reload this module: the newest classes win.
 SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)
 register_sae_class(ARCHITECTURE, TSAE, TSAEConfig)

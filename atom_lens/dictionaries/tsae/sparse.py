@@ -1,7 +1,7 @@
-"""The fast way of reading a batch: at the few entries of a code that matter, without a dense backward pass.
+"""The fast training step: it works on the few entries of a code that matter, without a dense backward pass.
 
-Of the gradients of a threshold SAE, only active entries and those inside the straight-through window are not zero. The
-encoder's forward product has to be dense, to find them (`search`); everything after it is sparse (docs/training.md).
+Gradients of a threshold SAE are zero except at active entries and inside the straight-through window. The encoder's
+forward product has to be dense, to find those entries (`search`); everything after it is sparse (docs/training.md).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from atom_lens.dictionaries.tsae.training import TSAETraining
 
-_REVIVED = 64  # dead atoms that speak at once
+_REVIVED = 64  # dead atoms that are active at once in the revival loss
 
 with warnings.catch_warnings():
-    # torch says once that compressed rows are beta; tests hold them against dense products.
+    # torch warns once that compressed rows are beta; tests compare them with dense products.
     warnings.simplefilter("ignore", UserWarning)
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.long), torch.tensor([]), (1, 1))
 
 
 class Read(NamedTuple):
-    """What a batch is read as: all that the loss is made of, and the codes and pre-activations behind it."""
+    """A batch, encoded and decoded: what the loss is made of, and the codes and pre-activations behind it."""
 
     out: Float[Tensor, "batch d"]
     l0: Float[Tensor, " batch"]  # active atoms, with the straight-through gradient
@@ -39,14 +39,14 @@ class Read(NamedTuple):
 
 
 def strongest(candidates: Float[Tensor, "batch dead"]) -> torch.return_types.topk:
-    """Of pre-activations of dead atoms, those that would speak."""
+    """The largest pre-activations of dead atoms."""
     return candidates.topk(min(_REVIVED, candidates.shape[1]), dim=1)
 
 
 def read_sparsely(sae: TSAETraining, y: Float[Tensor, "batch d"], dead: Bool[Tensor, " F"] | None) -> Read:
-    """What a dense step reads from `y`, with gradients at the entries where they are not zero.
+    """What a dense step computes from `y`, with gradients only at the entries where they are not zero.
 
-    `Read.codes` and `Read.pre` are sparse, of active entries and of all that were gone through.
+    `Read.codes` and `Read.pre` are sparse: the first has active entries, the second all entries that were visited.
     """
     directions = sae.W_dec if sae.cfg.encoder == "tied" else sae.W_enc.T
     with torch.no_grad():
@@ -78,7 +78,7 @@ def read_sparsely(sae: TSAETraining, y: Float[Tensor, "batch d"], dead: Bool[Ten
 
 @torch.no_grad()
 def _revived(seen: Tensor, directions: Tensor, b_enc: Tensor, dead: Tensor) -> tuple[Entries, Tensor]:
-    """Where the strongest dead atoms would speak, and their pre-activations there."""
+    """Where the strongest dead atoms would be active, and their pre-activations there."""
     index = dead.nonzero()[:, 0]
     found = torch.addmm(b_enc[index], seen, directions[index].T)
     mask = torch.zeros(len(seen), len(dead), dtype=torch.bool, device=seen.device)
@@ -96,8 +96,8 @@ def search(
 ) -> tuple[Entries, Float[Tensor, " nnz"]]:
     """All entries of x directionsᵀ above `cutoff`, and their values.
 
-    In "bfloat16" the product is of that precision, and some more entries are found that are just below; values are in
-    the precision of the weights all the same.
+    With "bfloat16" the product has that precision, and some entries just below the cutoff are found as well; values
+    still have the precision of the weights.
     """
     if precision == "bfloat16":
         left, right = _bounds(x, directions, cutoff)
@@ -111,16 +111,16 @@ def search(
 def _bounds(
     x: Float[Tensor, "batch d"], directions: Float[Tensor, "F d"], cutoff: Float[Tensor, " F"]
 ) -> tuple[BFloat16[Tensor, "batch wide"], BFloat16[Tensor, "F wide"]]:
-    """Factors of a product that is above zero wherever x directionsᵀ is above `cutoff`, whatever rounding takes.
+    """Factors of a product that is above zero wherever x directionsᵀ is above `cutoff`, despite rounding.
 
-    With x = x^ + dx and w = w^ + dw, of which x^ and w^ have 8 bits, x w - x^ w^ is at most |dx| |w| + |x^| |dw|
+    With x = x^ + dx and w = w^ + dw, where x^ and w^ have 8 bits, x w - x^ w^ is at most |dx| |w| + |x^| |dw|
     (Cauchy-Schwarz), |dw| at most 2⁻⁸ |w|, and sums in float32 are off by at most 2⁻²³ d |x^| |w| in any order.
-    A GPU may round partial sums to 8 bits as well. This margin and the cutoff (in two parts, 16 bits) are three
-    columns more.
+    A GPU may round partial sums to 8 bits as well. This margin and the cutoff (in two parts of 8 bits) take three
+    more columns.
     """
     d = x.shape[1]
     wide = 16 * math.ceil((d + 3) / 16)
-    above = 1 + 2**-7  # of what it is rounded from
+    above = 1 + 2**-7  # so that rounding never lowers a bound
     sums = 2**-23 * d + (2**-7 if x.is_cuda else 0)
     rounded = x.bfloat16()
     left = rounded.new_zeros(len(x), wide)
@@ -137,7 +137,7 @@ def _bounds(
 
 
 class Entries(NamedTuple):
-    """Places in a (batch, F) matrix, in the order of rows, and what it takes to go through them by columns."""
+    """Places in a (batch, F) matrix, in the order of rows, and what is needed to visit them by columns."""
 
     rows: Int[Tensor, " nnz"]
     columns: Int[Tensor, " nnz"]
@@ -172,7 +172,7 @@ class Entries(NamedTuple):
 
 
 def _starts(index: Int[Tensor, " nnz"], size: int) -> Int[Tensor, " starts"]:
-    # Not by bincount, for which a GPU is waited for twice.
+    # Not by bincount, which waits for a GPU twice.
     return index.new_zeros(size + 1).index_add_(0, index + 1, torch.ones_like(index)).cumsum(0)
 
 
@@ -184,7 +184,7 @@ def _sums(
 ) -> Float[Tensor, "rows d"]:
     """Sums of rows `index` of `dense`, times `values`, one sum from each start to the next.
 
-    Always in this order, where sparse products of torch add up on a GPU as they come, to other bits each time.
+    The order is fixed: torch's sparse products on a GPU add in any order and give different bits each time.
     """
     return embedding_bag(index, dense, starts, mode="sum", per_sample_weights=values, include_last_offset=True)
 
@@ -211,7 +211,7 @@ class _Decode(torch.autograd.Function):
 
 
 class _Encode(torch.autograd.Function):
-    """Entries of x (batch, d) times directionsᵀ (F, d), plus biases, which were computed before: (nnz)."""
+    """Precomputed entries of x (batch, d) times directionsᵀ (F, d), plus biases: (nnz)."""
 
     @staticmethod
     @override
@@ -235,7 +235,7 @@ class _Encode(torch.autograd.Function):
             None,
             entries.transposed_times(grad, x) if for_directions else None,
             columns,
-            # b_dec acts on every entry of a column alike: a product with a vector, not with a matrix.
+            # b_dec acts equally on every entry of a column: a product with a vector, not with a matrix.
             -(directions.T @ columns) if for_b_dec else None,
             None,
         )
@@ -244,7 +244,7 @@ class _Encode(torch.autograd.Function):
 def sampled_product(
     left: Float[Tensor, "batch d"], right: Float[Tensor, "F d"], entries: Entries
 ) -> Float[Tensor, " nnz"]:
-    """The `entries` of left rightᵀ, and no others; no gradient."""
+    """Only the `entries` of left rightᵀ; no gradient."""
     pattern = entries.matrix(left.new_zeros(len(entries.rows)))
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
 
@@ -252,7 +252,7 @@ def sampled_product(
 def sparse_decode(
     values: Float[Tensor, " nnz"], atoms: Float[Tensor, "F d"], entries: Entries
 ) -> Float[Tensor, "batch d"]:
-    """Codes that are zero but for `values` at `entries`, times `atoms`."""
+    """Codes that are zero except for `values` at `entries`, times `atoms`."""
     return _Decode.apply(values, atoms, entries)
 
 
@@ -264,8 +264,8 @@ def sparse_encode(
     b_dec: Float[Tensor, " d"] | None,
     entries: Entries,
 ) -> Float[Tensor, " nnz"]:
-    """`found`, the `entries` of x directionsᵀ + b_enc, with the gradients of `directions` and biases.
+    """`found`, the `entries` of x directionsᵀ + b_enc, with gradients for `directions` and biases.
 
-    x is data and has none; where it is what is left over `b_dec`, that has one.
+    x is data and has none; where `b_dec` was subtracted from it, `b_dec` has one.
     """
     return _Encode.apply(found, x, directions, b_enc, b_dec, entries)

@@ -1,11 +1,11 @@
-"""The TSAE while it trains: its loss, and what it starts from (theory.md section 3).
+"""The TSAE while it trains: its loss and its start (theory.md section 3).
 
 With y an activation in training coordinates, K its number of active atoms and w the weights of directions,
 
     loss = |y_hat - y|²_w + l0_coefficient * 2 (K - target_l0)² / target_l0 + revival * |y_hat + y_dead - y|²_w
 
-averaged over a batch: y_dead is what the strongest dead atoms would add (AuxK, Gao et al. 2024). The second term is the
-controller of the thresholds: each activation is held to the target, not the mean, as q* lives in the tail of K.
+averaged over a batch: y_dead is what the strongest dead atoms would add (AuxK, Gao et al. 2024). The second term
+controls the thresholds: it holds each activation to the target, not their mean, because q* depends on the tail of K.
 
 Importing this module registers the training class of ``aip_tsae`` with sae-lens.
 """
@@ -40,7 +40,7 @@ from atom_lens.tensors.rows import Rows
 DENSITY_LIMIT = 0.08  # share of entries; dense steps are faster from 0.09 to 0.16 on (docs/training.md)
 
 _DEFAULT = Atoms.model_construct()
-# Fields of a recipe's `atoms` that sae-lens has another name for.
+# Fields of a recipe's `atoms` that have another name in sae-lens.
 _NAMES = {"capacity": "d_sae", "bandwidth": "jumprelu_bandwidth"}
 
 
@@ -48,7 +48,7 @@ _NAMES = {"capacity": "d_sae", "bandwidth": "jumprelu_bandwidth"}
 class TSAETrainingConfig(LearningConfig, JumpReLUTrainingSAEConfig):
     """Training configuration of a TSAE; ``target_l0`` is required.
 
-    Defaults and what is allowed are those of a recipe's section `atoms`, which says what each is, too.
+    Defaults, limits and descriptions are those of a recipe's section `atoms`.
     """
 
     encoder: Literal["tied", "free"] = _DEFAULT.encoder
@@ -57,7 +57,7 @@ class TSAETrainingConfig(LearningConfig, JumpReLUTrainingSAEConfig):
     noise: float = _DEFAULT.noise
     revival: float = _DEFAULT.revival
     start: Literal["data", "random"] = _DEFAULT.start
-    freeze_decoder: bool = False  # random directions that stay as they are: a null
+    freeze_decoder: bool = False  # keep random directions: a null
     jumprelu_bandwidth: float = _DEFAULT.bandwidth
     step: Literal["dense", "sparse"] = _DEFAULT.step
     encoder_product: Literal["float32", "bfloat16"] = _DEFAULT.encoder_product
@@ -72,7 +72,7 @@ class TSAETrainingConfig(LearningConfig, JumpReLUTrainingSAEConfig):
 
     @classmethod
     def of(cls, atoms: Atoms, d_in: int, **others: Any) -> TSAETrainingConfig:
-        """What a recipe's section `atoms` says."""
+        """The configuration that a recipe's section `atoms` describes."""
         known = {field.name for field in fields(cls)}
         said = {_NAMES.get(name, name): value for name, value in atoms}
         return cls(d_in=d_in, **{name: value for name, value in said.items() if name in known}, **others)
@@ -92,7 +92,7 @@ class TSAETrainingConfig(LearningConfig, JumpReLUTrainingSAEConfig):
             self.start = "random"
         for name, allowed in (
             ("jumprelu_sparsity_loss_mode", "quadratic"),
-            ("pre_act_loss_coefficient", None),  # `revival` is what a TSAE has instead
+            ("pre_act_loss_coefficient", None),  # a TSAE has `revival` instead
             ("normalize_activations", "none"),  # it whitens by its own metric
         ):
             if getattr(self, name) != allowed:
@@ -102,17 +102,17 @@ class TSAETrainingConfig(LearningConfig, JumpReLUTrainingSAEConfig):
 
 
 class TSAETraining(Learning, JumpReLUTrainingSAE):
-    """The TSAE while it trains: `begin` or the first activations set metric and start, `finish` gives the `TSAE`."""
+    """The TSAE while it trains: `begin`, or the first activations, set metric and start; `finish` gives the `TSAE`."""
 
     cfg: TSAETrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    density: Tensor  # share of entries that the last step went through
+    density: Tensor  # share of entries that the last step visited
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self.register_buffer("density", torch.zeros((), dtype=torch.float64))
         if self.cfg.step == "sparse":
-            # Rows of W_encᵀ lie together: that is how its gradient comes about, and it need not be turned.
+            # Contiguous rows of W_encᵀ, the layout of its gradient, so that neither is ever transposed.
             self.W_enc.data = self.W_enc.data.T.contiguous().T
         self.W_enc.requires_grad_(self.cfg.encoder == "free")
         self.W_dec.requires_grad_(not self.cfg.freeze_decoder)
@@ -120,7 +120,7 @@ class TSAETraining(Learning, JumpReLUTrainingSAE):
     @override
     @torch.no_grad()
     def prepare(self, y: Float[Tensor | Rows, "n d"], aip: AtomicInnerProduct, generator: torch.Generator) -> None:
-        """Start from the data: atoms are whitened activations, thresholds give the wanted L0, the bias is the mean.
+        """Start from the data: atoms are whitened activations, thresholds give the target L0, the bias is the mean.
 
         Measured on the demo model, this start beats random directions by far, in and out of sample
         (docs/training.md).
@@ -128,7 +128,7 @@ class TSAETraining(Learning, JumpReLUTrainingSAE):
         Args:
             y: training activations in training coordinates, shape (n, d).
             aip: the metric, whose eigenvalues weight the loss.
-            generator: draws the activations that become atoms, and the noise while they learn.
+            generator: draws the activations that become atoms, and the seed of the noise in training.
         """
         super().prepare(y, aip, generator)
         here, mean = self.W_dec, self.b_dec
@@ -156,7 +156,7 @@ class TSAETraining(Learning, JumpReLUTrainingSAE):
         return (residual.square() * self.loss_weight).sum(dim=-1).mean()
 
     def _read(self, y: Float[Tensor, "batch d"], dead: Tensor | None) -> Read:
-        """Encode and decode: entry by entry where the last step says this is faster, to the same up to rounding."""
+        """Encode and decode, sparsely where the density of the last step makes this faster; equal up to rounding."""
         if self.cfg.step == "sparse" and float(self.density) < DENSITY_LIMIT:
             read = read_sparsely(self, self.noisy(y), dead)
             self.density.fill_(read.pre._nnz() / read.pre.numel())
@@ -184,14 +184,14 @@ class TSAETraining(Learning, JumpReLUTrainingSAE):
     @override
     @torch.no_grad()
     def project(self) -> None:
-        """Give atoms unit AIP norm, and let no threshold let negative pre-activations through."""
+        """Give atoms unit AIP norm, and keep thresholds from passing negative pre-activations."""
         super().project()
         self.threshold.clamp_(min=0)
 
     @override
     @torch.no_grad()
     def finish(self) -> TSAE:
-        if self.cfg.encoder == "tied":  # after training it reads W_enc = S D
+        if self.cfg.encoder == "tied":  # after training W_enc = S D
             self.W_enc.copy_((self.W_dec / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)).T)
         atoms = cast("TSAE", super().finish())
         if self.aip is not None:

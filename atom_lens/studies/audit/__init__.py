@@ -1,1 +1,1 @@
-"""Audit: the evidence about anybody's dictionary, on text that is held out, with nulls under the same encoder."""
+"""Audit: the evidence about anybody's dictionary, on held-out text, with nulls under the same encoder."""

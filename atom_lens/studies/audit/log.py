@@ -12,7 +12,7 @@ from atom_lens.studies.audit.show import show
 
 
 def log_audit(result: Audit, project: str, page: Path | None = None) -> None:
-    """Log an audit as a run of a project; `WANDB_MODE` and the rest of the environment say where to.
+    """Log an audit as a run of a project; `WANDB_MODE` and the rest of the environment decide where.
 
     Args:
         result: the audit.
@@ -35,6 +35,6 @@ def log_audit(result: Audit, project: str, page: Path | None = None) -> None:
             shown = wandb.Table(columns=list(columns))
             for row in rows:
                 shown.add_data(*row)
-            run.log({f"table-{number}": shown, f"title-{number}": table.title})  # a title is no name of a file
+            run.log({f"table-{number}": shown, f"title-{number}": table.title})  # keys become file names, so no titles
         if page is not None:
             run.log({"page": wandb.Html(str(page))})

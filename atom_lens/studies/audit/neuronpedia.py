@@ -1,4 +1,4 @@
-"""Dashboards of every latent for Neuronpedia: in the files that sae-dashboard's runner writes for its import."""
+"""Dashboards of every latent for Neuronpedia, in the file format of sae-dashboard's runner."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from atom_lens.studies.audit.reading import Read
 from atom_lens.studies.report.browsers import lens_for
 from atom_lens.studies.report.words import Lens
 
-_BATCH = 128  # latents of a file
-_TOP, _INTERVALS, _EACH = 20, 5, 4  # contexts: the strongest, and some of each of so many intervals below the largest
+_BATCH = 128  # latents per file
+_TOP, _INTERVALS, _EACH = 20, 5, 4  # contexts: the strongest, and a few from each interval below the largest
 _BARS = 40
 _WORDS = 10
-# What sae-dashboard has besides; those who read its files ask for the keys.
+# Other keys of sae-dashboard's files, which readers expect.
 _NOT_MEASURED = [
     f"{what}_{of}"
     for what, of in [
@@ -43,8 +43,8 @@ def write_dashboards(folder: Path, opened: Mapping[str, Any], read: Read, hook: 
     """Write a folder of ``batch-0.json``, ``batch-1.json``, ... for each dictionary, all of them or nothing.
 
     Args:
-        folder: must not exist, or be empty.
-        opened: the dictionaries by name; the name becomes that of the source set.
+        folder: must be empty or not exist.
+        opened: the dictionaries by name, which becomes the name of the source set.
         read: text of both sides, and the model that read it.
         hook: where the dictionaries act.
         model: the name of the model.
@@ -84,12 +84,12 @@ def layer_of(hook: str | None) -> int:
     """
     found = re.match(r"blocks\.(\d+)\.", hook or "")
     if found is None:
-        raise AtomLensError(f"hook is {hook!r}, dashboards for Neuronpedia are of text at a hook of a layer")
+        raise AtomLensError(f"hook is {hook!r}, dashboards for Neuronpedia need text, and a hook of a layer")
     return int(found[1])
 
 
 class _Contexts:
-    """The tokens of each context, and of each row where it stands among them."""
+    """The tokens of each context, and the place of each row among them."""
 
     def __init__(self, corpus: Corpus, tokenizer: Any) -> None:
         self.prompt, starts, _ = corpus.places.numpy().T
@@ -100,7 +100,7 @@ class _Contexts:
         self.at = np.array([begins[prompt][start] for prompt, start in zip(self.prompt, starts, strict=True)])
 
     def fired(self, codes: csc_array, latent: int) -> dict[str, Any]:
-        """How often a latent fires, how hard, and where."""
+        """How often a latent fires, how strongly, and where."""
         rows, values = active_rows(codes, latent)
         return {
             "frac_nonzero": len(rows) / len(self.prompt),
@@ -111,10 +111,13 @@ class _Contexts:
         }
 
     def _shown(self, rows: np.ndarray, values: np.ndarray) -> Iterator[dict[str, Any]]:
-        """The contexts with the largest coefficients, and some of each interval of sizes; `values` fall in size."""
+        """The contexts with the largest coefficients, and some from each interval of magnitudes.
+
+        `values` are sorted by magnitude, largest first.
+        """
         sizes, prompts = np.abs(values), self.prompt[rows]
-        first = np.sort(np.unique(prompts, return_index=True)[1])  # of each context its largest coefficient
-        groups = [(-1.0, 99.0, -1.0, first[:_TOP])]  # so sae-dashboard marks the strongest
+        first = np.sort(np.unique(prompts, return_index=True)[1])  # the largest coefficient of each context
+        groups = [(-1.0, 99.0, -1.0, first[:_TOP])]  # how sae-dashboard marks the strongest
         edges = np.linspace(0, sizes[0], _INTERVALS + 1)
         for low, high in reversed(list(pairwise(edges))):
             inside = (sizes > low) & (sizes <= high)
@@ -135,7 +138,7 @@ class _Contexts:
 
 
 def _words(directions: Float[Tensor, "B d"], lens: Lens | str | None) -> list[dict[str, Any]]:
-    """The words that latents promote and suppress, and how all logits lie; nothing without a lens."""
+    """The words that latents promote and suppress, and a histogram of all logits; empty without a lens."""
     if not isinstance(lens, Lens):
         none = {f"{end}_{what}": [] for end in ("neg", "pos") for what in ("str", "values")}
         return [{**none, **_bars("logits_hist_data", [])}] * len(directions)
@@ -150,7 +153,7 @@ def _words(directions: Float[Tensor, "B d"], lens: Lens | str | None) -> list[di
 
 
 def _bars(name: str, values: Any) -> dict[str, Any]:
-    """A histogram: the middles of its bars, and how many values each holds."""
+    """A histogram: the middles of its bars, and the number of values in each."""
     heights, edges = np.histogram(values, _BARS) if len(values) else (np.zeros(0), np.zeros(1))
     middles = (edges[1:] + edges[:-1]) / 2
     return {f"{name}_bar_values": middles.round(4).tolist(), f"{name}_bar_heights": heights.astype(float).tolist()}

@@ -40,12 +40,12 @@ def write_page(
         opened: its dictionaries by name.
         seen: each of them observed on the held-out activations.
         read: what they were read on; without texts there is nothing to browse.
-        aip: neighbours are told under it.
-        pairs: how far the atoms of each two agree.
+        aip: neighbours are found under it.
+        pairs: the agreement of each pair of dictionaries.
     """
     sections = joined(show(result, path.stem))
     if read.corpus is None:
-        why = "Latents are left out: there are no texts to show, since the audit was of given activations."
+        why = "Latents are left out: the audit was of given activations, so there are no texts to show."
         sections.append(Section("Atoms", why))
     else:
         hook = str(result.hook)
@@ -58,7 +58,7 @@ def write_page(
             for label, one in opened.items()
         }
         intro = (
-            "Every latent, with the contexts it fires on hardest, held-out and of the text that the metric was "
+            "Every latent, with the contexts it fires on most strongly, held-out and in the text that the metric was "
             "estimated on."
         )
         sections.append(Section("Atoms", intro, browsers=browsers))
@@ -73,7 +73,7 @@ def write_page(
 
 
 def _scores(label: str, seen: Observation, pairs: Mapping[tuple[str, str], Identity]) -> Float[Tensor, " F"] | None:
-    """Of every atom the mean coherence with its partners in the other dictionaries, NaN where it is silent."""
+    """The mean coherence of every atom with its partners in the other dictionaries, NaN for a silent atom."""
     found = [one.scores[names.index(label)] for names, one in pairs.items() if label in names]
     if not found:
         return None

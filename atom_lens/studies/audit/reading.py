@@ -28,7 +28,7 @@ _SPLIT = Split.model_validate({"heldout": 0.5})
 
 
 class Read(NamedTuple):
-    """Activations of both sides, and where a model read them: a loss is taken of the held-out texts."""
+    """Activations of both sides, and where a model read them: a loss is measured on the held-out texts."""
 
     x: Rows
     heldout: Rows
@@ -38,7 +38,7 @@ class Read(NamedTuple):
 
     @property
     def texts(self) -> list[Prompt]:
-        """The held-out ones."""
+        """The held-out texts."""
         if self.corpus is None:
             return []
         held = self.corpus.places[self.corpus.heldout, 0].unique().tolist()
@@ -50,21 +50,21 @@ def about(dictionary: Any, key: str) -> Any:
 
 
 def agreed(opened: Mapping[str, Any], key: str, argument: str, given: str | None) -> str:
-    """What the dictionaries say about themselves, or is said about them."""
+    """What the dictionaries say about themselves, or what `given` says about them."""
     said = {label: about(one, key) for label, one in opened.items()}
     values = {value for value in said.values() if value is not None}
     if key == "hook_name" and given is not None and not values:
         return given
     if len(values) > 1:
         each = ", ".join(f"{label!r} {value!r}" for label, value in said.items())
-        raise AtomLensError(f"the dictionaries are of different {argument}s ({each}), an audit takes those of one")
+        raise AtomLensError(f"the dictionaries are for different {argument}s ({each}), an audit takes those of one")
     if not values:
         raise AtomLensError(f"{next(iter(opened))!r} does not say its {argument}: give {argument}=")
     return str(values.pop())
 
 
 def official(name: str) -> str:
-    """The id on the Hub of a model that TransformerLens knows by a name of its own."""
+    """The id on the Hub of a model that TransformerLens knows by its own name."""
     if name.startswith("demo:") or Path(name).expanduser().exists():
         return name
     try:
@@ -99,8 +99,8 @@ def read_text_of(
     out = torch.tensor([document_side(split, texts[i].group) == "heldout" for i in found.rows[hook][:, 0].tolist()])
     if int((~out).sum()) < width or int(out.sum()) < 2:
         raise AtomLensError(
-            f"the text gives {int((~out).sum())} activations for the metric and {int(out.sum())} held-out ones, at "
-            f"least {width} and 2 are needed: give more text"
+            f"the text has {int((~out).sum())} activations for the metric and {int(out.sum())} held-out ones, at least "
+            f"{width} and 2 are needed: give more text"
         )
     what = source.path if isinstance(source, TextFile | JsonLines | HubDataset) else getattr(source, "source", "texts")
     loaded = open_model(model, device=device) if isinstance(model, str) else model
@@ -121,7 +121,7 @@ def _source(text: Any) -> Source | list[Prompt]:
 
 
 def _split(saes: Sequence[Any]) -> Split:
-    """Half of the documents; of a run on running text those that the run held out as well."""
+    """Half of the documents; for a run on running text, the documents that the run held out."""
     for one in saes:
         if isinstance(one, str | Path):
             try:

@@ -12,11 +12,11 @@ class Measured(Result):
     """A dictionary under one encoder, held-out."""
 
     figures: Figures
-    loss: Loss | None = Field(default=None, description="None without a model, and of a refit and random directions")
+    loss: Loss | None = Field(default=None, description="None without a model, for a refit and for random directions")
 
 
 class Audited(Result):
-    """A dictionary, and what the same number of atoms that know nothing reach under the same pursuit."""
+    """A dictionary, and what as many atoms that have learned nothing reach under the same pursuit."""
 
     name: str
     architecture: str
@@ -31,8 +31,8 @@ class Audited(Result):
     )
     nulls: dict[str, Measured] = Field(
         default={},
-        description="random directions and data points, as many, under the same pursuit at the same L0, and under one "
-        "in the Euclidean norm: so each is shown at its best in either R²",
+        description="as many random directions and data points under the same pursuit at the same L0, and under one "
+        "in the Euclidean norm, so that each is shown at its best in either R²",
     )
     why: str = Field(default="", description="why refit, pursuit and nulls are left out")
 
@@ -45,13 +45,13 @@ class Agreement(Result):
 
 
 class Audit(Result):
-    """What audit.json holds."""
+    """The content of audit.json."""
 
     schema_version: int = 1
     model: str | None
     hook: str | None
     text: str = Field(description="where the activations come from")
-    n: int = Field(description="activations that the metric, the thresholds and the data null come from")
+    n: int = Field(description="activations that the metric, the thresholds and the data null are taken from")
     n_heldout: int = Field(description="held-out activations; no document is in both")
     metric: MetricAbout
     dictionaries: list[Audited] = Field(min_length=1)

@@ -1,4 +1,4 @@
-"""Run an audit: read text with a model, or take activations, and measure dictionaries that anybody has trained."""
+"""Run an audit: read text with a model, or take activations, and measure anybody's dictionaries."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from atom_lens.tensors.rows import Rows, float32_rows, mean_row
 
 study = register(Study(name="audit", result=Audit, show=show))
 _LOSS_TOKENS = 2048
-# A pursuit solves a system of the size of a code for every row and atom: beyond this it takes longer than all else.
+# A pursuit solves a system of the size of a code for every row and atom: beyond this it takes most of the time.
 _PURSUED = 64
-_WITH_LOSS = {"pursued", "data", "data_euclidean"}  # a loss takes as long as all else
-_WORK = 1 << 18  # rows times atoms of a code that pursuits go through
-_CALIBRATION = 2048  # rows on which thresholds of pursuits are set, and no more than are measured
+_WITH_LOSS = {"pursued", "data", "data_euclidean"}  # a loss takes as long as everything else
+_WORK = 1 << 18  # rows times atoms of a code, for each pursuit
+_CALIBRATION = 2048  # rows on which thresholds of pursuits are set, but never more than are measured
 
 
 def audit(
@@ -66,27 +66,27 @@ def audit(
     page: str | Path | None = None,
     neuronpedia: str | Path | None = None,
 ) -> Audit:
-    """The evidence about a dictionary, on held-out activations, next to nulls under the same encoder.
+    """The evidence about a dictionary, on held-out activations, with nulls under the same encoder.
 
     Explained variance in both norms, L0 and its tail, q*, dead atoms; with a model also the cross-entropy recovered
-    and the KL divergence. Each of these under the dictionary's own encoder, with a least-squares refit on the atoms
+    and the KL divergence. Each is measured under the dictionary's own encoder, with a least-squares refit on the atoms
     that it chose (without a loss), and under a threshold-activated pursuit at its mean L0; random directions and data
-    points under the same pursuit, and under a Euclidean one. The metric is estimated on the training side of the text,
-    whatever metric the dictionary brings.
+    points are measured under the same pursuit, and under a Euclidean one. The metric is estimated on the training side
+    of the text, whatever metric the dictionary brings.
 
     Args:
         sae: a dictionary or the name of one (a folder, a file, "user/name", a release of sae-lens), or a list of them
             for the same hook. A dictionary has `W_dec`, `encode` and `decode`.
-        x_train: activations that tell the metric, the thresholds and the data null, shape (n, d). With `x_heldout`, no
-            model is needed.
+        x_train: activations for the metric, the thresholds and the data null, shape (n, d). With `x_heldout`, no model
+            is needed.
         x_heldout: activations that everything is measured on, shape (m, d).
         other: a dictionary to compare its atoms with, of any number of atoms.
-        model: a model, or the name of one; None takes the name that comes with the dictionary.
-        hook: where the dictionary acts; None takes the hook that comes with it. It also chooses among several in one
-            place.
+        model: a model, or the name of one; None takes the name in the dictionary's metadata.
+        hook: where the dictionary acts; None takes the hook in its metadata. It also chooses among several dictionaries
+            in one place.
         text: a file of text or JSON lines, a prompt source, or texts; None takes the Python language reference.
-        tokens: held-out tokens to read; half as many for the metric, and no fewer than 32 for each direction.
-        loss_tokens: held-out tokens that the loss is taken of; 0 for none.
+        tokens: held-out tokens to read; half as many for the metric, but at least 32 for each direction.
+        loss_tokens: held-out tokens that the loss is measured on; 0 for none.
         device: where the model and the dictionaries run.
         seed: of the nulls.
         json: a file to write the result to, before page and dashboards are made.
@@ -113,7 +113,7 @@ def audit(
     opened = _named(saes, device, hook)
     if x_train is not None and x_heldout is not None:
         if neuronpedia is not None:
-            raise AtomLensError("neuronpedia is given, allowed is it with text and not with x_train and x_heldout")
+            raise AtomLensError("neuronpedia is given, it is allowed with text but not with x_train and x_heldout")
         width = next(iter(opened.values())).W_dec.shape[1]
         x, rest = (
             float32_rows(check_rows(one, name, width)) for name, one in (("x_train", x_train), ("x_heldout", x_heldout))
@@ -159,7 +159,7 @@ def audit(
 
 
 def _named(saes: Sequence[Any], device: str, hook: str | None) -> dict[str, Any]:
-    """The dictionaries by a name that tells them apart."""
+    """The dictionaries by unique names."""
     found: dict[str, Any] = {}
     for number, one in enumerate(saes):
         if isinstance(one, str | Path):
@@ -185,11 +185,11 @@ def _audited(
         }
     else:
         why = (
-            f"Refit, pursuit and nulls are left out: the mean L0 is {k:.1f} and the largest {longest}, they take means "
-            f"from 1 to {_PURSUED} and codes up to {4 * _PURSUED}."
+            f"Refit, pursuit and nulls are left out: the mean L0 is {k:.1f} and the largest {longest}, allowed are "
+            f"means from 1 to {_PURSUED} and codes up to {4 * _PURSUED}."
         )
     losses = _losses(variants, read, hook, loss_tokens, bos=about(dictionary, "prepend_bos") is not False)
-    # Pursuits get through so many rows in reasonable time.
+    # As many rows as pursuits can encode in reasonable time.
     rows = _drawn(read.heldout, max(1024, round(_WORK / max(1.0, k))), seed)
     measured = {
         name: Measured(
@@ -280,11 +280,11 @@ def command(
         more: further dictionaries of the same hook, each in a table of its own
         other: a dictionary whose atoms are matched with those of the first
         model: language model (default: the one that the dictionary names)
-        hook: where it acts (default: the hook that the dictionary names); chooses among several in one place
+        hook: where it acts (default: the hook that the dictionary names); also chooses among several in one place
         text: file of text (a document per line) or of JSON lines (default: the Python language reference)
         dataset: data set on the Hub with a column `text`, streamed
         tokens: held-out tokens to read
-        loss_tokens: held-out tokens that the cross-entropy is taken of; 0 for none
+        loss_tokens: held-out tokens that the cross-entropy is measured on; 0 for none
         device: where the model and the dictionary run
         json: also write the result to this file
         page: also write an HTML page to this file, with a browser of the latents

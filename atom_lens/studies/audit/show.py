@@ -1,4 +1,4 @@
-"""An audit as a reader sees it: one table, and how to read it."""
+"""An audit as a reader sees it: a table per dictionary, and how to read it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _LABELS = {
 
 
 def show(result: Audit, name: str) -> list[Part]:
-    """A table for each dictionary, and one of how far they agree."""
+    """A table for each dictionary, and one of their agreement."""
     tables = [_table(result, one) for one in result.dictionaries]
     if result.agreement:
         rows = [Row(" and ".join(one.names), _agreement(one.figures)) for one in result.agreement]
         heads = ["agreement under the AIP", "PW-MCC", "above 0.9", "above chance", "chance level"]
-        note = "PW-MCC is the mean coherence of living atoms that are matched one to one."
+        note = "PW-MCC is the mean coherence of living atoms matched one to one."
         tables.append(Table("", heads, rows, notes=[note]))
     return [Part("Audit", tables)]
 
@@ -64,8 +64,8 @@ def verdicts(one: Audited) -> list[str]:
     own, found = one.own.figures, []
     if own.r2 < 0:
         found.append(
-            f"R² is {own.r2:.2f}: the mean activation explains more. Dictionaries are worth little far from what they "
-            "were trained on; check model, hook and text."
+            f"R² is {own.r2:.2f}: the mean activation explains more. Dictionaries are worth little on data far from "
+            "their training data; check model, hook and text."
         )
     if one.pursued is not None and (data := one.nulls.get("data")) is not None:
         pursued, null = one.pursued.figures, data.figures

@@ -1,1 +1,1 @@
-"""Compare: neurons, stock SAEs, pretrained features and our atoms on the same activations and budget."""
+"""Compare neurons, stock SAEs, pretrained features and our atoms on the same activations and budget."""

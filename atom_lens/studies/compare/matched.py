@@ -1,4 +1,4 @@
-"""Matched sparsity: what kinds reach at the same held-out L0, between two points of their sweeps."""
+"""Matched sparsity: what kinds reach at the same held-out L0, interpolated between two points of their sweeps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from atom_lens.studies.compare.result import Cell, Matched
 def matched(cells: Sequence[Cell], l0: float) -> list[Matched]:
     """Held-out values of every kind at `l0` active atoms, linear in log L0 between two points of its sweep.
 
-    Means over seeds. A kind whose sweep does not reach from below to above `l0` has none: nothing is extrapolated.
+    Means over seeds. A kind whose sweep does not cross `l0` has no values: nothing is extrapolated.
     """
     found = []
     for unit in dict.fromkeys(cell.unit for cell in cells):
         sweep = sorted(((_means(cell), _l0(cell)) for cell in cells if cell.unit == unit), key=lambda point: point[1])
         row = Matched(l0=l0, unit=unit)
-        # A point within 3% is the point: a threshold meets an L0 on other rows than those that it was set on.
+        # A point within 3% is taken as it is: a threshold gives a slightly other L0 on other rows.
         near = [(point, at) for point, at in sweep if abs(at / l0 - 1) <= 0.03]
         for (lower, low), (upper, high) in [(near[0], near[0])] if near else pairwise(sweep):
             if near or 0 < low <= l0 <= high:

@@ -10,7 +10,7 @@ from atom_lens.studies.cells import Kept
 
 
 class Run(Result):
-    """One dictionary on both splits; of a null, R² is that of a Euclidean pursuit."""
+    """One dictionary on both splits; for a null, R² is that of a Euclidean pursuit."""
 
     train: Figures
     heldout: Figures
@@ -21,7 +21,7 @@ class Run(Result):
         default=None, description="held-out: its atoms under a threshold-activated pursuit in the AIP, at its mean L0"
     )
     loss: Loss | None = Field(
-        default=None, description="of the model with it spliced in, where compare.loss_tokens asks; of a null the lower"
+        default=None, description="of the model with it spliced in, with compare.loss_tokens; for a null the lower one"
     )
 
 
@@ -29,8 +29,8 @@ class Cell(Kept):
     """A kind at one sparsity, all seeds."""
 
     unit: str = Field(description="name of the kind, or of pretrained features")
-    level: float | None = Field(description="what was asked of it: K, a target L0 or an L1 weight; None for nothing")
-    lr: float | None = Field(default=None, description="of its training; None for what is not trained here")
+    level: float | None = Field(description="the level asked for: K, a target L0 or an L1 weight; None for none")
+    lr: float | None = Field(default=None, description="of its training; None if it is not trained here")
     runs: list[Run] = Field(min_length=1)
     identity: IdentityFigures | None = None
 
@@ -43,7 +43,7 @@ class Rate(Kept):
 
 
 class Matched(Result):
-    """What a kind reaches at a held-out L0, between two points of its sweep; no numbers where the sweep ends before."""
+    """What a kind reaches at a held-out L0, between two points of its sweep; no numbers if the sweep misses it."""
 
     l0: float
     unit: str
@@ -70,7 +70,7 @@ class Hook(Result):
 
 
 class Comparison(Result):
-    """What compare.json holds."""
+    """The content of compare.json."""
 
     schema_version: int = 1
     model: str

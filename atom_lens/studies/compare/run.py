@@ -1,7 +1,6 @@
-"""Units side by side: neurons, stock SAEs, pretrained features and our atoms on the same activations and budget.
+"""Dictionaries side by side: neurons, stock SAEs, pretrained features and our atoms on the same activations and budget.
 
-Every cell (a unit at one sparsity, all seeds) is kept as soon as it is measured, so a comparison that was stopped goes
-on where it was.
+Every cell (a kind at one sparsity, all seeds) is kept as soon as it is measured, so that a stopped comparison resumes.
 """
 
 from __future__ import annotations
@@ -52,12 +51,12 @@ _PURSUED = 64  # mean L0 beyond which other encoders take longer than the traini
 
 
 class Compare(Section):
-    """Units side by side. Each unit is swept over `l0` or `l1`, as the registry of kinds says.
+    """Dictionaries side by side. Each kind of `units` is swept over `l0` or `l1`, as the registry of kinds says.
 
-    `matched` are L0 on held-out activations at which the units are set side by side, between two points of a sweep.
+    `matched` are values of L0 on held-out activations at which kinds are compared, between two points of a sweep.
     `features` are measured at the hook that they were made for. With several `lr`, each trained kind takes the one that
     explains most of the validation rows at the middle of its sweep, from one seed; without any, `training.lr`.
-    The model's loss with each dictionary in it is taken of `loss_tokens` held-out tokens, where positions are all.
+    The model's loss with each dictionary spliced in is measured on `loss_tokens` held-out tokens, if positions are all.
     """
 
     units: list[Unit] = Field(
@@ -95,18 +94,18 @@ study = register(
 
 
 def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
-    """Measure every unit of the section `compare` at every hook; returns ``out/<name>`` with JSON, CSV and figures.
+    """Measure every kind of the section `compare` at every hook; returns ``out/<name>`` with JSON, CSV and plots.
 
     Raises:
         AtomLensError: the recipe lacks atoms or training, asks for more active atoms than there are, or for features
-            that cannot be opened or are of another hook; or the folder holds a study of another recipe.
+            that cannot be opened or are for another hook; or the folder holds a study of another recipe.
     """
     atoms, _ = recipe.to_train("compare")
     if (most := max(recipe.section(Compare).l0)) > atoms.capacity:
         raise AtomLensError(f"compare.l0 has {most:g}, allowed is up to atoms.capacity={atoms.capacity}")
     if len(recipe.section(Compare).lr) > 1 and not recipe.split.validation:
         raise AtomLensError(
-            "compare.lr has several values and split.validation is 0, allowed is a share above 0 to choose on"
+            "compare.lr has several values and split.validation is 0, a share above 0 is needed to choose one"
         )
     costs = Costs(recipe, "compare", recipe.section(Compare).loss_tokens)
     homes = {features.name: _home(features, recipe) for features in recipe.section(Compare).features}
@@ -117,11 +116,11 @@ def compare(recipe: Recipe, out: str | Path = "runs") -> Path:
 
 
 def _home(features: Features, recipe: Recipe) -> str | None:
-    """The hook that pretrained features are of, if they say so; opened before hours of training, not after them."""
+    """The hook of pretrained features, if they name one; they are opened before hours of training, not after."""
     hook = pretrained(features, "cpu").cfg.metadata.hook_name
     if hook is not None and not any(fnmatchcase(hook, pattern) for pattern in recipe.hooks):
         raise AtomLensError(
-            f"features {features.name!r} are of hook {hook!r}, allowed are hooks {', '.join(recipe.hooks)}"
+            f"features {features.name!r} are for hook {hook!r}, allowed are hooks {', '.join(recipe.hooks)}"
         )
     return hook
 
@@ -157,7 +156,7 @@ def _says(cell: Cell) -> str:
 
 
 class _Setting(NamedTuple):
-    """What every dictionary of a hook is measured on: rows, metric, and the model that it may cost something."""
+    """What every dictionary of a hook is measured with: rows, their metric, and its cost to the model."""
 
     split: SplitActivations
     aip: AtomicInnerProduct
@@ -167,12 +166,12 @@ class _Setting(NamedTuple):
 def _cells(
     recipe: Recipe, on: _Setting, here: Sequence[Features], folder: Path
 ) -> Iterator[tuple[str, Callable[[], Cell]]]:
-    """(name, what measures it), nulls first; `here` are the features of this hook."""
+    """(name, the function that measures it), nulls first; `here` are the features of this hook."""
     assert recipe.atoms is not None and recipe.training is not None
     training, asked = recipe.training, recipe.section(Compare)
     split, aip = on.split, on.aip
     setup = Setup(split.x, aip, recipe.atoms, training.device, training.steps, split.validation)
-    # No pursuit takes more atoms than there are, or than directions.
+    # A pursuit cannot use more atoms than there are, or than there are directions.
     ks = sorted({min(max(1, round(level)), recipe.atoms.capacity, *split.x.shape) for level in asked.l0})
     for k in ks:
         for null in kinds(Drawn):
@@ -203,7 +202,7 @@ def _fixed(kind: Fixed, k: int | None, setup: Setup, on: _Setting) -> Cell:
 def _with_rate(
     kind: Trained, level: float, setup: Setup, training: Training, rates: Sequence[float], folder: Path
 ) -> Training:
-    """`training` at the learning rate that suits a kind, chosen on validation rows."""
+    """`training` with the learning rate of a kind, chosen on validation rows."""
     if len(rates) < 2:
         return training.model_copy(update={"lr": rates[0]}) if rates else training
 
@@ -225,7 +224,7 @@ def _with_rate(
 def _trained(kind: Trained, level: float, setup: Setup, on: _Setting, training: Training) -> Cell:
     """All seeds of one kind at one sparsity, from one pass over the activations."""
     learners = {str(i): kind.start(setup, level, training.seed + i) for i in range(training.seeds)}
-    # TSAEs start from data, stock SAEs from noise: what agrees before training says nothing.
+    # TSAEs start from data, stock SAEs from noise: agreement before training is the baseline of agreement after.
     starts = [_start(learner, setup.aip) for learner in learners.values()]
     fit_together({"x": on.split.x}, learners, training)
     dictionaries = [kind.finish(learner, setup.aip) for learner in learners.values()]
@@ -263,7 +262,7 @@ def _cell(unit: str, level: float | None, dictionaries: Sequence[Dictionary], on
 def _encoded(
     dictionary: Dictionary, own: Figures, split: SplitActivations, aip: AtomicInnerProduct
 ) -> dict[str, Figures | None]:
-    """The atoms under other encoders, held-out: what is theirs, and what their encoder's."""
+    """The atoms under other encoders, held-out, which tells atoms and encoder apart."""
     k = own.l0.mean
     if not 1 <= k <= _PURSUED or own.l0.max > 4 * _PURSUED:
         return {}
@@ -276,16 +275,16 @@ def _encoded(
 
 
 def _aside(split: SplitActivations) -> Float[Tensor | Rows, "n d"]:
-    """Where thresholds are set: on rows that nothing was trained on, where the recipe asks for some."""
+    """The rows on which thresholds are set: validation rows, if the recipe asks for some."""
     return split.x if split.validation is None else split.validation
 
 
 def _null_cell(null: Drawn, k: int, setup: Setup, on: _Setting, seed: int) -> Cell:
-    """A null at its best in either norm: R² of a Euclidean pursuit, all else of a pursuit under the metric."""
+    """A null at its best in either norm: R² under a Euclidean pursuit, everything else under one in the metric."""
     split = on.split
     mean = mean_row(split.x).to(split.x.dtype)
     atoms = null.draw(setup, torch.Generator().manual_seed(seed))
-    k = min(k, *atoms.shape)  # a data point at the mean is no atom
+    k = min(k, *atoms.shape)  # there may be fewer atoms: a data point at the mean is left out
     pursued, euclidean = Pursuit(atoms, mean, setup.aip, k), Pursuit(atoms, mean, None, k)
     train, heldout = (
         _best(observe(pursued, rows, setup.aip), euclidean.residual(rows)) for rows in (split.x, split.heldout)

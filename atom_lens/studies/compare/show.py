@@ -1,4 +1,4 @@
-"""A comparison as a reader sees it: tables of every kind, the verdict, and curves over L0 and layers."""
+"""A comparison as a reader sees it: tables of all kinds, the verdict, and curves over L0 and layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPETING = ("ours", "baseline")
 
 
 def show(result: Comparison, name: str) -> list[Part]:
-    """Tables of every hook and over all, and the pictures."""
+    """Tables of every hook and over all hooks, and the plots."""
     tables = [_over_hooks(result, name)] if len(result.hooks) > 1 else []
     for hook, found in result.hooks.items():
         tables += [_cells(found, f"{name} · {hook} of {result.model}"), *_matched(found, f"{name} · {hook}")]
@@ -31,7 +31,7 @@ def show(result: Comparison, name: str) -> list[Part]:
     lines = [
         Panel(
             f"{LABELS[key]} over L0",
-            "Held-out, means over seeds; read dictionaries against each other, and against the nulls, at the same L0.",
+            "Held-out, means over seeds; compare dictionaries with each other, and with the nulls, at the same L0.",
             {f"{name}, {hook} of {result.model}": over_l0(here, key) for hook, here in measured.items()},
         )
         for key in ("r2", "r2_aip", "q_star")
@@ -61,13 +61,13 @@ def _cells(found: Hook, title: str) -> Table:
 
 def _over_hooks(result: Comparison, name: str) -> Table:
     hooks = result.hooks
-    note = "Means over hooks and seeds; below a held-out value, the lowest and highest hook where there are several."
+    note = "Means over hooks and seeds; below a held-out value, the lowest and highest hook if there are several."
     title = f"{name} · mean over {len(hooks)} hooks of {result.model}"
     return _table(title, list(by_kind(hooks).values()), [], [note], len(hooks))
 
 
 def by_kind(hooks: Mapping[str, Hook]) -> dict[tuple[str, float | None], list[Cell]]:
-    """Of each kind and level its cells, of the hooks where it is: features are of one, levels end at the width."""
+    """The cells of each kind and level: features are at one hook only, and levels end at the width."""
     found: dict[tuple[str, float | None], list[Cell]] = {}
     for one in hooks.values():
         for cell in one.cells:
@@ -93,7 +93,7 @@ def _table(
 
 
 def _row(cells: Sequence[Cell], hooks: int, costly: bool) -> Row:
-    """One kind at one sparsity: a cell of a comparison, or its cells at those of `hooks` where it is."""
+    """One kind at one sparsity: its cell, or its cells at those of `hooks` that have it."""
     one, level = kind(cells[0].unit), cells[0].level
     shown: list[table.Cell | str] = ["" if level is None else f"{level:g}"]
     for key in LABELS:
@@ -117,7 +117,7 @@ def _row(cells: Sequence[Cell], hooks: int, costly: bool) -> Row:
 
 
 def _spread(cells: Sequence[Cell], seeds: Sequence[Sequence[float]], key: str) -> str:
-    """Of a held-out value: the range over hooks, else over seeds, else its interval over subjects."""
+    """The spread of a held-out value: its range over hooks, else over seeds, else its interval over subjects."""
     if len(cells) > 1:
         means = [float(np.mean(each)) for each in seeds]
         return f"{min(means):.3f} to {max(means):.3f}"
@@ -128,7 +128,7 @@ def _spread(cells: Sequence[Cell], seeds: Sequence[Sequence[float]], key: str) -
 
 
 def _matched(found: Hook, title: str) -> list[Table]:
-    """A table per L0, best held-out R² first, nulls and controls among them."""
+    """A table per L0, best held-out R² first, nulls and controls included."""
     tables = []
     for l0 in dict.fromkeys(row.l0 for row in found.matched):
         here = [row for row in found.matched if row.l0 == l0]
@@ -148,7 +148,7 @@ def _matched(found: Hook, title: str) -> list[Table]:
 
 
 def _encoders(found: Hook, title: str) -> list[Table]:
-    """Atoms under their own encoder, refitted, and under a pursuit, held-out: what is theirs, what the encoder's."""
+    """Atoms under their own encoder, refitted, and under a pursuit, held-out: atoms and encoder told apart."""
     cells = [cell for cell in found.cells if any(run.pursued for run in cell.runs)]
     if not cells:
         return []
@@ -168,7 +168,7 @@ def _encoders(found: Hook, title: str) -> list[Table]:
 
 
 class Margin(NamedTuple):
-    """How far the best of ours that is at least as stable is above a baseline's point; None where none is as stable."""
+    """How far the best of ours that is as stable lies above a baseline's point; None if none of ours is as stable."""
 
     unit: str
     level: float | None
@@ -178,9 +178,9 @@ class Margin(NamedTuple):
 
 
 def margins(found: Hook) -> list[Margin]:
-    """For each point of a trained baseline at q* >= 0.5, the best held-out R² of ours of no smaller q*, less its own.
+    """For each point of a trained baseline at q* >= 0.5, the best held-out R² of ours with no smaller q*, less its own.
 
-    Nothing is interpolated. Below q* = 0.5 codes are dense and R² is no merit: neurons have 1.
+    Nothing is interpolated. Below q* = 0.5 codes are dense and R² means little: neurons have 1.
     """
     at = {"q_star": 0.0, "r2": 0.0}
     points = []
@@ -197,10 +197,10 @@ def margins(found: Hook) -> list[Margin]:
 
 
 def verdict(found: Hook) -> str:
-    """In a few words: how many baseline points one of ours beats in both, and where one does not."""
+    """In a few words: how many baseline points one of ours beats in both R² and q*, and which ones it does not."""
     points = margins(found)
     if not points:
-        return f"No baseline reached q* {_LEAST_Q}: none is compared."
+        return f"No baseline reached q* {_LEAST_Q}, so none is compared."
     beaten = [point for point in points if point.margin is not None and point.margin >= 0]
     text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below one of ours as stable"
     for point in points:

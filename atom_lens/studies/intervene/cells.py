@@ -1,4 +1,4 @@
-"""The figures of one dictionary: what edits of its codes do to facts, each with its 95% interval over facts."""
+"""The numbers of one dictionary: what edits of its codes do to facts, each with its 95% interval over facts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from atom_lens.tensors.rows import Rows, mean_row
 class Intervene(Section):
     """Facts to intervene on; prompts need answers. The hook is the one with the highest ceiling on training facts.
 
-    `units` at the sparsities `l0` (ReLU SAEs: `l1`) are trained as in `compare`; `run` adds the atoms of a run folder.
+    The kinds of `units` are trained at the sparsities `l0` (ReLU SAEs: `l1`) as in `compare`; `run` adds the atoms of a
+    run folder.
     """
 
     units: list[Unit] = ["tsae_free", "topk_whitened"]
@@ -50,7 +51,7 @@ class Intervene(Section):
     def _units_have_codes(self) -> Intervene:
         for unit in self.units:
             if not isinstance(find_kind(unit), Trained):
-                raise AtomLensError(f"intervene.units has {unit!r}, allowed are units with sparse codes")
+                raise AtomLensError(f"intervene.units has {unit!r}, allowed are kinds that are trained")
         for template in self.other_templates:
             if template.count("{}") != 1:
                 raise AtomLensError(f"intervene.other_templates has {template!r}, allowed are texts with one {{}}")
@@ -61,8 +62,8 @@ register_section("intervene", Intervene, Intervene.model_validate({}))
 
 
 def patched(model: Any, hook: str, pairs: Swaps, values: Float[Tensor, "n d"], **reading: Any) -> Scores:
-    """Answers with `values` in the place of A's activation."""
-    # A patch asks nothing of the atoms it is spliced with.
+    """Answers when `values` replace A's activation."""
+    # A patch does not use the atoms it is spliced with.
     blank = SAE.from_dict({"architecture": "standard", "d_in": values.shape[1], "d_sae": 1})
     edits = {"patch": lambda batch: splice(model, {hook: blank}).patch(values[batch.rows], positions=batch.subject)}
     return ask(model, pairs.prompts, pairs.answers, edits, **reading)["patch"]
@@ -80,8 +81,8 @@ def class_means(
     """The strongest simple edit: the difference of the mean activations of both answers. It is told the answers.
 
     Args:
-        model, hook, pairs: as of `Evaluation`.
-        x, labels: training activations and their answers; an answer without any takes the mean of all.
+        model, hook, pairs: as in `Evaluation`.
+        x, labels: training activations and their answers; an answer without activations takes the mean of all.
         seed: of the intervals.
         reading: positions and prepend_bos.
     """
@@ -101,11 +102,11 @@ def cell(
 
     Args:
         name: of the dictionary.
-        figures: of it on held-out activations.
+        figures: its numbers on held-out activations.
         evaluation: the dictionary on facts about held-out subjects.
-        train: the same on facts about subjects that it was trained on, for swaps alone.
+        train: the same on facts about subjects that it was trained on, only for swaps.
         settings: doses, numbers of ablated atoms, other templates.
-        texts: what edits should leave alone; each fact's edits are installed on one of them.
+        texts: texts that edits should leave alone; the edits of each fact are tried on one of them.
     """
     seed = evaluation.seed
     apart = [dose for dose in settings.doses if dose != 1]  # dose 1 is the swap itself, and its null

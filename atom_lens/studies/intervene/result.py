@@ -33,7 +33,7 @@ class Dose(Swap):
 
     dose: float
     of_ceiling: Mean | None = Field(None, description="flips as a share of those of the whole patch")
-    null: Swap | None = Field(None, description="as large a change towards a third subject's code")
+    null: Swap | None = Field(None, description="an equally large change towards a third subject's code")
 
 
 class Ablation(Result):
@@ -78,7 +78,7 @@ class Scan(Kept):
 
 
 class Interventions(Result):
-    """What intervene.json holds."""
+    """The content of intervene.json."""
 
     schema_version: int = 2
     name: str

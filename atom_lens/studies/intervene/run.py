@@ -44,7 +44,7 @@ study = register(Study(name="intervene", result=Interventions, show=show))
 
 
 def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
-    """Evaluate the units of the section `intervene`; returns ``out/<name>`` with intervene.json and figures. Resumes.
+    """Evaluate the kinds of the section `intervene`; returns ``out/<name>`` with intervene.json and plots. Resumes.
 
     Raises:
         AtomLensError: no atoms or training in the recipe, prompts without answers, fewer than 10 facts that the model
@@ -63,7 +63,7 @@ def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
     loaded = {f"features_{features.name}": pretrained(features, "auto") for features in settings.features}
     if settings.run is not None:
         check_split(Path(settings.run), recipe)
-    recipe.other_text.read()  # a file that is not there is said now, not after the trainings
+    recipe.other_text.read()  # a missing file is reported now, not after the trainings
     folder = Path(out) / recipe.name
     with claimed(folder, recipe):
         _intervene(recipe, prompts, loaded, folder)
@@ -131,7 +131,7 @@ def _reading(recipe: Recipe) -> dict[str, Any]:
 
 
 def _known(recipe: Recipe, backend: Backend, prompts: Sequence[Prompt], rows: set[int], wanted: int) -> list[int]:
-    """`wanted` of `rows` whose answer the model knows, drawn at random: sources may begin with the most famous."""
+    """`wanted` of `rows` whose answer the model knows, drawn at random: sources may start with the most famous."""
     ordered = sorted(rows)
     drawn = [ordered[i] for i in torch.randperm(len(ordered), generator=_generator(recipe)).tolist()]
     found: list[int] = []
@@ -148,7 +148,7 @@ def _known(recipe: Recipe, backend: Backend, prompts: Sequence[Prompt], rows: se
 def _scan(recipe: Recipe, backend: Backend, prompts: Sequence[Prompt], splits: dict[str, SplitActivations]) -> Scan:
     """Facts of both sides, and the ceiling of every hook on training facts: whole activations swapped.
 
-    A prompt counts for a side that it lies on at every hook: dropped massive rows may split hooks differently.
+    A prompt belongs to a side if it does so at every hook: dropped massive rows may split hooks differently.
     """
     assert recipe.training is not None
     settings, seed = recipe.section(Intervene), recipe.training.seed
@@ -158,21 +158,21 @@ def _scan(recipe: Recipe, backend: Backend, prompts: Sequence[Prompt], splits: d
     ]
     train = _known(recipe, backend, prompts, sides[0], 2 * settings.scan)
     facts = _known(recipe, backend, prompts, sides[1], settings.facts)
-    # The facts that choose the hook are not those that stand beside the held-out ones.
-    choosing, beside = train[: (len(train) + 1) // 2], train[(len(train) + 1) // 2 :]
+    # The facts that choose the hook are not the training facts that are reported.
+    choosing, reported = train[: (len(train) + 1) // 2], train[(len(train) + 1) // 2 :]
     hooks = {}
     for hook in splits:
         pairs = swaps(backend, hook, [prompts[i] for i in choosing], _generator(recipe), **_reading(recipe))
         scores = patched(backend, hook, pairs, pairs.target, **_reading(recipe))
         hooks[hook] = swapped(scores, scores, seed).flips
     best = max(hooks, key=lambda hook: hooks[hook].mean)
-    return Scan(hook=best, hooks=hooks, facts=facts, train_facts=beside)
+    return Scan(hook=best, hooks=hooks, facts=facts, train_facts=reported)
 
 
 def _units(
     recipe: Recipe, hook: str, split: SplitActivations, aip: AtomicInnerProduct, loaded: Mapping[str, SAE[Any]]
 ) -> dict[str, Callable[[], SAE[Any]]]:
-    """name -> what gives the dictionary; `loaded` are pretrained features.
+    """name -> a function that returns the dictionary; `loaded` are pretrained features.
 
     Raises:
         AtomLensError: a run or pretrained features of another hook, a run with another split, or two of one name.
@@ -194,7 +194,7 @@ def _units(
         units.append((name, lambda sae=sae: sae))
     if len(dict(units)) < len(units) or len(loaded) < len(settings.features) + (settings.run is not None):
         raise AtomLensError(
-            f"two units of recipe {recipe.name!r} have one name: {', '.join(name for name, _ in units)}"
+            f"two dictionaries of recipe {recipe.name!r} have the same name: {', '.join(name for name, _ in units)}"
         )
     return dict(units)
 

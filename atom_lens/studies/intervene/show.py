@@ -1,4 +1,4 @@
-"""Interventions as a reader sees them: swaps, ablations, what is left alone, a verdict, and pictures."""
+"""Interventions as a reader sees them: swaps, ablations, specificity, a verdict, and plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atom_lens.views import table
 from atom_lens.views.plot import QUIET, SERIES, Draw, Panel, plain
 from atom_lens.views.table import Row, Table, shown_interval
 
-# Kind of edit -> what a table calls it, and a plot.
+# Kind of edit -> its label in a table, and in a plot.
 EDITS = {
     "patch": ("ceiling: whole activation of B", "ceiling"),
     "swap": ("swap, x + (z_B − z_A) D", "swap"),
@@ -27,15 +27,15 @@ _MEANS = "difference of class means (told the answers)"
 
 
 def show(result: Interventions, name: str) -> list[Part]:
-    """Tables and pictures."""
+    """Tables and plots."""
     title = f"{name} · {result.hook} of {result.model}"
     panels = [
         Panel(heading, caption, {title: draw})
         for heading, caption, draw in (
             (
                 "Answers flipped",
-                "Facts about held-out subjects, A's code or activation replaced by B's, as the table spells out; bars "
-                "are 95% intervals.",
+                "Facts about held-out subjects, A's code or activation replaced by B's, as described in the table; "
+                "bars are 95% intervals.",
                 flips(result),
             ),
             ("Dose-response", "The swap at a fraction of its strength, or beyond it.", doses(result)),
@@ -129,12 +129,12 @@ def _divergences(result: Interventions) -> Table:
 
 
 def verdict(result: Interventions) -> str:
-    """What a reader wants to know first: how much of the ceiling swaps reach, how much the null, at which price."""
+    """What a reader wants to know first: how much of the ceiling swaps and nulls reach, and at what cost elsewhere."""
     lines = []
     for cell in result.cells:
         reached = {name: ratio.mean for name, ratio in cell.of_ceiling.items() if ratio}
         if not reached:
-            lines.append(f"{cell.name}: the ceiling is zero, nothing can be said.")
+            lines.append(f"{cell.name}: the ceiling is zero, so nothing can be said.")
             continue
         rises = {name: cell.swap[name].log_odds.mean for name in ("swap", "random", "other")}
         lines.append(
@@ -215,7 +215,7 @@ def _bars(
     cell: Cell,
     across: bool = False,
 ) -> None:
-    """Marks with their 95% intervals, across the page or upright."""
+    """Markers with their 95% intervals, horizontal (`across`) or vertical."""
     spread = [
         [max(0.0, one.mean - one.interval[0]) for one in found],
         [max(0.0, one.interval[1] - one.mean) for one in found],

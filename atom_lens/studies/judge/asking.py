@@ -1,4 +1,4 @@
-"""Asking: the questions of a study to its judges, as far as the budget reaches, and to a person; and their figures."""
+"""Ask judges and a person the questions of a study, as far as the budget reaches, and score the answers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from atom_lens.studies.judge.scoring import (
 )
 
 _RUBRIC_TOKENS, _DETECTION_TOKENS = 200, 100
-_EXPLANATION = 160  # characters of one, before there is any
+_EXPLANATION = 160  # characters assumed before there are explanations
 
 
 def estimate(cases: list[Case], corpus: Corpus, spending: Budget, models: int) -> dict[str, Any]:
-    """Questions, tokens and dollars; answers are taken to be as long as they may be, but for the explanations."""
+    """Questions, tokens and dollars; answers are assumed to be as long as allowed, except for explanations."""
     rubric = sum(estimated_tokens(rubric_question(case, corpus)) for case in cases)
     detection = sum(estimated_tokens(detection_question(case, corpus, "x" * _EXPLANATION)) for case in cases)
     read = rubric * models + detection
@@ -46,14 +46,14 @@ def estimate(cases: list[Case], corpus: Corpus, spending: Budget, models: int) -
 def ask_all(
     cases: list[Case], corpus: Corpus, judges: list[Judge], human: Path | None, out: Path, seed: int
 ) -> dict[str, Any]:
-    """Every case to the first judge, its rubric to the others; what judge.json says of it (docs/judge.md).
+    """Ask the first judge everything, the others for the rubric only; returns what judge.json says (docs/judge.md).
 
     Args:
         cases: in the order in which they are asked.
         corpus: their rows.
-        judges: one or more, with one budget.
+        judges: one or more, with a shared budget.
         human: CSV of a person's scores.
-        out: folder that blind.csv goes to.
+        out: folder for blind.csv.
         seed: of the bootstrap.
 
     Raises:
@@ -67,7 +67,7 @@ def ask_all(
     first = judges[0]
     rubrics = _asked(first, questions, _RUBRIC_TOKENS)
     said = [None if answer is None else read_rubric(answer) for answer in rubrics]
-    # None where there is no explanation to go by: then there is no such question
+    # None where there is no explanation to test: then there is no such question
     tests = [
         None if one is None else detection_question(case, corpus, one[0]) for case, one in zip(cases, said, strict=True)
     ]
@@ -115,7 +115,7 @@ def ask_all(
 
 
 def _asked(judge: Judge, questions: Sequence[str | None], max_tokens: int) -> list[str | None]:
-    """The answers; None where there is no question, and from where the budget is spent on."""
+    """The answers; None where there is no question, and once the budget is spent."""
     answers: list[str | None] = [None] * len(questions)
     for at, question in enumerate(tqdm(questions, desc=f"asking {judge.model}", unit="question")):
         if question is None:
@@ -140,7 +140,7 @@ def _verdict(case: Case, rubric: str | None, said: tuple[str, int] | None, detec
 
 
 def _write_blind(path: Path, questions: list[str]) -> None:
-    """The questions for a person, to be scored in the last column; a file that is there may hold hours of that."""
+    """Write the questions for a person to score in the last column; an existing file may hold hours of such work."""
     rows = {question_name(question): question for question in questions}
     if path.exists():
         try:

@@ -1,4 +1,4 @@
-"""One judge behind an OpenAI-compatible server: what it answered is kept on disk, what it costs is capped."""
+"""A judge behind an OpenAI-compatible server: its answers are kept on disk, its costs are capped."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ DEFAULT_URL = "https://api.openai.com/v1"
 _PORTS = {"http": 80, "https": 443}
 _RETRIES = 6  # the library's own, with exponential backoff: connection errors, time-outs, 408, 409, 429, 5xx
 _TIMEOUT = 120.0
-_COUNTS = range(1 << 53)  # of tokens, that can be
+_COUNTS = range(1 << 53)  # plausible numbers of tokens
 _LONGEST = 1 << 16  # characters kept of an answer
-_BYTES = 3  # of UTF-8 a token has, by a cautious guess: English has more, other scripts about as many
+_BYTES = 3  # bytes of UTF-8 per token, a cautious guess: English has more, other scripts about as many
 
 
 class BudgetSpentError(Exception):
-    """The next question could cost more than is left."""
+    """The next question could cost more than the budget has left."""
 
 
 @dataclass
 class Budget:
-    """What the answers of a folder cost, those of earlier calls included, and what they may cost.
+    """What the answers of a folder cost, including those of earlier calls, and what they may cost.
 
     Attributes:
-        dollars: at most; None is no cap.
+        dollars: the cap; None for none.
         prices: dollars per million tokens read and written.
         read, written: tokens so far.
     """
@@ -57,7 +57,7 @@ class Budget:
         self.written += answer["written"]
 
     def add_kept(self, cache: Path) -> None:
-        """Count all answers in a folder, whatever was asked: they were paid for."""
+        """Count all answers in a folder, whatever the questions were: they were paid for."""
         for answer in filter(None, map(_kept, cache.glob("*.json"))):
             self.add(answer)
 
@@ -67,7 +67,7 @@ class Budget:
 
 
 def estimated_tokens(text: str) -> int:
-    """Tokens that a text may have; only its server knows."""
+    """An estimate of the tokens of a text; only the server knows the number."""
     return -(-len(text.encode()) // _BYTES)
 
 
@@ -75,14 +75,14 @@ class Judge:
     """Asks one model, each question once.
 
     Args:
-        model: as its server names it.
+        model: its name on the server.
         base_url: of the server; None takes $OPENAI_BASE_URL, or else OpenAI.
         cache: folder of the answers, a file per question.
         budget: shared with other judges of the study.
 
     Raises:
-        AtomLensError: no http(s) address, a proxy that cannot be used, or no $OPENAI_API_KEY for a server on another
-            machine.
+        AtomLensError: not an http(s) address, a proxy that cannot be used, or no $OPENAI_API_KEY for a server on
+            another machine.
     """
 
     def __init__(self, model: str, base_url: str | None, cache: Path, budget: Budget) -> None:
@@ -90,10 +90,10 @@ class Judge:
         host, self._server = _host_and_server(url)
         key = os.environ.get("OPENAI_API_KEY", "").strip() or ("none" if _is_loopback(host) else None)
         if key is None:
-            raise AtomLensError(f"OPENAI_API_KEY is not set, {host} needs one (any, if it does not look at it)")
+            raise AtomLensError(f"OPENAI_API_KEY is not set, {host} needs one (any value, if it does not check it)")
         if not (key.isascii() and key.isprintable()):
             raise AtomLensError(
-                "OPENAI_API_KEY holds line breaks, or letters beyond ASCII, allowed is what a header can hold"
+                "OPENAI_API_KEY has line breaks or characters beyond ASCII, allowed is what an HTTP header can hold"
             )
         self.model, self.cache, self.budget = model, cache, budget
         self.asked = 0
@@ -107,16 +107,16 @@ class Judge:
             ) from None
 
     def ask(self, version: str, question: str, max_tokens: int) -> str:
-        """The answer to `question`, from the cache where it was answered before.
+        """The answer to `question`, from the cache if it was answered before.
 
         Args:
-            version: of the prompt files the question was made with.
-            question: the text of the one message.
-            max_tokens: of the answer, at most.
+            version: of the prompt files that the question was made from.
+            question: the text of the only message.
+            max_tokens: the longest answer allowed.
 
         Raises:
             BudgetSpentError: the answer could cost more than the budget has left.
-            AtomLensError: the server does not answer, after the retries, or not in the way of chat completions.
+            AtomLensError: the server does not answer after the retries, or its answer is not a chat completion.
         """
         request: dict[str, Any] = {
             "model": self.model,
@@ -127,7 +127,7 @@ class Judge:
         key = json.dumps([version, self._server, request], sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()
         file = self.cache / f"{name}.json"
-        # A cache that came with a folder is read with suspicion; one that is no longer whole is asked for again.
+        # The cache may have come with somebody else's folder, so it is checked; damaged answers are asked for again.
         kept = _kept(file)
         if kept is None:
             needed = self.budget.cost(estimated_tokens(question), max_tokens)
@@ -152,7 +152,7 @@ class Judge:
             # Some servers repeat the key they were sent.
             said = shown(without_secrets(str(error).replace(self._key, "[key]"), self._password))
             raise AtomLensError(
-                f"the judge {self.model!r} at {self._host} did not answer: {said}; the same command goes on from there"
+                f"the judge {self.model!r} at {self._host} did not answer: {said}; the same command resumes from there"
             ) from None
         except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise AtomLensError(
@@ -172,7 +172,7 @@ def _kept(file: Path) -> dict[str, Any] | None:
 
 
 def _host_and_server(url: str) -> tuple[str, str]:
-    """The host of an address, and the address as it is written only one way, without what may stand before an @."""
+    """The host of an address, and the address in a canonical form, without user name and password."""
     try:
         parts = urlsplit(url)
         port = parts.port or _PORTS[parts.scheme]
@@ -181,7 +181,7 @@ def _host_and_server(url: str) -> tuple[str, str]:
     except (KeyError, ValueError):
         pass
     raise AtomLensError(
-        f"base_url is {shown(url.rpartition('@')[2])!r}, allowed is http:// or https://, a host and maybe a port, "
+        f"base_url is {shown(url.rpartition('@')[2])!r}, allowed is http:// or https://, a host and perhaps a port, "
         f"e.g. {DEFAULT_URL}"
     )
 

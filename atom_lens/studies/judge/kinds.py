@@ -1,4 +1,4 @@
-"""Kinds of units side by side on the same rows: a run's atoms, and what they have to be better than."""
+"""Kinds of latents on the same rows: a run's atoms, and what they have to be better than."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def read_kinds(
 ) -> dict[str, csc_array]:
     """Codes of atoms, the recipe's features, neurons, random directions, data points and random rows, on the same rows.
 
-    Only what lies on the positive side of a unit counts as active, as it does for atoms and SAEs, whose codes are
-    never negative: a direction's two ends are two things. Dense kinds (neurons, random directions) are active at
-    their largest codes, at as many rows of either split as the median of the atoms that are active at `least` rows of
-    it; so are the atoms' encoder rows, without their thresholds, to compare at the same number of rows. Data points are
-    the atoms of a pursuit with the atoms' mean L0. Random rows are no units at all: the floor.
+    Only positive coefficients count as active, as in atoms and SAEs, whose codes are never negative: the two ends of a
+    direction mean two things. Dense kinds (neurons, random directions) are active at their largest codes, at as many
+    rows of either split as the median of the atoms that are active at `least` rows of it; so are the atoms' encoder
+    rows without their thresholds, to compare at the same number of rows. Data points are the atoms of a pursuit with
+    the atoms' mean L0. Random rows belong to no direction at all: they are the floor.
 
     Args:
         atoms: of a run.
         recipe: of the run.
         read: the rows.
-        least: training rows, and held-out ones, at which a unit that counts is active.
+        least: numbers of training and of held-out rows at which a latent must be active to count.
         seed: of the draws.
-        without: of data points and the dense atoms, those that are not needed.
+        without: data points or dense atoms, if they are not needed.
 
     Returns:
-        Kind -> codes of its units, shape (n, F), with an entry where a unit is active.
+        Kind -> codes of its latents, shape (n, F), with an entry where a latent is active.
 
     Raises:
         AtomLensError: features of another width, or of another hook.
@@ -76,7 +76,7 @@ def read_kinds(
     dense = {
         DENSE_ATOMS: Basis(atoms.W_enc.detach().T, mean),
         "neurons": neurons(train),
-        # S d as the row that is read: the inner product under the metric
+        # read by S d: the inner product under the metric
         "random directions": Basis(atoms.aip.whiten(atoms.aip.whiten(directions)).to(train.dtype), mean),
     }
     for name, basis in dense.items():
@@ -91,7 +91,7 @@ def read_kinds(
 
 
 def _median(often: np.ndarray, least: int) -> int:
-    """Rows of the median unit; those below `least` are not measured, and would pull the others below it too."""
+    """The median number of rows per latent, without latents below `least`, which are not measured."""
     counted = often[often >= least]
     return int(np.median(counted)) if len(counted) else least
 
@@ -104,10 +104,10 @@ def strongest(
     per_unit: tuple[int, int],
     batch: int = 1024,
 ) -> csc_array:
-    """Of every unit its largest codes: `per_unit` of the training rows, and of the held-out rows. Shape (n, F).
+    """The largest codes of every latent: `per_unit` on training rows, and on held-out rows. Shape (n, F).
 
-    What is kept of them is how far they lie above the least of the unit, plus 1: an entry is positive then, and larger
-    where the code is, whatever the sign of the codes.
+    An entry is how far a code lies above the smallest one kept for its latent, plus 1: it is positive, and larger
+    where the code is larger, whatever the sign of the codes.
     """
     values, rows = [], []
     for m, which in zip(per_unit, (~heldout, heldout), strict=True):
@@ -129,7 +129,7 @@ def strongest(
 
 
 def _random_rows(heldout: Bool[Tensor, " n"], n_units: int, per_unit: tuple[int, int], seed: int) -> csc_array:
-    """Units that are active anywhere: as many rows of either split as the others, drawn without replacement."""
+    """Latents active at random: at as many rows of either split as the others, drawn without replacement."""
     draw = np.random.default_rng(seed)
     splits = [np.flatnonzero(~heldout.numpy()), np.flatnonzero(heldout.numpy())]
     chosen = [
@@ -150,13 +150,13 @@ def _positive(codes: csc_array) -> csc_array:
 
 
 def label_purity(read: Corpus, codes_at: Callable[[Corpus], dict[str, csc_array]], seed: int) -> dict[str, Any] | None:
-    """Purity of every kind for the prompts' answers, on the held-out rows and on all; None where there are none.
+    """Purity of every kind for the prompts' answers, on the held-out rows and on all; None without answers.
 
-    Of every subject only the last row that has an answer is looked at, however many tokens and prompts it has.
+    Only the last row with an answer of every subject is used, however many tokens and prompts the subject has.
 
     Args:
         read: the rows.
-        codes_at: the codes of every kind at those of them that are looked at.
+        codes_at: gives the codes of every kind at the rows used.
         seed: of the permutations.
     """
     prompts = [read.prompt(row) for row in range(len(read))]

@@ -1,4 +1,4 @@
-"""The study behind `atom-lens judge`: purity first, then blinded questions to a language model, kept and capped."""
+"""The study of `atom-lens judge`: purity first, then blinded questions to a language model, cached and capped."""
 
 from __future__ import annotations
 
@@ -42,30 +42,31 @@ def judge(
     dry_run: bool = False,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Whether the contexts of a run's atoms have one thing in common, beside neurons and nulls (docs/judge.md).
+    """Whether the contexts of a run's atoms have one thing in common, compared with neurons and nulls (docs/judge.md).
 
-    Writes judge.json, the answers under cache/, and blind.csv, the same questions for a person; a dry run writes none.
+    Writes judge.json, the answers under cache/, and blind.csv, the same questions for a person; a dry run writes
+    nothing.
 
     Args:
         run: run folder.
-        hook: which atoms, where the run has several hooks; ``<hook>/seed-1`` for those of another seed.
+        hook: which atoms, if the run has several hooks; ``<hook>/seed-1`` for those of another seed.
         overrides: ``section.key=value``, of the run's recipe.
-        model: the judge, as its server names it; None measures purity only.
+        model: the judge, by its name on the server; None measures purity only.
         base_url: of any OpenAI-compatible server; None takes $OPENAI_BASE_URL, or else OpenAI. Its key is
-            $OPENAI_API_KEY, which a server on this machine need not have.
-        second_model: of the same server, asked for the same scores.
-        human: CSV of a person's scores, columns question and score: blind.csv, filled in.
-        units: drawn of each kind.
-        contexts: of each unit that are shown; as many others are tested.
-        budget: dollars at most, for all answers in `out`, those of earlier calls included; None is 1 where there are
-            prices, and no cap where there are none.
+            $OPENAI_API_KEY, which a server on this machine does not need.
+        second_model: on the same server, asked for the same scores.
+        human: CSV of a person's scores with the columns question and score: blind.csv, filled in.
+        units: how many latents are drawn of each kind.
+        contexts: how many contexts of each latent are shown; as many others are tested.
+        budget: dollars at most for all answers in `out`, including those of earlier calls; None is 1 with prices, and
+            no cap without.
         prices: dollars per million tokens read and written.
-        seed: of what is drawn and how it is shuffled.
+        seed: of draws and shuffles.
         dry_run: count questions, tokens and dollars, ask nothing.
-        out: folder; None takes judge/ in the run folder (of several hooks, or another seed, judge/<hook>).
+        out: folder; None takes judge/ in the run folder (judge/<hook> for several hooks, or another seed).
 
     Returns:
-        What judge.json holds.
+        The content of judge.json.
 
     Raises:
         AtomLensError: arguments out of range, a run that cannot be read, or a server that does not answer.
@@ -77,7 +78,7 @@ def judge(
     check_split(folder, recipe)
     out = Path(out) if out is not None else _default_out(home.parent, folder)
     if out.exists() and not out.is_dir():
-        raise AtomLensError(f"out is {str(out)!r}, a file, a folder is needed")
+        raise AtomLensError(f"out is {str(out)!r}, which is a file: a folder is needed")
     spending = Budget(1.0 if budget is None and any(prices) else budget, (prices[0], prices[1]))
     names = [] if model is None or dry_run else [model, *([second_model] if second_model else [])]
     judges = [Judge(name, base_url, out / "cache", spending) for name in names]
@@ -100,8 +101,8 @@ def judge(
         cases, living = draw_cases(codes, held, units, contexts, seed)
         if not any(case.kind == CONTROL for case in cases):
             raise AtomLensError(
-                f"contexts is {contexts}, but of {(~held).sum()} training and {held.sum()} held-out rows no random "
-                "ones can be drawn for comparison: fewer are needed"
+                f"contexts is {contexts}, too many to draw random rows for comparison from {(~held).sum()} training "
+                f"and {held.sum()} held-out rows: ask for fewer"
             )
         about = {"model": model, "second_model": second_model, "prompts": VERSION, "contexts": contexts}
         found["judge"] = {**about, "living": living}
@@ -137,17 +138,17 @@ def _check(
             raise AtomLensError(f"{key} is {value}, allowed is 0 or more")
     if budget is not None and not any(prices):
         raise AtomLensError(
-            f"budget is {budget}, but prices are 0 0: dollars per million tokens are needed to count it"
+            f"budget is {budget}, but prices are 0 0: dollars per million tokens are needed to keep to it"
         )
     for key, value in (("second_model", second_model), ("human", human)):
         if value is not None and model is None:
-            raise AtomLensError(f"{key} is {str(value)!r}, but no model is given that it could agree with")
+            raise AtomLensError(f"{key} is {str(value)!r}, but no model is given to compare it with")
     if model is not None and model == second_model:
-        raise AtomLensError(f"second_model is {second_model!r}, the judge itself, another one is needed")
+        raise AtomLensError(f"second_model is {second_model!r}, which is the judge itself: another one is needed")
 
 
 def _default_out(home: Path, folder: Path) -> Path:
-    """One folder for each dictionary of the run at `home`; that of its only hook has the shortest name."""
+    """A folder for each dictionary of the run at `home`; a run with only one has the shortest name."""
     only = [folder] == [file.parent for file in home.glob(f"*/{SAE_CFG_FILENAME}")]
     return home / "judge" if only else home / "judge" / folder.relative_to(home)
 
@@ -169,24 +170,24 @@ def command(
     dry_run: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Ask whether a latent's contexts have something in common: labels say, and a language model.
+    """Ask labels, and a language model, whether the contexts of each latent have something in common.
 
     Example: atom-lens judge runs/cities-16k --model gpt-4o-mini --prices 0.15 0.6 --dry-run
 
     Args:
         run: run folder
         overrides: change a key of the run's recipe
-        hook: which atoms, where the run has several hooks
-        model: of the judge, as its server names it; none: only what needs no judge
+        hook: which atoms, if the run has several hooks
+        model: the judge, by its name on the server (default: none, measure purity only)
         base_url: of any OpenAI-compatible server (default: $OPENAI_BASE_URL)
-        second_model: another judge, for the agreement between the two
-        human: CSV of a person's scores, for the agreement with them
-        units: units drawn of each kind
-        contexts: contexts shown of each unit
+        second_model: another judge, to measure the agreement of the two
+        human: CSV of a person's scores, to measure the agreement with them
+        units: how many latents are drawn of each kind
+        contexts: how many contexts of each latent are shown
         budget: dollars at most, with --prices (default: 1)
         prices: dollars per million tokens read and written (default: none, and no cap)
-        seed: of what is drawn and how it is shuffled
-        dry_run: say what would be asked and what it costs, ask nothing
+        seed: of draws and shuffles
+        dry_run: show what would be asked and what it costs, ask nothing
         out: folder (default: judge/ in the run folder)
     """
     found = judge(

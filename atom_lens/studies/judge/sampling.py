@@ -1,4 +1,4 @@
-"""What is asked: units drawn of each kind, their contexts, and questions that do not say whose contexts they are."""
+"""The questions to a judge: latents drawn of each kind, and their contexts, without telling whose they are."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _LONGEST = 120  # characters shown of it
 
 @dataclass(frozen=True)
 class Case:
-    """One unit, and the rows it is judged by. What is shown is of training rows, what is tested of held-out ones.
+    """A latent, and the rows it is judged by: training rows are shown, held-out rows are tested.
 
     Attributes:
-        kind: which the judge is never told.
-        unit: its index, likewise.
+        kind: of the latent; never told to the judge.
+        unit: its index; never told either.
         shown: its strongest training rows, in random order.
-        tested: held-out rows, as many at which it is active as at which it is not, in random order.
-        strong: of those, at which it is active.
+        tested: held-out rows in random order, half of which it is active at.
+        strong: whether it is active at each row tested.
     """
 
     kind: str
@@ -41,15 +41,15 @@ class Case:
 def draw_cases(
     codes: Mapping[str, csc_array], heldout: np.ndarray, units: int, contexts: int, seed: int
 ) -> tuple[list[Case], dict[str, int]]:
-    """Up to `units` units of each kind, all kinds shuffled together, and how many of each kind could be drawn.
+    """Up to `units` latents of each kind, all kinds shuffled together, and how many of each kind could be drawn.
 
-    A unit can be drawn if it is active at `contexts` training rows and at half as many held-out ones.
+    A latent can be drawn if it is active at `contexts` training rows and at half as many held-out ones.
 
     Args:
         codes: kind -> shape (n, F).
         heldout: shape (n,).
-        units: of each kind.
-        contexts: rows shown, and rows tested (an even number of them).
+        units: number of latents of each kind.
+        contexts: number of rows shown, and of rows tested (rounded down to an even number).
         seed: of the draws and the order.
     """
     draw = np.random.default_rng(seed)
@@ -76,12 +76,12 @@ def draw_cases(
 
 
 def rubric_question(case: Case, corpus: Corpus) -> str:
-    """What a judge is asked about the rows shown."""
+    """The question to a judge about the rows shown."""
     return prompt_file("rubric").format(count=len(case.shown), excerpts=_excerpts(corpus, case.shown))
 
 
 def detection_question(case: Case, corpus: Corpus, explanation: str) -> str:
-    """What a judge is asked about the rows tested, given what it said about those shown."""
+    """The question to a judge about the rows tested, given its explanation of those shown."""
     said = " ".join(explanation.split())
     return prompt_file("detect").format(
         explanation=said, count=len(case.tested), excerpts=_excerpts(corpus, case.tested)
@@ -89,7 +89,7 @@ def detection_question(case: Case, corpus: Corpus, explanation: str) -> str:
 
 
 def question_name(question: str) -> str:
-    """A name for a question that says nothing about it."""
+    """A name for a question that reveals nothing about it."""
     return hashlib.sha256(question.encode()).hexdigest()[:12]
 
 
@@ -100,9 +100,9 @@ def prompt_file(name: str) -> str:
 
 
 def marked(corpus: Corpus, row: int) -> str:
-    """The text around a row on one line, the token that was read between << and >>."""
+    """The text around a row on one line, with the token read between << and >>."""
     text, (start, end) = corpus.prompt(row).text, corpus.span(row)
-    lead = len(text[start:end]) - len(text[start:end].lstrip())  # a token often begins with its blank
+    lead = len(text[start:end]) - len(text[start:end].lstrip())  # a token often starts with a blank
     start += lead if start + lead < end else 0
     before = ("…" if start > _BEFORE else "") + text[max(0, start - _BEFORE) : start]
     token = text[start:end] if end - start <= _LONGEST else text[start : start + _LONGEST - 1] + "…"
@@ -112,7 +112,7 @@ def marked(corpus: Corpus, row: int) -> str:
 
 
 def _inside(text: str) -> str:
-    """`text` without what a judge could take for the end of its line, or for the mark: code has << of its own."""
+    """`text` without anything that a judge could take for the end of its line or for the mark: code contains <<."""
     return visible(text.replace("\r\n", "\n"), keep="\t").replace("<<", "‹‹").replace(">>", "››")
 
 

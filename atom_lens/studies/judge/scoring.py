@@ -1,4 +1,4 @@
-"""What answers are worth: read strictly, reduced to figures per kind, and held against other judges."""
+"""Scores from answers: read strictly, summarised per kind, and compared with other judges."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _LONGEST = 500  # characters of an explanation that the next question repeats
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was said about one unit; None for what was not asked, or could not be read.
+    """A judge's answers about one latent; None for what was not asked or could not be read.
 
     Attributes:
-        kind: of the unit.
+        kind: of the latent.
         score: of the rubric, 1 to 5.
         detection: balanced accuracy on the rows tested.
-        unread: which of "rubric" and "detection" were answered with something else than was asked for.
+        unread: which of "rubric" and "detection" had answers in another form than asked for.
         asked: which of them were answered at all.
     """
 
@@ -39,19 +39,19 @@ class Verdict:
 
 
 def read_rubric(answer: str) -> tuple[str, int] | None:
-    """(explanation, score) of an answer, None if it is not what was asked for: nothing is guessed."""
+    """(explanation, score) of an answer, None if it does not have the form asked for: nothing is guessed."""
     found = _object(answer)
     if found is None:
         return None
     said, score = found.get("explanation"), found.get("score")
     if not isinstance(said, str) or not said.strip() or type(score) is not int or score not in SCORES:
         return None
-    # JSON in an answer may hold half a surrogate pair, too, which no server could be sent.
+    # JSON in an answer may hold half a surrogate pair, which cannot be sent to a server again.
     return " ".join(said.split())[:_LONGEST].encode(errors="replace").decode(), score
 
 
 def read_detection(answer: str, count: int) -> set[int] | None:
-    """The numbers, of 1 to `count`, that an answer names; None if it is not what was asked for."""
+    """The numbers from 1 to `count` that an answer names; None if it does not have the form asked for."""
     found = _object(answer)
     named = None if found is None else found.get("strong")
     if not isinstance(named, list) or any(type(n) is not int or not 1 <= n <= count for n in named):
@@ -60,7 +60,7 @@ def read_detection(answer: str, count: int) -> set[int] | None:
 
 
 def _object(answer: str) -> dict[str, Any] | None:
-    """The JSON object in an answer, which may stand in a fence or between sentences."""
+    """The JSON object in an answer, which may be fenced or surrounded by sentences."""
     try:
         return parse_json(answer[max(0, answer.find("{")) : answer.rfind("}") + 1])
     except ValueError:
@@ -68,14 +68,14 @@ def _object(answer: str) -> dict[str, Any] | None:
 
 
 def balanced_accuracy(named: set[int], strong: Sequence[bool]) -> float:
-    """Mean of the shares of strong and of quiet rows that were told right; 0.5 is chance."""
+    """Mean of the shares of strong and of quiet rows that were classified correctly; 0.5 is chance."""
     right = np.array([(number in named) == is_strong for number, is_strong in enumerate(strong, 1)])
     truth = np.asarray(strong)
     return float((right[truth].mean() + right[~truth].mean()) / 2)
 
 
 def kind_figures(verdicts: Sequence[Verdict], control: str, seed: int) -> dict[str, dict[str, Any]]:
-    """Kind -> figures of its rubric and its detection, with 95% intervals over units, and above those of `control`."""
+    """Kind -> means of rubric and detection, with 95% intervals over latents, and their excess over `control`."""
     kinds = dict.fromkeys(verdict.kind for verdict in verdicts)
     values = {
         (kind, task): np.array([v for one in verdicts if one.kind == kind and (v := getattr(one, name)) is not None])
@@ -101,7 +101,7 @@ def kind_figures(verdicts: Sequence[Verdict], control: str, seed: int) -> dict[s
 
 
 def _interval(samples: Sequence[np.ndarray], seed: int) -> list[float] | None:
-    """95% percentile interval of the mean of one sample, or the difference of two means; None below 2 units."""
+    """95% percentile interval of the mean of one sample, or of the difference of two means; None below 2 latents."""
     if any(len(sample) < 2 for sample in samples):
         return None
 
@@ -118,7 +118,7 @@ def _interval(samples: Sequence[np.ndarray], seed: int) -> list[float] | None:
 def agreement(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, Any]:
     """Spearman's correlation and quadratic-weighted kappa of two judges over the questions that both scored.
 
-    None where they have no value: fewer than two questions, or a judge that gave one score only.
+    None where they are undefined: fewer than two questions, or a judge that always gave the same score.
     """
     both = sorted(set(one) & set(other))
     a, b = [one[name] for name in both], [other[name] for name in both]
@@ -135,8 +135,8 @@ def human_scores(path: Path, questions: set[str]) -> dict[str, int]:
     """Question -> score of a CSV with the columns question and score; rows without a score were not judged.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        AtomLensError: a column is missing, a question is unknown or stands twice, or a score is not 1 to 5.
+        FileNotFoundError: there is no such file.
+        AtomLensError: a column is missing, a question is unknown or repeated, or a score is not 1 to 5.
     """
     regular_file(path, limit=1 << 26)
     found: dict[str, int] = {}
@@ -153,7 +153,7 @@ def human_scores(path: Path, questions: set[str]) -> dict[str, int]:
         if not score:
             continue
         if question not in questions or question in found:
-            why = "stands twice" if question in found else "was not asked: take the blind.csv of the same command"
+            why = "is repeated" if question in found else "was not asked: use the blind.csv of the same command"
             raise AtomLensError(f"human {str(path)!r}: question {shown(question)!r} {why}")
         if score not in map(str, SCORES):
             raise AtomLensError(f"human {str(path)!r}: score of {question} is {shown(score)!r}, allowed are 1 to 5")

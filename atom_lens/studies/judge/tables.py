@@ -7,14 +7,14 @@ from typing import Any
 
 from atom_lens.views.table import aligned
 
-_SPLITS = {"heldout": "held-out rows", "all": "all rows, those that trained the atoms included"}
+_SPLITS = {"heldout": "held-out rows", "all": "all rows, including those that the atoms were trained on"}
 
 
 def judge_table(found: Mapping[str, Any]) -> str:
-    """What `judge` found, every figure beside its null, its split and its n."""
+    """What `judge` found, every number with its null, its split and its n."""
     blocks = [f"{found['hook']} of {found['model']}"]
     if found["purity"] is None:
-        blocks.append("no purity: the prompts carry no answers, or the same one each")
+        blocks.append("no purity: the prompts have no answers, or all have the same one")
     else:
         blocks += [_purity(_SPLITS[split], part) for split, part in found["purity"].items()]
     judged = found["judge"]
@@ -72,17 +72,17 @@ def _judged(judged: Mapping[str, Any]) -> str:
         row.append(" / ".join(_share(one[task]["unparsed"]) for task in ("rubric", "detection")))
         cells.append(row)
     lines = [
-        f"judge {judged['model']}, prompts {judged['prompts']}; a score's n in brackets, the floor is random rows, "
-        "detection by chance is 0.5",
+        f"judge {judged['model']}, prompts {judged['prompts']}; n of a score in brackets; the floor is random rows; "
+        "chance level of detection is 0.5",
         "",
         aligned(cells),
         "",
         f"{judged['answered']} of {judged['questions']} questions answered, {judged['asked_now']} asked now; "
-        f"{judged['read']:,} tokens read, {judged['written']:,} written, {_dollars(judged)} (answers kept from before "
-        "included)",
+        f"{judged['read']:,} tokens read, {judged['written']:,} written, {_dollars(judged)} (including answers of "
+        "earlier calls)",
     ]
     if not judged["complete"]:
-        lines.append("INCOMPLETE: the budget does not reach further; a larger one goes on from here")
+        lines.append("INCOMPLETE: the budget is spent; the same command with a larger one resumes from here")
     for name, one in judged["agreement"].items():
         lines.append(
             f"agreement with the {name.replace('_', ' ')} over {one['n']} scores: Spearman {_number(one['spearman'])}, "

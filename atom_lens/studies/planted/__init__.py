@@ -1,1 +1,1 @@
-"""Planted: the theorem put to the test, and trained dictionaries marked against atoms that are known."""
+"""Planted: test the theorem, and score trained dictionaries against known atoms."""

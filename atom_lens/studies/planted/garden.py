@@ -1,7 +1,7 @@
-"""Planted atoms: activations made of known atoms, on which the theorem and every trained SAE can be marked.
+"""Planted atoms: activations made of known atoms, to test the theorem and to score every trained SAE.
 
-Atoms are unit under a known metric, codes are K-sparse with amplitudes in [delta_min, delta_max], and an anisotropic
-map hides the metric (theory.md section 3).
+Atoms have unit norm under a known metric, codes are K-sparse with amplitudes in [delta_min, delta_max], and an
+anisotropic map hides the metric (theory.md section 3).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Planted(Section):
     """What is planted.
 
     `atoms`: "two_bases" is an orthonormal basis and its Hadamard transform (F = 2 d, d a power of 2, coherence exactly
-    1/sqrt(d)), "orthogonalized" are directions that sae-lens pushed apart, "random" are as they fell. `common` mixes
-    one direction into all of them, which raises their coherence by about as much.
+    1/sqrt(d)), "orthogonalized" are random directions that sae-lens pushes apart, "random" are left as drawn. `common`
+    mixes one direction into all of them, which raises their coherence by about as much.
     """
 
     width: int = Field(64, ge=4)
@@ -47,15 +47,15 @@ class Planted(Section):
     noise: float = Field(0.0, ge=0, description="norm of the noise, in units of delta_max")
     condition: float = Field(1000.0, ge=1, description="condition number of the second moment of the map")
     l0: float | None = Field(None, gt=0, description="mean L0 of codes whose K varies; None gives every code k atoms")
-    zipf: float = Field(0.0, ge=0, description="exponent of how often atoms are active by rank, where K varies")
+    zipf: float = Field(0.0, ge=0, description="exponent of the frequency of atoms by rank, where K varies")
     correlated: float = Field(0.0, ge=0, lt=1, description="how strongly atoms fire together, where K varies")
-    hierarchy: bool = Field(False, description="every second atom fires only with the one before, where K varies")
+    hierarchy: bool = Field(False, description="every second atom fires only with the one before it, where K varies")
     offset: float = Field(0.0, ge=0, description="norm of the mean activation, in units of the root mean square of y")
 
 
 @dataclass(frozen=True)
 class Garden:
-    """Planted atoms: `units` in the whitened space, `atoms` as activations see them, both (F, d), and the metric."""
+    """Planted atoms: `units` in the whitened space, `atoms` in that of activations, both (F, d), and the metric."""
 
     units: Float[Tensor, "F d"]
     atoms: Float[Tensor, "F d"]
@@ -75,11 +75,11 @@ class Garden:
 
 
 def check_planted(planted: Planted) -> None:
-    """Whether such atoms can be planted.
+    """Check that such atoms can be planted.
 
     Raises:
-        AtomLensError: "two_bases" with a width that is no power of 2 or more than 2 d atoms, or k that is not below the
-            number of atoms.
+        AtomLensError: "two_bases" with a width that is not a power of 2 or with more than 2 d atoms, an l0 or a k that
+            the number of atoms does not allow.
     """
     d, n_atoms = planted.width, planted.capacity
     if planted.atoms == "two_bases" and (d & (d - 1) or n_atoms > 2 * d):
@@ -91,7 +91,7 @@ def check_planted(planted: Planted) -> None:
         raise AtomLensError(f"l0 is {planted.l0:g}, allowed is below half of capacity={n_atoms}")
     if planted.l0 is None and (planted.zipf or planted.correlated or planted.hierarchy):
         raise AtomLensError("l0 is null with zipf, correlated or hierarchy, allowed is a mean L0: K varies with them")
-    if planted.k >= n_atoms:  # the hardest codes hold an atom silent beside k others
+    if planted.k >= n_atoms:  # in the hardest codes k atoms are active and another one is not
         raise AtomLensError(f"k is {planted.k}, allowed is below capacity={n_atoms}")
 
 
@@ -135,7 +135,7 @@ def varying_codes(planted: Planted, n: int, seed: int) -> Float[Tensor, "n F"]:
     assert planted.l0 is not None
     n_atoms = planted.capacity
     generator = torch.Generator().manual_seed(seed)
-    # Mandelbrot's offset of 10 ranks keeps the most frequent atoms from being active all the time.
+    # Mandelbrot's offset of 10 ranks keeps the most frequent atoms from being always active.
     often = (torch.arange(n_atoms) + 10.0) ** -planted.zipf
     if planted.hierarchy:  # a child is active half as often as its parent, and never without it
         often[1::2] = often[::2][: n_atoms // 2] / 2
@@ -143,7 +143,7 @@ def varying_codes(planted: Planted, n: int, seed: int) -> Float[Tensor, "n F"]:
     if not planted.hierarchy:
         often = often[torch.randperm(n_atoms, generator=generator)]
     given = often.clone()
-    if planted.hierarchy:  # the modifier silences children of silent parents: given its parent, a child is a coin
+    if planted.hierarchy:  # children of silent parents are silenced below; given its parent, a child is a coin flip
         given[1::2] = 0.5
     together = None
     if planted.correlated:
@@ -161,8 +161,8 @@ def varying_codes(planted: Planted, n: int, seed: int) -> Float[Tensor, "n F"]:
 def hardest_codes(units: Float[Tensor, "F d"], k: int, low: float, high: float) -> Float[Tensor, "n F"]:
     """For each atom the two codes most likely to be misread.
 
-    In the first the atom is silent and hears the k atoms that look most like it, at `high`. In the second it speaks at
-    `low` while the k - 1 atoms that look most unlike it speak at `high`.
+    In the first the atom is silent and the k atoms most similar to it are active at `high`. In the second it is active
+    at `low` and the k - 1 atoms most opposed to it are active at `high`.
     """
     gram = (units @ units.T).fill_diagonal_(-torch.inf)
     silent = torch.zeros_like(gram).scatter_(1, gram.topk(k, dim=1).indices, high)
@@ -192,7 +192,7 @@ def window(garden: Garden, planted: Planted) -> ThresholdWindow:
 
 @torch.no_grad()
 def wrong_codes(sae: TSAE, tau: float, x: Float[Tensor, "n d"], codes: Float[Tensor, "n F"]) -> int:
-    """Activations whose code at threshold `tau` has another support than the planted one."""
+    """Number of activations whose code at threshold `tau` has a support other than the planted one."""
     sae.threshold.fill_(tau)
     read = torch.cat([sae.encode(rows.to(sae.W_enc.dtype)) for rows in x.split(4096)])
     return int(((read != 0) != (codes != 0)).any(dim=1).sum())

@@ -1,4 +1,4 @@
-"""Which dictionaries find planted atoms, under which encoder: a new kind's first test, which R² cannot game."""
+"""Which dictionaries find planted atoms, under which encoder: the first test of a new kind, which R² cannot game."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _ASIDE = 8192  # rows on which thresholds of pursuits are set
 
 
 class Learning(Section):
-    """Which SAEs have to find the atoms, from how much. `atoms` has the capacity and the target L0 of all units.
+    """Which SAEs have to find the atoms, and from how many rows. `atoms` has the capacity and the target L0 of all.
 
-    `encoders` says whether their atoms are also marked under other encoders than their own.
+    `encoders` says whether their atoms are also scored under encoders other than their own.
     """
 
     planted: Planted = Planted.model_validate({"noise": 0.1})
@@ -47,15 +47,15 @@ class Learning(Section):
     def _are_trained(cls, units: list[str]) -> list[str]:
         for unit in units:
             if not isinstance(find_kind(unit), Trained):
-                raise AtomLensError(f"learning.units has {unit!r}, allowed are units that are trained")
+                raise AtomLensError(f"learning.units has {unit!r}, allowed are kinds that are trained")
         return units
 
 
 def learn(learning: Learning, training: Training, seed: int) -> Learned:
-    """Train every unit on planted activations and mark it: MCC under the planted metric, F1 of supports, R².
+    """Train every kind on planted activations and score it: MCC under the planted metric, F1 of supports, R².
 
-    The metric that dictionaries train in is estimated from the activations, the planted one only marks. As many rows
-    as are trained on are held out; figures are means over seeds.
+    Dictionaries train in a metric estimated from the activations; the planted one is only used for scores. As many
+    rows as are trained on are held out; numbers are means over seeds.
     """
     planted, n = learning.planted, learning.n
     garden = plant(planted, seed)
@@ -99,7 +99,7 @@ def _mean(marks: tuple[Mark, ...]) -> Mark:
 
 
 class _Marker:
-    """Marks dictionaries on held-out rows of which the codes are known."""
+    """Scores dictionaries on held-out rows whose codes are known."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class _Marker:
     def pursued(
         self, unit: str, atoms: Float[Tensor, "F d"], bias: Float[Tensor, " d"], threshold: bool = True
     ) -> Iterator[Mark]:
-        """The same atoms under a pursuit of as many atoms for every row, and under one with a threshold."""
+        """The same atoms under a pursuit with a fixed number of atoms for every row, and under one with a threshold."""
         atoms, bias = atoms.detach().cpu(), bias.cpu()
         atoms = atoms[atoms.norm(dim=1) > 0]
         yield self.mark(unit, "fixed", Pursuit(atoms, bias, self.aip, max(1, round(self.l0))))

@@ -13,25 +13,25 @@ class TheoremFound(Result):
     dictionaries: int
     codes: int = Field(description="of each dictionary")
     window: list[float] = Field(description="of the last dictionary")
-    wrong: dict[str, int] = Field(description="codes whose support was misread, by where the threshold lies")
+    wrong: dict[str, int] = Field(description="codes whose support was misread, by the place of the threshold")
 
 
 class Level(Result):
     """Codes read exactly at one level of noise, or of the gap between amplitudes."""
 
     level: float
-    window: float = Field(description="by how much it is open; below 0 it is shut")
+    window: float = Field(description="how far it is open; below 0 it is shut")
     tau: float
     exact: float = Field(description="share of codes read exactly")
 
 
 class Mark(Result):
-    """A dictionary under an encoder against the truth, means over seeds."""
+    """The scores of a dictionary under an encoder, means over seeds."""
 
     unit: str
     encoder: str = Field(
-        description="`own`; `refit`: its choice of atoms, least-squares coefficients; `fixed`: a pursuit of as many "
-        "atoms for every row; `threshold`: a threshold-activated pursuit of the true mean L0"
+        description="`own`; `refit`: its choice of atoms, least-squares coefficients; `fixed`: a pursuit with the same "
+        "number of atoms for every row; `threshold`: a threshold-activated pursuit of the true mean L0"
     )
     mcc: float = Field(description="mean coherence of planted atoms with their partners, planted metric")
     f1: float = Field(description="of supports")
@@ -41,22 +41,22 @@ class Mark(Result):
     r2_aip: float = Field(description="held-out, under the metric of the training activations")
 
     def above(self, truth: Mark) -> bool:
-        """Whether it explains more than the true atoms do: that is no success but a symptom."""
+        """Whether it explains more than the true atoms do, which is a symptom and not a success."""
         return self.r2 > truth.r2 + 0.005 or self.r2_aip > truth.r2_aip + 0.005
 
 
 class Learned(Result):
-    """What kinds find of atoms planted in one way."""
+    """How well kinds find atoms planted in one way."""
 
-    l0: float = Field(description="mean number of atoms that were planted in a row")
-    coherence: float = Field(description="the largest of two planted atoms, planted metric")
-    window: float = Field(description="by how much the threshold window is open at the largest K; below 0 it is shut")
+    l0: float = Field(description="mean number of atoms planted in a row")
+    coherence: float = Field(description="the largest coherence of two planted atoms, planted metric")
+    window: float = Field(description="how far the threshold window is open at the largest K; below 0 it is shut")
     truth: list[Mark] = Field(description="the planted atoms themselves: the ceiling")
     marks: list[Mark]
 
 
 class PlantedFound(Result):
-    """What planted.json holds."""
+    """The content of planted.json."""
 
     schema_version: int = 2
     theorem: TheoremFound

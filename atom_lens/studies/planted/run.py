@@ -1,4 +1,4 @@
-"""Planted: a recipe in, planted.json out."""
+"""Run the study: a recipe in, planted.json out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ study = register(Study(name="planted", result=PlantedFound, show=show))
 
 
 class Theorem(Section):
-    """How often the theorem is put to the test, and on what."""
+    """How often the theorem is tested, and on what."""
 
     planted: Planted = Planted.model_validate({"width": 256, "capacity": 512})
     dictionaries: int = Field(20, ge=1)
@@ -62,7 +62,7 @@ def load_planted(path: str | Path, overrides: Sequence[str] = ()) -> PlantedReci
 def check_theorem(theorem: Theorem, seed: int) -> TheoremFound:
     """Wrong codes inside the window and beyond each of its ends, over several dictionaries.
 
-    Half of the codes at most are the hardest ones; so just outside it is certain that some are misread.
+    Up to half of the codes are the hardest ones, so that some are certainly misread just outside the window.
     """
     planted = theorem.planted
     low = high = 0.0
@@ -87,7 +87,7 @@ def check_theorem(theorem: Theorem, seed: int) -> TheoremFound:
         counts["inside, float32"] += wrong_codes(single, middle, x, codes)
         counts["1% below"] += wrong_codes(exact, 0.99 * low, x, codes)
         counts["1% above"] += wrong_codes(exact, 1.01 * high, x, codes)
-        # Smallest amplitudes just under the condition: no threshold is right for all codes.
+        # With the smallest amplitudes just below the condition, no threshold is right for all codes.
         closed = 0.99 * (low + planted.gap - high)
         codes = hardest_codes(garden.units, planted.k, closed, 1.0)
         x = garden.activations(codes, 0.0, generator)
@@ -115,10 +115,10 @@ def decay(theorem: Theorem, seed: int) -> dict[str, list[Level]]:
 
 
 def planted(recipe: PlantedRecipe, out: str | Path = "runs") -> Path:
-    """The theorem, its decay, and what trained SAEs find; returns ``out/<name>`` with planted.json and pictures.
+    """Test the theorem, its decay, and what trained SAEs find; returns ``out/<name>`` with planted.json and plots.
 
     Raises:
-        AtomLensError: before any work, what cannot be planted, drawn or trained.
+        AtomLensError: before any work, for anything that cannot be planted, drawn or trained.
     """
     if recipe.learning and recipe.training is None:
         raise AtomLensError("key training is missing, learning needs it")

@@ -20,7 +20,7 @@ def _row(label: str, mark: Mark, above: bool) -> Row:
 
 
 def show(result: PlantedFound, name: str) -> list[Part]:
-    """Tables of the theorem, its decay and what was learned; the decay as pictures."""
+    """Tables of the theorem, its decay and what was learned; plots of the decay."""
     theorem = result.theorem
     low, high = theorem.window
     facts = [
@@ -41,7 +41,7 @@ def show(result: PlantedFound, name: str) -> list[Part]:
         facts = [("planted L0", f"{found.l0:.2f}"), ("window is open by", f"{found.window:.3f}")]
         notes = []
         if any(one.above(ceiling) for one in found.marks):
-            notes.append("^ explains more than the planted atoms under the same pursuit: it fits the noise.")
+            notes.append("^ explains more than the planted atoms under the same pursuit, so it fits the noise.")
         tables.append(Table(f"{name}: {setting}, against the truth", heads, rows, facts=facts, notes=notes))
 
     def draw(axes: Axes, what: str) -> None:

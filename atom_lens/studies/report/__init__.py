@@ -1,1 +1,1 @@
-"""Report: one HTML file about runs and studies, with an atoms browser, that asks nothing of a network."""
+"""Report: one HTML file about runs and studies, with an atoms browser; it needs no network."""

@@ -1,4 +1,4 @@
-"""The atoms browser's data: of every atom how often it fires, where, and how it stands to the others; by columns."""
+"""The atoms browser's data by columns: how often each atom fires, where, and how it relates to the others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.contexts import Corpus
 from atom_lens.storage.files import visible
 
-_EACH = 4  # contexts shown of either split,
-_CONTEXTS = 16_384  # of all atoms together about so many, and one of each atom at least
+_EACH = 4  # contexts shown of either split, per atom
+_CONTEXTS = 16_384  # contexts of all atoms together, roughly; at least one of each atom
 _BEFORE, _AFTER = 120, 60  # characters shown around the token read
 _LONGEST = 120  # characters of a token, a subject, an answer
 _BARS = 16
@@ -36,27 +36,27 @@ def browse(
     identity: Float[Tensor, " F"] | None = None,
     other: str = "train",
 ) -> dict[str, Any]:
-    """Columns of the browser, one entry per atom where nothing else is said.
+    """Columns of the browser, with one entry per atom unless stated otherwise.
 
     Args:
-        atoms: of one hook, F of them.
-        aip: coherence is taken under it.
-        corpus: what they are read on.
+        atoms: the F atoms of one hook.
+        aip: coherence is measured under it.
+        corpus: the activations and their texts.
         heldout: `observe` of the atoms on the held-out rows of `corpus`.
-        identity: of every atom the mean coherence with its partners in runs from other seeds, 0 for a dead one.
-        other: what a reader calls the activations that are not held out.
+        identity: the mean coherence of every atom with its partners in runs from other seeds, 0 for a dead one.
+        other: the name of the activations that are not held out.
 
     Returns:
-        Plain data for JSON, null where there is no figure: "train" and "heldout" (activations it is active at, of
+        Plain data for JSON, null where there is no number: "train" and "heldout" (activations it is active at, of
         "n_train" and "n_heldout"), "other", "mean" (coefficient), "bars" (histogram of coefficients from 0 to the
         atom's largest, 16 each), "identity", "margin", "near" and "coherence" (5 neighbours each), and contexts: atom i
-        has entries at[i] to at[i + 1] of "row" and "value"; "row" counts in the columns of "rows".
+        has entries at[i] to at[i + 1] of "row" and "value"; "row" is an index into the columns of "rows".
     """
     codes = codes_of(atoms, corpus.x)
     held = corpus.heldout.numpy()
     near, coherence = neighbours(atoms.W_dec.detach().cpu(), aip)
     firing = _firing(codes, held)
-    if identity is not None:  # what is dead on train was matched to nobody: that is no figure, least of all 0
+    if identity is not None:  # atoms that are dead on train were not matched: they have no number, rather than 0
         identity = identity.double().masked_fill(torch.tensor(firing["train"]) == 0, torch.nan)
     return {
         "n_train": int((~held).sum()),
@@ -73,14 +73,14 @@ def browse(
 
 
 def compact(values: Float[Tensor, " n"] | np.ndarray) -> list[float | None]:
-    """Four digits of each; None for what is no number."""
+    """Four digits of each; None for NaN and infinity."""
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values.tolist()]
 
 
 def neighbours(
     atoms: Float[Tensor, "F d"], metric: AtomicInnerProduct
 ) -> tuple[Int[Tensor, "F k"], Float[Tensor, "F k"]]:
-    """Of every atom the most coherent others, up to 5, and |<d_i, d_j>_S|, largest first."""
+    """For every atom up to 5 most coherent others, and |<d_i, d_j>_S|, largest first."""
     units = whitened_units(atoms.float(), metric)
     k = min(_NEIGHBOURS, len(units) - 1)
     found, values = [], []
@@ -94,7 +94,9 @@ def neighbours(
 
 
 def window_margin(atoms: Dictionary, aip: AtomicInnerProduct, seen: Observation) -> Float[Tensor, " F"]:
-    """How far each threshold is inside its identifiability window, in units of itself; below 0 outside, NaN if silent.
+    """How far each threshold lies inside its identifiability window, as a share of itself.
+
+    Below 0 it lies outside; NaN for a silent atom.
 
     The window is that of the report's certificates: each atom's own extremes on the split `seen`.
     """
@@ -139,7 +141,7 @@ def _firing(codes: csc_array, held: np.ndarray) -> dict[str, Any]:
 
 
 def _contexts(codes: csc_array, corpus: Corpus) -> dict[str, Any]:
-    """The strongest contexts of either split, of every atom, and the texts that any of them needs, once."""
+    """The strongest contexts of either split for every atom, and the texts that they need, once each."""
     held = corpus.heldout.numpy()
     kept: dict[int, int] = {}
     each = min(_EACH, max(1, _CONTEXTS // (len(codes.indptr) - 1)))
@@ -161,7 +163,7 @@ def _contexts(codes: csc_array, corpus: Corpus) -> dict[str, Any]:
 
 
 def _excerpt(corpus: Corpus, row: int) -> dict[str, Any]:
-    # Three pieces, not offsets: a browser counts characters beyond the basic plane twice.
+    # Three pieces instead of offsets: a browser counts characters beyond the basic plane twice.
     prompt, (start, end) = corpus.prompt(row), corpus.span(row)
     before, after = prompt.text[max(0, start - _BEFORE) : start], prompt.text[end : end + _AFTER]
     token = _cut(prompt.text[start:end])

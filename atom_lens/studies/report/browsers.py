@@ -1,4 +1,4 @@
-"""The atoms browsers of a run: its atoms and activations are opened again, if they are still what they were."""
+"""The atoms browsers of a run: its atoms and activations are opened again, if they are unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from atom_lens.studies.train.run import IDENTITY_FILENAME
 
 logger = logging.getLogger(__name__)
 _LEFT_OUT = "atoms are left out"
-_SAME_R2 = 1e-3  # between devices and versions of torch
+_SAME_R2 = 1e-3  # what devices and versions of torch may differ by
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Browser:
 
 
 def open_browsers(path: Path, name: str, result: RunReport) -> Iterator[Browser | str]:
-    """Every hook of the run at `path`; or the sentence that says why its atoms cannot be shown."""
+    """Every hook of the run at `path`, or a sentence that says why its atoms cannot be shown."""
     try:
         recipe = load_recipe(path / "recipe.yaml")
     except (ValueError, OSError) as error:
@@ -54,7 +54,7 @@ def open_browsers(path: Path, name: str, result: RunReport) -> Iterator[Browser 
             yield Browser(f"{name} · {hook}", _atoms(path, recipe, hook, report, lens))
         except (ValueError, OSError) as error:
             missing.setdefault(_sentence(error), []).append(hook)
-    for why, hooks in missing.items():  # what is wrong with the prompts is wrong at all hooks, and said once
+    for why, hooks in missing.items():  # a fault of the prompts affects all hooks, and is said once
         yield f"{name} · {', '.join(hooks)}: {_LEFT_OUT}, {why}."
 
 
@@ -67,12 +67,12 @@ def _sentence(error: Exception) -> str:
 
 
 def lens_for(hooks: Iterable[str], open_model: Callable[[], Any]) -> Lens | str | None:
-    """None where no hook has words: a model takes minutes to load."""
+    """The lens, a sentence that says why there is none, or None if no hook has words: loading a model takes time."""
     if not any(is_residual(hook) for hook in hooks):
         return None
     try:
         return lens_of(open_model())
-    except Exception as error:  # the words are extra: whatever a model of any kind does here, the page goes on
+    except Exception as error:  # the words are optional: whatever goes wrong with a model here, the page is written
         return f"Logit-lens words are left out: {_sentence(error)}."
 
 
@@ -101,7 +101,7 @@ def _atoms(path: Path, recipe: Recipe, hook: str, report: Report, lens: Lens | s
 
 
 def _check_same(report: Report, seen: Corpus, heldout: Observation) -> None:
-    """The recipe says where the prompts are, not what was in them: other prompts give another split, unnoticed."""
+    """The recipe says where the prompts are, not what they were: changed prompts would change the split unnoticed."""
     n_train, kept, here = len(seen) - len(heldout), report.heldout, heldout.figures
     if kept is None or (report.n, kept.n) != (n_train, len(heldout)):
         n = kept.n if kept else None

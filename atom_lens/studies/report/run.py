@@ -1,4 +1,4 @@
-"""The page about any number of folders: their results are read, and the parts of one title come together."""
+"""The page about any number of folders: reads their results and joins parts with the same title."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from atom_lens.views.page import About, Section, save
 
 @dataclass(frozen=True)
 class Folder:
-    """One RUN.
+    """A folder of a run or a study.
 
     Attributes:
         path: as it was given.
-        name: what the page calls it.
-        recipe: its recipe.yaml, as text; empty where there is none.
-        results: what it holds, by the name of the study.
+        name: its name on the page.
+        recipe: its recipe.yaml as text; empty if there is none.
+        results: its results, by the name of the study.
     """
 
     path: Path
@@ -36,16 +36,16 @@ class Folder:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of what measured it."""
+        """The versions that it was measured with."""
         first: Any = next(iter(self.results.values()))
         return next(iter(first.hooks.values())).versions if isinstance(first, RunReport) else first.versions
 
 
 def read_folders(runs: Sequence[str | Path]) -> list[Folder]:
-    """The folders at `runs`; two of one name are called by their paths.
+    """The folders at `runs`; those with the same name are called by their paths.
 
     Raises:
-        AtomLensError: no folder is given, or one holds neither a run nor a study, or files that are damaged.
+        AtomLensError: no folder is given, one holds neither a run nor a study, or files are damaged.
     """
     paths = [Path(run) for run in runs]
     if not paths:
@@ -58,7 +58,7 @@ def _read(path: Path, name: str) -> Folder:
     found = {study: path / one.file for study, one in STUDIES.items() if (path / one.file).is_file()}
     if not found:
         raise AtomLensError(
-            f"{str(path)!r} is no folder that a page can be made of, allowed are folders that hold a "
+            f"{str(path)!r} has nothing that a page can show, allowed are folders that hold a "
             f"{' or '.join(one.file for one in STUDIES.values())}"
         )
     recipe = path / "recipe.yaml"
@@ -67,10 +67,10 @@ def _read(path: Path, name: str) -> Folder:
 
 
 def write_page(runs: Sequence[str | Path], out: Path | None = None) -> Path:
-    """Write one HTML file about `runs`; it holds its scripts and data, and opens from disk without a network.
+    """Write one HTML file about `runs`; it contains its scripts and data, and opens from disk without a network.
 
     Args:
-        runs: folders of `train` and of studies, of any kind and number.
+        runs: folders of `train` and of studies, any number of any kind.
         out: the file; None is report.html in the parent folder of the first run.
 
     Returns:
@@ -89,7 +89,7 @@ def write_page(runs: Sequence[str | Path], out: Path | None = None) -> Path:
 
 
 def sections_of(folders: Sequence[Folder]) -> list[Section]:
-    """The parts of all results, those of one title together, then the atoms of runs."""
+    """The parts of all results, joined by title, then the atoms of runs."""
     parts: list[Part] = []
     for folder in folders:
         for name, result in folder.results.items():
@@ -99,7 +99,7 @@ def sections_of(folders: Sequence[Folder]) -> list[Section]:
     missing = " ".join(one for one in found if isinstance(one, str))
     sections = joined(parts)
     if browsers or missing:
-        intro = "Every atom, with the contexts it fires on hardest, of the training split and held-out."
+        intro = "Every atom, with the contexts it fires on most strongly, in the training split and held-out."
         sections.append(Section("Atoms", f"{intro * bool(browsers)} {missing}".strip(), browsers=browsers))
     return sections
 
@@ -116,7 +116,7 @@ def joined(parts: Sequence[Part]) -> list[Section]:
 
 
 def _joined(title: str, parts: Sequence[Part]) -> Section:
-    """Parts of one title: panels of one title become one, with all that they let choose from."""
+    """Join the parts of one title: panels with the same title become one, with the choices of all."""
     here = [part for part in parts if part.title == title]
     panels = {}
     for panel in (panel for part in here for panel in part.panels):

@@ -1,4 +1,4 @@
-"""The logit lens: the words that an atom, written straight into the final residual stream, promotes and suppresses."""
+"""The logit lens: the words that an atom promotes and suppresses when it is written into the final residual stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atom_lens.storage.files import visible
 
 WORDS = 8
 _CELLS = 1 << 24  # logits held at a time
-# Hooks of a block whose activations are sums into the residual stream, where the unembedding reads.
+# Hooks of a block whose activations are in, or are added to, the residual stream that the unembedding reads.
 _RESIDUAL = re.compile(r"blocks\.\d+\.hook_(resid_\w+|attn_out|mlp_out)")
 
 
@@ -44,24 +44,24 @@ class Lens:
 def lens_of(bridge: Any) -> Lens:
     """The lens of a live model, a TransformerBridge."""
     unembedding = bridge.W_U.detach().float()[:, : len(bridge.tokenizer)]
-    # Any norm maps a vector of signs, of mean 0 and mean square 1, to gain * signs + bias: so models that keep their
-    # gain less 1, and those that call it something else, need no cases.
+    # Any norm maps a vector of signs, of mean 0 and mean square 1, to gain * signs + bias, so that models which store
+    # their gain less 1, or under another name, need no special cases.
     signs = torch.ones(len(unembedding), device=unembedding.device)
     signs[1::2] = -1
     both = bridge.ln_final(torch.stack([signs, -signs])[:, None].to(bridge.W_U.dtype)).float()[:, 0]
     weights = unembedding * ((both[0] - both[1]) / 2 * signs)[:, None]
     if not bridge.ln_final.uses_rms_norm:
-        weights -= weights.mean(dim=0)  # a LayerNorm takes the mean out of what it is given
+        weights -= weights.mean(dim=0)  # a LayerNorm removes the mean of its input
     return Lens(weights.cpu(), bridge.tokenizer)
 
 
 def is_residual(hook: str) -> bool:
-    """Whether it writes to the residual stream: elsewhere the unembedding has no meaning."""
+    """Whether a hook's activations are written to the residual stream: elsewhere the unembedding means nothing."""
     return _RESIDUAL.fullmatch(hook) is not None
 
 
 def columns(lens: Lens, atoms: Float[Tensor, "F d"]) -> dict[str, Any]:
-    """For the browser: {"table": words, "up", "down": of every atom 8 indices into it, one after the other}."""
+    """For the browser: {"table": words, "up" and "down": 8 indices into it for every atom, in one list}."""
     up, down = lens.top(atoms)
     used, at = torch.cat([up, down]).unique(return_inverse=True)
     return {

@@ -1,4 +1,4 @@
-"""The laws of the grid: the critical capacity over n, and what more activations give held-out."""
+"""The laws of the grid: the critical capacity over n, and what more activations gain held-out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from scipy.stats import linregress, t
 
 from atom_lens.studies.scale.result import Cell, Growth, Law, Point
 
-_LEAST_POINTS = 3  # of a line with an interval
-_LEAST_GROWTH = 4  # of a curve of three parameters
+_LEAST_POINTS = 3  # for a line with an interval
+_LEAST_GROWTH = 4  # for a curve with three parameters
 
 
 def laws(cells: Sequence[Cell], levels: Sequence[float]) -> list[Law]:
@@ -40,7 +40,7 @@ def laws(cells: Sequence[Cell], levels: Sequence[float]) -> list[Law]:
 def critical_capacity(cells: Sequence[Cell], split: str, level: float) -> float | None:
     """The F at which the mean R² over seeds crosses `level` for good, between two capacities on a log scale.
 
-    None where it never does, or lies above it from the smallest capacity on: the grid does not hold the crossing then.
+    None where it never does, or is above it from the smallest capacity on: then the grid does not contain the crossing.
     """
     ordered = sorted(cells, key=lambda cell: cell.capacity)
     r2 = [cell.mean(split, "r2") for cell in ordered]
@@ -85,11 +85,11 @@ def growth(cells: Sequence[Cell]) -> list[Growth]:
 def _saturation(n: Sequence[int], values: Sequence[float]) -> dict[str, float]:
     if len(n) < _LEAST_GROWTH:
         return {}
-    # In units of the smallest n the factor is what is gained at most: parameters of about the same size.
+    # In units of the smallest n the factor is the largest possible gain, so that all parameters have similar sizes.
     share = np.array(n) / n[0]
     start = (values[-1], values[-1] - values[0], 0.5)
     with warnings.catch_warnings():
-        for kind in (OptimizeWarning, RuntimeWarning):  # values that leave a parameter open, or run off
+        for kind in (OptimizeWarning, RuntimeWarning):  # values that leave a parameter open, or diverge
             warnings.simplefilter("error", kind)
         try:
             (limit, gain, exponent), _ = curve_fit(

@@ -58,15 +58,15 @@ class Law(Result):
 
 
 class Growth(Result):
-    """What more activations give, held-out, at one capacity: limit - factor n^-exponent, by least squares.
+    """What more activations gain, held-out, at one capacity: limit - factor n^-exponent, by least squares.
 
-    None where fewer than 4 numbers of activations exceed the capacity: below it they are memorised.
+    None where fewer than 4 numbers of activations exceed the capacity: below it activations are memorised.
     """
 
     data: str
     key: str = Field(description="`r2` or `r2_aip`")
     capacity: int
-    n: list[int] = Field(description="what it is fitted to")
+    n: list[int] = Field(description="numbers of activations that it is fitted to")
     limit: float | None = None
     factor: float | None = None
     exponent: float | None = None
@@ -82,7 +82,7 @@ class Grid(Result):
 
 
 class Scaling(Result):
-    """What scale.json holds."""
+    """The content of scale.json."""
 
     schema_version: int = 1
     model: str

@@ -1,8 +1,8 @@
 """Capacity: how R² and q* depend on the number of activations n and of atoms F, in and out of sample.
 
-The paper reports that R² jumps to 1 once F passes a value that grows with n. Here every n and F is trained from several
-seeds, on activations and, as the null, on activations whose coordinates were shuffled; all trainings of one n share one
-pass over its rows, and every n is kept as soon as it is measured.
+The paper reports that R² jumps to 1 once F passes a value that grows with n. Here dictionaries are trained at every n
+and F from several seeds, on activations and, as the null, on activations whose coordinates were shuffled; all trainings
+of one n share one pass over its rows, and every n is kept as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Scale(Section):
     capacities: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     n: list[Annotated[int, Field(ge=2)]] = Field(min_length=1, description="training activations, drawn nested")
     null: bool = Field(True, description="the same grid on activations whose coordinates were shuffled")
-    loss_tokens: int = Field(0, ge=0, description="held-out tokens that the loss of each dictionary is taken of")
+    loss_tokens: int = Field(0, ge=0, description="held-out tokens that the loss of each dictionary is measured on")
     levels: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.9], min_length=1, description="of R², at which the critical capacity is read off"
     )
@@ -63,7 +63,7 @@ study = register(Study(name="scale", result=Scaling, show=show))
 def scale(recipe: Recipe, out: str | Path = "runs") -> Path:
     """Train and measure the grid of the section `scale` at every hook; returns ``out/<name>`` with JSON and figures.
 
-    Under `torchrun` the processes share out the trainings.
+    Under `torchrun` the processes divide the trainings.
 
     Raises:
         AtomLensError: the recipe lacks atoms, training or scale, has fewer activations than `scale.n` asks for, or the
@@ -115,7 +115,7 @@ def _row(
     assert recipe.atoms is not None and recipe.training is not None
     training = recipe.training
     generator = torch.Generator().manual_seed(training.seed)
-    order = torch.randperm(len(split.x), generator=generator)  # the same for every n: smaller sets lie in larger ones
+    order = torch.randperm(len(split.x), generator=generator)  # the same for every n: larger sets contain smaller ones
     x = split.x.select(order[:n])
     data: dict[str, tuple[Float[Tensor | Rows, "n d"], Float[Tensor | Rows, "m d"], AtomicInnerProduct]] = {}
     for name in _DATA[: 1 + recipe.section(Scale).null]:

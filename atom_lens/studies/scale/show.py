@@ -1,4 +1,4 @@
-"""The grid as a reader sees it: R² of every n and F, the laws, the cliff and the critical capacity."""
+"""The grid as a reader sees it: R² at every n and F, the laws, the cliff and the critical capacity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atom_lens.views import table
 from atom_lens.views.plot import QUIET, SERIES, Draw, Panel, log_ticks, r2_axis
 from atom_lens.views.table import Row, Table, shown_interval
 
-# A table of the grid: its title, the data, what a cell shows (None where it has no such number), and below it what.
+# Tables of the grid: title, data, the value of a cell (None if it has none), and label and value of the small print.
 _Value = Callable[[Cell], float | None]
 _GRIDS: list[tuple[str, str, _Value, str, _Value]] = [
     (
@@ -49,7 +49,7 @@ def _loss(cell: Cell, key: str) -> float | None:
 
 
 def show(result: Scaling, name: str) -> list[Part]:
-    """Tables and pictures of every hook."""
+    """Tables and plots of every hook."""
     tables, held, train, critical = [], {}, {}, {}
     for hook, grid in result.hooks.items():
         title = f"{name} · {hook} of {result.model}"
@@ -57,7 +57,7 @@ def show(result: Scaling, name: str) -> list[Part]:
         held[title], train[title] = cliff(grid, "heldout"), cliff(grid, "train")
         if any(law.points for law in grid.laws):
             critical[title] = law_plot(grid)
-    caption = "Means over seeds with their range; dotted, the null of shuffled coordinates; thin uprights are at F = n."
+    caption = "Means over seeds with their range; dotted: the null of shuffled coordinates; thin vertical lines: F = n."
     panels = [
         Panel("R² over capacity, held-out", caption, held),
         Panel("R² over capacity, train", caption, train),
@@ -97,7 +97,7 @@ def _laws(grid: Grid, title: str) -> Table:
         cells.append(shown_interval(law.exponent_interval, 2) or "–")
         cells.append("–" if law.factor is None else f"{law.factor:.3g}")
         rows.append(Row(law.data, cells, law.data == "shuffled"))
-    note = "A crossing is seen at an n where mean R² passes the level inside the grid; a law needs three of them."
+    note = "A crossing is seen at an n if mean R² passes the level inside the grid; a law needs three of them."
     return Table(f"{title}: critical capacity F_c(n) = factor n^exponent", heads, rows, notes=[note])
 
 

@@ -24,15 +24,15 @@ from atom_lens.tensors.rows import Rows
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came out of one pass.
+    """The result of one pass.
 
     Attributes:
-        runs: the atoms, one per seed.
+        runs: the atoms, one dictionary per seed.
         sparsity: log10 firing frequencies of each run, shape (F,).
         also: the dictionaries of other kinds, by kind.
         nulls: the trained nulls by name.
-        start_pw_mcc: agreement of the runs before they learned anything: they start from training activations, and
-            where n is near F from the same ones. None for a single run.
+        start_pw_mcc: agreement of the runs before training: they start from training activations, and if n is near F
+            from mostly the same ones. None for a single run.
     """
 
     runs: list[Metered]
@@ -44,7 +44,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained at one hook: `training.seeds` dictionaries, other kinds and, unless they are off, nulls.
+    """What to train at one hook: `training.seeds` dictionaries, other kinds and, unless turned off, nulls.
 
     Attributes:
         kind: of the atoms and of the nulls.
@@ -52,7 +52,7 @@ class Plan:
         aip: the metric of the activations.
         learners: by name, at their start.
         streams: the activations that they read, by the names of their streams.
-        empty: of each trained null what it is measured on: training and held-out activations, and their metric.
+        empty: what each trained null is measured on: training and held-out activations, and their metric.
         start_pw_mcc: as in `Fitted`.
     """
 
@@ -65,12 +65,12 @@ class Plan:
     start_pw_mcc: float | None
 
     def finished(self, sparsity: Mapping[str, Float[Tensor, " F"]]) -> Fitted:
-        """What the learners have become; `sparsity` is that of `fit_together`."""
+        """The trained dictionaries; `sparsity` is that of `fit_together`."""
         nulls = {
             name: TrainedNull(self.kind.finish(self.learners[name], what[2]), *what)
             for name, what in self.empty.items()
         }
-        # What a recipe can train is ours, and has a metric.
+        # Every kind that a recipe can train is ours, and has a metric.
         also = {kind.name: cast("Metered", kind.finish(self.learners[kind.name], self.aip)) for kind in self.also}
         seeds = [name for name in self.learners if name not in {*nulls, *also}]
         runs = [cast("Metered", self.kind.finish(self.learners[name], self.aip)) for name in seeds]
@@ -88,10 +88,10 @@ def plan(
 ) -> Plan:
     """Dictionaries and trained nulls of a hook, at their start.
 
-    A frozen decoder is a null of TSAEs: random directions under another encoder are among the nulls of every report.
+    A frozen decoder is a null for TSAEs only: every report has random directions under another encoder anyway.
 
     Args:
-        split: activations; a pursuit sets its threshold on those for validation, or leaves it as trained.
+        split: activations; a pursuit sets its threshold on those for validation, or keeps that of training.
         aip: the metric of the training activations.
         atoms, training: of the recipe.
         metadata: of the atoms.
@@ -118,7 +118,7 @@ def plan(
         nothing = setup._replace(calibration=None, metadata={})
         if atoms.architecture == "aip_tsae":
             empty["frozen"] = (x, split.heldout, aip)
-            # A frozen decoder leaves everything to the encoder, so that one is free.
+            # With a frozen decoder everything depends on the encoder, so that is free.
             learners["frozen"] = tsae.start(nothing, atoms.target_l0, seed, "free", freeze_decoder=True)
         empty["shuffled"] = (rows, heldout_rows, alone)
         learners["shuffled"] = kind.start(nothing._replace(x=rows, aip=alone, stream=shuffled), atoms.target_l0, seed)

@@ -1,4 +1,4 @@
-"""Run folders: written by one process at a time, whole when they appear, continued where a process was killed."""
+"""Run folders: written by one process at a time, whole when they appear, resumed where a process was killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHECKPOINT = ".checkpoint.safetensors"
 
 
 def checkpoint_file(work: Path, hook: str) -> Path:
-    """Where this process keeps the training of its dictionaries of a hook."""
+    """Where this process keeps the checkpoint of its dictionaries of a hook."""
     several = f".{parallel.rank()}-of-{parallel.size()}" if parallel.size() > 1 else ""
     return work / f"{hook}{several}{CHECKPOINT}"
 
@@ -35,27 +35,25 @@ def checkpoint_file(work: Path, hook: str) -> Path:
 def run_folder(path: Path, recipe: str) -> Iterator[Path]:
     """Yield the folder to work in; it is sealed and becomes `path` at the end.
 
-    On the way it is ``<path>.unfinished``. There it stays when the work is stopped, if a hook is done or a checkpoint
-    is kept, and the same recipe goes on from it.
+    Until then it is ``<path>.unfinished``. It stays there when the work is stopped, if a hook is done or a checkpoint
+    exists, and the same recipe resumes from it.
 
     Args:
         path: of the run.
-        recipe: as YAML: only the same one may go on.
+        recipe: as YAML: only the same one may resume.
 
     Raises:
         FileExistsError: `path` exists and is not empty.
-        AtomLensError: another process works there, or what is there belongs to another recipe.
+        AtomLensError: another process is using it, or it belongs to another recipe.
     """
     work = path.resolve().with_name(path.resolve().name + _UNFINISHED)
-    if parallel.rank() > 0:  # process 0 looks after the folder
+    if parallel.rank() > 0:  # process 0 manages the folder
         parallel.together()
         yield work
         return
     if path.name.endswith(_UNFINISHED):
-        raise AtomLensError(
-            f"name is {path.name!r}, names that end in {_UNFINISHED} are kept for runs that are not done"
-        )
-    target = path.resolve()  # where a link leads, the run goes
+        raise AtomLensError(f"name is {path.name!r}, names that end in {_UNFINISHED} are reserved for unfinished runs")
+    target = path.resolve()  # follow links
     with locked(target):
         check_new(path, "another name=")
         sweep(work.parent, work.name)
@@ -64,7 +62,7 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
             if not kept.is_file() or read_text(kept) != recipe:
                 raise AtomLensError(f"{str(work)!r} holds a run of another recipe: choose another name= or remove it")
             sweep(work)
-            logger.info("going on with what is in %s", work)
+            logger.info("resuming from %s", work)
         else:
             with new_folder(work) as temporary:
                 (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -80,7 +78,7 @@ def run_folder(path: Path, recipe: str) -> Iterator[Path]:
 
 
 def same_activations(work: Path, activations: Mapping[str, Float[Tensor | Rows, "n _"]]) -> None:
-    """Only the activations that a run began with may end it: prompts and models change under the names they have.
+    """A resumed run must have the activations it began with: prompts and models may change while keeping their names.
 
     Raises:
         AtomLensError: they are not the same.
@@ -90,5 +88,5 @@ def same_activations(work: Path, activations: Mapping[str, Float[Tensor | Rows, 
     found = {hook: fingerprint(x) for hook, x in activations.items()}
     kept = work / _ACTIVATIONS
     if kept.exists() and read_json(kept) != found:
-        raise AtomLensError(f"{str(work)!r} holds a run on other activations, prompts or model have changed: remove it")
+        raise AtomLensError(f"{str(work)!r} has other activations, the prompts or the model changed: remove it")
     write_json(kept, found)

@@ -14,7 +14,7 @@ from atom_lens.storage.schema import Result
 
 
 class RunReport(Result):
-    """hook -> report; the file of a run of one hook holds its report alone."""
+    """hook -> report; the file of a run of one hook holds only that report."""
 
     hooks: dict[str, Report]
 

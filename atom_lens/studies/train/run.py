@@ -1,4 +1,4 @@
-"""Run: a recipe in, a run folder out: harvest, split, metric, atoms, report."""
+"""Run a recipe: harvest, split, metric, atoms, report; the result is a run folder."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ study = register(Study(name="train", file="report.json", result=RunReport, show=
 def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str | Path = "runs") -> Path:
     """Run a recipe; returns the run folder, which appears whole at the end or not at all.
 
-    A run that was stopped goes on from its last checkpoint when it is called again, and ends with the same bits. Under
-    `torchrun` the processes share it out: prompts, dictionaries, rows and pairs (`atom_lens.tensors.parallel`).
+    A stopped run resumes from its last checkpoint when it is called again, and ends with the same bits. Under
+    `torchrun` the processes divide prompts, dictionaries, rows and pairs (`atom_lens.tensors.parallel`).
 
     Args:
-        recipe: a `Recipe`, or the path of a YAML file.
+        recipe: a `Recipe`, the path of a YAML file, or the name of a recipe of the package.
         overrides: ``section.key=value``, applied to a recipe that is read from a file.
         out: where run folders are kept; this one is ``out/<name>``.
 
@@ -87,12 +87,12 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
                     verify(work / hook)
                 else:
                     todo.append(hook)
-            # A model that runs during the training serves all hooks at once, those that are done included: the
-            # checkpoint is of all.
+            # A model that runs during training serves all hooks at once, including finished ones: the checkpoint covers
+            # all of them.
             for hooks in [[hook] for hook in todo] if recipe.stream is None else [list(found)] if todo else []:
                 _train(recipe, prompts, found, hooks, todo, work)
                 _forget_checkpoints(work)
-            _forget_checkpoints(work)  # of what was kept just before the process was killed
+            _forget_checkpoints(work)  # those of a process that was killed right after keeping its last hook
         if parallel.rank() == 0:
             reports = {hook: Report.read(work / hook / "report.json") for hook in found}
             RunReport(hooks=reports).write(work / "report.json")
@@ -105,7 +105,7 @@ def _forget_checkpoints(work: Path) -> None:
 
 
 class _Hook(NamedTuple):
-    """A hook whose dictionaries are trained: its activations, what is planned, and seconds taken for its metric."""
+    """A hook whose dictionaries are trained: its activations, the plan, and the seconds that its metric took."""
 
     split: SplitActivations
     plan: Plan
@@ -132,13 +132,13 @@ def _train(
         else _mixing(stream_of(recipe, prompts, found), recipe.stream.buffer_size, training, hooks)
     )
     with wandb_run(recipe.wandb if parallel.rank() == 0 else None, recipe.name) as logs:
-        # Several processes measure together, at steps that each of them would have to reach.
+        # Several processes measure together, so each would have to reach the same steps.
         evaluator = _evaluator(planned, recipe).several if logs.log_to_wandb and parallel.size() == 1 else None
         sparsity = fit_together(batches, learners, training, logs, checkpoint, evaluator)
         seconds = time.monotonic() - start
         took = f"{', '.join(hooks)}: trained {len(learners)} dictionaries in one pass in {seconds:.0f} s"
         speed: dict[str, float] = {}
-        if not resumed:  # the steps of a process that was stopped took time that nobody measured
+        if not resumed:  # nobody measured how long the steps before a stop took
             width = planned[hooks[0]].plan.aip.width
             speed = _speed(training, atoms, width, len(learners), seconds)
             share = f"{speed['train_share_of_floor']:.0%} of the floor"
@@ -253,7 +253,7 @@ def _other(atoms: Metered, split: SplitActivations, aip: AtomicInnerProduct) -> 
 
 @torch.no_grad()
 def _distilled(atoms: PursuitSAE, small: AIPTopK, split: SplitActivations, aip: AtomicInnerProduct) -> Distilled:
-    """What a distilled dictionary is worth, and how far it finds the atoms that the pursuit does."""
+    """What a distilled dictionary is worth, and how many of the pursuit's atoms it finds."""
     rows = split.heldout[torch.arange(min(_WATCHED, len(split.heldout)))].to(atoms.W_dec)
     found, again = atoms.encode(rows) != 0, small.encode(rows) != 0
     shared = (found & again).sum(dim=1).double() / found.sum(dim=1).clamp(min=1)
@@ -266,7 +266,7 @@ def _distilled(atoms: PursuitSAE, small: AIPTopK, split: SplitActivations, aip: 
 
 
 def _speed(training: Training, atoms: Atoms, width: int, dictionaries: int, seconds: float) -> dict[str, float]:
-    """Activations a second, of all dictionaries together, and that as a share of what the encoder's product allows."""
+    """Activations per second of all dictionaries together, and as a share of what the encoder's product allows."""
     floor = encoder_seconds(width, atoms, training) * training.steps * dictionaries / parallel.size()
     rows = training.steps * training.batch_size * dictionaries
     return {"train_rows_per_second": rows / seconds, "train_share_of_floor": floor / seconds}
@@ -274,7 +274,7 @@ def _speed(training: Training, atoms: Atoms, width: int, dictionaries: int, seco
 
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    """What this package logs, with times, in a file of the run folder."""
+    """Write what this package logs, with times, to a file of the run folder."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     package = logging.getLogger("atom_lens")
@@ -296,7 +296,7 @@ def save_atoms(
     sparsity: Float[Tensor, " F"] | None,
     identity_scores: Float[Tensor, " F"] | None = None,
 ) -> None:
-    """An atoms folder: sae-lens' files, the metric, the report, and of every atom how well other runs agree on it."""
+    """Write an atoms folder: sae-lens' files, the metric, the report, and how well other runs agree on each atom."""
     with sealed_folder(folder) as temporary:
         atoms.write_files(temporary)
         if sparsity is not None:

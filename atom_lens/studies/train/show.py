@@ -1,4 +1,4 @@
-"""A report as a reader sees it: atoms and nulls in a table, what is proved, what is no evidence, and pictures."""
+"""A report as a reader sees it: atoms and nulls in a table, what is proved, what is no evidence, and plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUPS = [("", 1), *((label, 2) for label in LABELS.values()), ("L0", 2), ("dead
 
 
 def show(result: RunReport, name: str) -> list[Part]:
-    """Tables of all hooks, and their pictures."""
+    """Tables of all hooks, and their plots."""
     hooks = {f"{hook} of {report.model}": report for hook, report in result.hooks.items()}
     tables = [report_table(report, f"{name} · {hook}") for hook, report in hooks.items()]
     panels = {hook: evidence(report) for hook, report in hooks.items()}
@@ -27,17 +27,17 @@ def show(result: RunReport, name: str) -> list[Part]:
         Part(
             "Results and nulls",
             tables,
-            intro="Held-out activations are of subjects that no training saw. Small print below a held-out value of "
-            "the atoms is its 95% interval over subjects; below that of a null, the interval of the atoms' lead over "
-            "it on the same subjects.",
+            intro="Held-out activations are of subjects that no training saw. The small print below a held-out value "
+            "of the atoms is its 95% interval over subjects; below that of a null, it is the interval of the atoms' "
+            "lead over it on the same subjects.",
         ),
         Part(
             "Geometry",
             panels=[
                 Panel(
                     "Angles between activations",
-                    "Median, 90% and 99.8% of pairs; the metric was estimated on train alone, and has done its work "
-                    "where its angles centre on 90°.",
+                    "Median, 90% and 99.8% of pairs; the metric was estimated on the training split only, and works if "
+                    "its angles centre on 90°.",
                     {hook: draws["Angles between activations"] for hook, draws in panels.items()},
                 )
             ],
@@ -47,8 +47,8 @@ def show(result: RunReport, name: str) -> list[Part]:
             panels=[
                 Panel(
                     f"{LABELS[key]} against stability q*",
-                    "Filled marks are held-out, hollow ones train; up and to the right is better, and q* alone can be "
-                    "had with few active atoms.",
+                    "Filled markers are held-out, hollow ones train; up and to the right is better, but few active "
+                    "atoms alone give a high q*.",
                     {hook: draws[LABELS[key]] for hook, draws in panels.items()},
                 )
                 for key in ("r2", "r2_aip")
@@ -68,7 +68,7 @@ def layers_part(curves: dict[str, dict[int, list[Measured]]]) -> Part:
         panels=[
             Panel(
                 f"{LABELS[key]} by layer",
-                "Held-out in full lines, train dotted and hollow; nulls, held-out, in grey.",
+                "Held-out: solid lines; train: dotted and hollow; nulls, held-out: grey.",
                 {title: layers(here, key) for title, here in curves.items()},
             )
             for key in ("r2", "q_star")
@@ -91,7 +91,7 @@ def _splits(train: Figures | None, heldout: Figures | None) -> dict[str, Figures
 
 
 def evidence(report: Report) -> dict[str, Draw]:
-    """The pictures of one report: angles, and R² against q* in both norms."""
+    """The plots of one report: angles, and R² against q* in both norms."""
     found = measured(report)
     return {
         "Angles between activations": lambda axes: _angles(axes, report),
@@ -156,14 +156,14 @@ def _lead(found: Figures, key: str) -> str:
 
 
 def certificates_text(report: Report) -> str:
-    """What is proved about these atoms and codes, and what other runs say of them: a line each."""
+    """What is proved about these atoms and codes, and how well other runs agree, one line each."""
     found = report.certificates
     where = "held-out" if found.split == "heldout" else "training"
     if found.rip is None or found.codes is None:
-        return f"certificates ({where} codes): none, no atom is alive"
+        return f"certificates ({where} codes): none, because no atom is alive"
     lines = [
         f"RIP bound (K - 1) mu at the largest K = {found.rip.k}: {found.rip.bound:.2f}, a proof only below 1",
-        f"atoms that are unique for every code they are in: {_percent(found.unique_atoms)}",
+        f"atoms that are unique in every code they occur in: {_percent(found.unique_atoms)}",
         f"codes certified by their own support: {_percent(found.codes.exact_recovery)} (exact recovery condition), "
         f"{_percent(found.codes.babel)} (Babel function), of {found.codes.n}",
     ]
@@ -195,26 +195,26 @@ def _percent(share: float | None) -> str:
 
 
 def reading(report: Report) -> str:
-    """In a few sentences, which numbers of this report are no evidence, and which are."""
+    """In a few sentences, which numbers of this report are evidence, and which are not."""
     ratio = report.n_over_f
     text = f"n / F = {ratio:.2f}: {report.n} activations for {report.d_sae} atoms"
     data, random = (report.nulls[name].train for name in ("data", "random"))
     if ratio <= 1:
         reach = "" if data is None else f" (bare data points reach R² {data.best_r2:.4f} there)"
         text += (
-            f", so each activation can have an atom of its own: the train column shows what can be memorised{reach}, "
-            "only the held-out column shows what was learned."
+            f", so each activation can have its own atom: the train column shows what can be memorised{reach}, only "
+            "the held-out column shows what was learned."
         )
     elif ratio < 8:
         text += (
-            ", so an atom can serve a few activations only and the train column is mostly in-sample fit: read the "
-            "held-out column, and its distance from the data null."
+            ", so each atom has few activations and the train column is mostly in-sample fit: read the held-out "
+            "column, and its distance from the data null."
         )
     else:
-        text += ", too many to be memorised one by one: still, read the held-out column against the data null."
+        text += ", too many to be memorised one by one: still, compare the held-out column with the data null."
     if random is not None and random.q_star >= 0.998:
         text += (
-            f" Random directions reach q* {random.q_star:.4f} at this L0, so q* is no evidence here: it only says "
-            "that few atoms were active."
+            f" Random directions reach q* {random.q_star:.4f} at this L0, so q* is no evidence here: it only says that "
+            "few atoms were active."
         )
     return text

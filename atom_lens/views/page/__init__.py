@@ -1,4 +1,4 @@
-"""The page: sections of plots, tables and atoms browsers in one HTML file that needs nothing else."""
+"""The page: sections of plots, tables and atoms browsers in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Section:
     """A part of the page under a heading.
 
     Attributes:
-        title: of it.
+        title: the heading.
         intro: a sentence or two.
         panels: title -> (caption, choice -> plot).
-        tables: of it.
+        tables: shown after the plots.
         browsers: label -> data of an atoms browser.
     """
 
@@ -36,17 +36,17 @@ class Section:
 
     @property
     def id(self) -> str:
-        """Of the element, and in links."""
+        """The id of its element, used in links."""
         return self.title.lower().replace(" ", "-")
 
     @property
     def choices(self) -> list[str]:
-        """What the reader chooses from."""
+        """The choices that the reader has."""
         return list(dict.fromkeys(choice for _, draws in self.panels.values() for choice in draws))
 
 
 class About(NamedTuple):
-    """What a page says of one of its folders: its name, recipe and versions."""
+    """What a page says about one of its folders: its name, recipe and versions."""
 
     name: str
     recipe: str
@@ -80,9 +80,9 @@ def save(path: Path, title: str, sections: Sequence[Section], folders: Sequence[
     """Write a page, whole or not at all."""
     text = render(title, sections, folders, command)
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is no UTF-8
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # for half a surrogate pair
 
 
 def _visible(value: Any) -> Any:
-    """Texts are shown as they are, lines and all; what is markup or JSON by now, and numbers, are as they are."""
+    """Show control characters of plain texts as escapes; markup, JSON and numbers stay as they are."""
     return visible(value, keep="\n\t") if type(value) is str else value
