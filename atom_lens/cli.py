@@ -47,8 +47,8 @@ def app() -> App:
     """All commands."""
     made = App(
         name="atom-lens",
-        help="Tells you whether the units of a dictionary are real, and finds better ones. Every command takes --quiet "
-        "(no progress bars, no table) and --debug (show where an error comes from).",
+        help="Tells you whether a dictionary's latents are real units of a model, and finds better ones. Every command "
+        "takes --quiet (no progress bars, no table) and --debug (show where an error comes from).",
         version=__version__,
         default_parameter=Parameter(negative=()),
         help_format="plaintext",

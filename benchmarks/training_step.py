@@ -38,9 +38,17 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from torch.nn.functional import embedding_bag, mse_loss, normalize
 
-from atom_lens import AtomicInnerProduct, TSAETraining, TSAETrainingConfig, harvest
+from atom_lens import (
+    AtomicInnerProduct,
+    PursuitTraining,
+    PursuitTrainingConfig,
+    TSAETraining,
+    TSAETrainingConfig,
+    harvest,
+)
 from atom_lens.activations.prompts.cities import Cities
 from atom_lens.dictionaries.baselines.stock import stock_sae
+from atom_lens.dictionaries.learning import Learning
 from atom_lens.training.faster import fuse
 
 SIZES = "640x2560,640x10240,2304x9216"
@@ -112,8 +120,8 @@ def by_sae_lens(setup: Setup, sae: Any) -> Contestant:
     settings = SAETrainerConfig(10**9, setup.batch, lr=setup.lr, lr_end=setup.lr / 10, device=setup.device)
     trainer = SAETrainer(settings, sae.to(setup.device), iter(()))
     scaler, chunks = trainer.activation_scaler, setup.rows.split(setup.batch)
-    if isinstance(sae, TSAETraining):
-        pass  # it whitens by itself
+    if isinstance(sae, Learning):
+        pass  # ours whiten by themselves
     elif sae.cfg.normalize_activations == "covariance_whitening":
         scaler.estimate_whitening(setup.d, iter(chunks), len(chunks))
     else:
@@ -126,8 +134,8 @@ def by_sae_lens(setup: Setup, sae: Any) -> Contestant:
 
     def read(x: Tensor) -> tuple[Tensor, Tensor]:
         sae.eval()
-        if isinstance(sae, TSAETraining):
-            sae._project()  # as the next step would, or the end of the training
+        if isinstance(sae, Learning):
+            sae.project()  # as the next step would, or the end of the training
         codes = sae.encode(scaler(x))
         return (codes.to_dense() != 0).sum(1), scaler.unscale(sae.decode(codes))
 
@@ -144,6 +152,7 @@ def of_sae_lens(setup: Setup) -> Iterator[tuple[str, Contestant]]:
     options |= {"normalize_activations": "expected_average_only_in", "device": device}
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=f, k=k, **options))
     yield "sae-lens TopK, sparse codes", by_sae_lens(setup, sae)
+    yield "sae-lens matching pursuit", by_sae_lens(setup, stock_sae("matching_pursuit", k, d, f, False, device, 0))
 
 
 def of_ours(setup: Setup) -> Iterator[tuple[str, Contestant]]:
@@ -163,6 +172,12 @@ def of_ours(setup: Setup) -> Iterator[tuple[str, Contestant]]:
         one = by_sae_lens(setup, sae)
         fuse(one.trainer)
         yield name, one
+    sizes: dict[str, Any] = {"d_in": setup.d, "d_sae": setup.f, "k": setup.l0, "max_iterations": round(2 * setup.l0)}
+    pursuit = PursuitTraining(PursuitTrainingConfig(**sizes, amortised_steps=0, device=setup.device))
+    pursuit.begin(setup.rows, aip, torch.Generator().manual_seed(0))
+    one = by_sae_lens(setup, pursuit)
+    fuse(one.trainer)
+    yield "pursuit", one
 
 
 def of_sparsify(setup: Setup) -> Iterator[tuple[str, Contestant]]:
@@ -222,23 +237,28 @@ def of_overcomplete(setup: Setup) -> Iterator[tuple[str, Contestant]]:
     # Its __init__ imports vision models, and with them torchvision and OpenCV, which its SAEs do without.
     sys.modules.setdefault("overcomplete", module_from_spec(package))
     library = importlib.import_module("overcomplete.sae")
-    sae = library.TopKSAE(setup.d, nb_concepts=setup.f, top_k=round(setup.l0), device=setup.device)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=setup.lr)
     mean = setup.rows.mean(0).to(setup.device)
     std = float((setup.rows - setup.rows.mean(0)).square().mean().sqrt())
 
     def loss(x: Tensor, out: Tensor, *_: Tensor) -> Tensor:
         return mse_loss(out, x)
 
-    def step(x: Tensor) -> Any:
-        batches = [(x - mean) / std]
-        library.train_sae(sae, batches, loss, optimizer, nb_epochs=1, monitoring=0, device=setup.device)
+    def contestant(sae: Any) -> Contestant:
+        optimizer = torch.optim.Adam(sae.parameters(), lr=setup.lr)
 
-    def read(x: Tensor) -> tuple[Tensor, Tensor]:
-        _, codes, out = sae.eval()((x - mean) / std)
-        return (codes != 0).sum(1), out * std + mean
+        def step(x: Tensor) -> Any:
+            batches = [(x - mean) / std]
+            library.train_sae(sae, batches, loss, optimizer, nb_epochs=1, monitoring=0, device=setup.device)
 
-    yield "overcomplete TopK", Contestant(step, read)
+        def read(x: Tensor) -> tuple[Tensor, Tensor]:
+            _, codes, out = sae.eval()((x - mean) / std)
+            return (codes != 0).sum(1), out * std + mean
+
+        return Contestant(step, read)
+
+    k, shared = round(setup.l0), {"nb_concepts": setup.f, "device": setup.device}
+    yield "overcomplete TopK", contestant(library.TopKSAE(setup.d, top_k=k, **shared))
+    yield "overcomplete OMP", contestant(library.OMPSAE(setup.d, k=k, **shared))
 
 
 def contestants(setup: Setup) -> dict[str, Contestant]:

@@ -86,7 +86,7 @@ def test_greedy_data_points_are_what_is_left_over(generator: torch.Generator) ->
 
 
 def test_a_comparison_has_them(run: Callable[..., tuple[int, str, str]]) -> None:
-    units = {"units": ["ica", "itda", "abstopk"], "l0": [2]}
+    units = {"kinds": ["ica", "itda", "abstopk"], "l0": [2]}
     code, out, err = run(f"compare={json.dumps(units)}", "name=more", command="compare")
     assert code == 0, err
     assert all(label in out for label in ("FastICA", "ITDA: greedy data points", "AbsTopK"))

@@ -58,7 +58,7 @@ def test_seeds_and_whitening_matter() -> None:
 def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     assert run("name=features")[0] == 0
     compare = {
-        "units": ["neurons", "principal", "topk_whitened", "relu", "tsae_tied", "tsae_free"],
+        "kinds": ["neurons", "principal", "topk_whitened", "relu", "tsae_tied", "tsae_free"],
         "l0": [2, 4],
         "l1": [1],
         "features": [{"name": "mine", "path": f"runs/features/{HOOK}"}],
@@ -68,8 +68,8 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
     assert code == 0 and "TSAE, tied (ours)" in out and "null: data points" in out and "PW-MCC" in out
     folder = tmp_path / "runs" / "tiny"
     found = json.loads((folder / "compare.json").read_text())["hooks"][HOOK]
-    by_unit = {(cell["unit"], cell["level"]): cell for cell in found["cells"]}
-    assert {unit for unit, _ in by_unit} == {*compare["units"], "null_random", "null_data", "mine"}
+    by_unit = {(cell["kind"], cell["level"]): cell for cell in found["cells"]}
+    assert {unit for unit, _ in by_unit} == {*compare["kinds"], "null_random", "null_data", "mine"}
     assert len(by_unit["tsae_free", 4]["runs"]) == 2 and by_unit["neurons", None]["identity"] is None
     assert by_unit["neurons", None]["runs"][0]["heldout"]["r2"] == pytest.approx(1)
     assert by_unit["principal", 16]["runs"][0]["heldout"]["q_star"] == 1.0
@@ -99,10 +99,10 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"compare": {"units": ["atoms"]}}, "key compare.units.0 is 'atoms', allowed is neurons, principal"),
+        ({"compare": {"kinds": ["atoms"]}}, "key compare.kinds.0 is 'atoms', allowed is neurons, principal"),
         ({"compare": {"l0": []}}, "key compare.l0 is []"),
         ({"compare": {"features": [{"name": "x"}]}}, "features 'x' needs either path, or both release"),
-        ({"compare": {"units": ["topk"], "features": [{"name": "x", "path": "no"}]}}, "no cfg.json in path 'no'"),
+        ({"compare": {"kinds": ["topk"], "features": [{"name": "x", "path": "no"}]}}, "no cfg.json in path 'no'"),
         (
             {"compare": {"features": [{"name": "../../../evil", "path": "no"}]}},
             "key compare.features.0.name is '../../../evil', allowed is String should match pattern",
@@ -122,7 +122,7 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
         ({"compare": {"l0": [0]}}, "key compare.l0.0 is 0, allowed is greater than 0"),
         ({"compare": {"l1": [0]}}, "key compare.l1.0 is 0, allowed is greater than 0"),
         (
-            {"compare": {"l0": [0.4], "units": ["topk_whitened"]}},
+            {"compare": {"l0": [0.4], "kinds": ["topk_whitened"]}},
             "compare.l0 has 0.4, allowed is at least 1 for topk_whit",
         ),
         ({"compare": {"l0": [2, 50]}}, "compare.l0 has 50, allowed is up to atoms.capacity=32"),
@@ -143,7 +143,7 @@ def test_bad_input_is_one_sentence(
 def cell(unit: str, level: float | None, q: float, r2: float, l0: float = 1.0) -> Cell:
     sparsity, coherence = L0(mean=l0, p50=1, p998=1, max=1), Coherence(p50=0, p998=0, max=0)
     split = Figures(n=9, q_star=q, r2=r2, r2_aip=0.0, l0=sparsity, empty_codes=0.0, dead_atoms=0, coherence=coherence)
-    return Cell(unit=unit, level=level, runs=[Run(train=split, heldout=split)])
+    return Cell(kind=unit, level=level, runs=[Run(train=split, heldout=split)])
 
 
 def at_hook(cells: list[Cell], **more: Any) -> Hook:
@@ -164,7 +164,7 @@ def test_margins_ask_for_both_figures() -> None:
     pretrained = cell("mine", None, 0.65, 0.8)
     baselines = [cell("topk", 2, 0.8, 0.65), cell("topk", 4, 0.7, 0.4), cell("topk", 1, 0.95, 0.1)]
     found = at_hook([*ours, *baselines, pretrained, cell("relu", 1, 0.3, 0.9), cell("neurons", 0, 0.6, 1.0)])
-    margin = {(point.unit, point.level): point.margin for point in margins(found)}
+    margin = {(point.kind, point.level): point.margin for point in margins(found)}
     # Only a TSAE that is at least as stable counts; dense codes and controls are not in the race.
     assert set(margin) == {("topk", 1), ("topk", 2), ("topk", 4), ("mine", None)}
     assert margin["topk", 2] == pytest.approx(-0.1) and margin["topk", 4] == pytest.approx(0.3)
@@ -202,13 +202,13 @@ def swept(unit: str, points: list[tuple[float, float]]) -> list[Cell]:
 def test_matched_sparsity_interpolates_and_never_extrapolates() -> None:
     cells = [*swept("topk", [(4, 0.4), (16, 0.8)]), *swept("relu", [(10, 0.5), (90, 0.9)]), *swept("gated", [(7, 0.3)])]
     cells += swept("aip_pursuit", [(8.2, 0.7)])
-    rows = {row.unit: row for row in matched(cells, 8.0)}
+    rows = {row.kind: row for row in matched(cells, 8.0)}
     assert rows["topk"].r2 == pytest.approx(0.6) and rows["topk"].between == [4, 16]
     assert rows["relu"].between is None and rows["gated"].between is None
     assert rows["aip_pursuit"].r2 == pytest.approx(0.7), "within 3% a point is the point"
     text = shown(a=at_hook(cells, matched=list(rows.values())))
     assert "at L0 8" in text and "No sweep crosses this L0: ReLU, gated." in text
-    assert {row.unit: row for row in matched(cells, 16.0)}["topk"].r2 == pytest.approx(0.8)
+    assert {row.kind: row for row in matched(cells, 16.0)}["topk"].r2 == pytest.approx(0.8)
 
 
 @pytest.mark.slow
@@ -216,26 +216,26 @@ def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str
     """The paper's table: means over layers; checked against the JSON by hand."""
     assert run("name=features", "--quiet")[0] == 0
     mine = [{"name": "mine", "path": f"runs/features/{HOOK}"}]
-    compare = {"units": ["neurons", "tsae_free"], "l0": [2, 4], "matched": [3], "features": mine}
+    compare = {"kinds": ["neurons", "tsae_free"], "l0": [2, 4], "matched": [3], "features": mine}
     code, out, err = run("hooks=[blocks.*.hook_resid_post]", command="compare", compare=compare)
     assert code == 0, err
     folder = tmp_path / "runs" / "tiny"
     hooks = json.loads((folder / "compare.json").read_text())["hooks"]
     assert len(hooks) == 3 and all("matched" in found for found in hooks.values())
     cells = [
-        one for found in hooks.values() for one in found["cells"] if (one["unit"], one["level"]) == ("null_data", 2)
+        one for found in hooks.values() for one in found["cells"] if (one["kind"], one["level"]) == ("null_data", 2)
     ]
     held = [one["runs"][0]["heldout"] for one in cells]
     line = next(line for line in out.split("mean over 3 hooks")[1].splitlines() if line.startswith("null: data points"))
     for key in ("r2", "q_star"):
         assert f"{sum(one[key] for one in held) / 3:.3f}" in line
     # Features are of one hook, and where a mean is not over all hooks it says so.
-    at = {hook: [one["unit"] for one in found["cells"]].count("mine") for hook, found in hooks.items()}
+    at = {hook: [one["kind"] for one in found["cells"]].count("mine") for hook, found in hooks.items()}
     assert (
         at == {hook: int(hook == HOOK) for hook in hooks}
         and sum("mine (1 of 3 hooks)" in row for row in out.split("\n")) == 1
     )
-    assert all([one["unit"] for one in found["cells"]].count("tsae_free") == 2 for found in hooks.values())
+    assert all([one["kind"] for one in found["cells"]].count("tsae_free") == 2 for found in hooks.values())
     code, _, err = run("--quiet", "hooks=[blocks.0.*.hook_z]", "name=other", command="compare", compare=compare)
     assert code == 2 and f"features 'mine' are for hook '{HOOK}', allowed are hooks blocks.0.*.hook_z" in err
     pictures = {path.name for path in folder.glob("*.png")}
@@ -246,13 +246,13 @@ def test_several_hooks_have_a_mean_and_a_curve(run: Callable[..., tuple[int, str
 def test_hooks_of_different_widths(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     """Levels end at the width: units that are at one hook only have a point there, in the table and in the figure."""
     hooks = [HOOK, "blocks.1.mlp.hook_post"]
-    compare = {"units": ["principal", "neurons"], "l0": [3, 20]}
+    compare = {"kinds": ["principal", "neurons"], "l0": [3, 20]}
     code, out, err = run(command="compare", hooks=hooks, compare=compare)
     assert code == 0, err
     found = json.loads((tmp_path / "runs" / "tiny" / "compare.json").read_text())["hooks"]
     levels = {
         hook: {
-            unit: [one["level"] for one in found[hook]["cells"] if one["unit"] == unit]
+            unit: [one["level"] for one in found[hook]["cells"] if one["kind"] == unit]
             for unit in ("principal", "null_data")
         }
         for hook in hooks

@@ -13,6 +13,7 @@ from atom_lens import load_atoms
 from atom_lens.evidence.results import Report
 from atom_lens.recipe.reading import load_recipe
 from atom_lens.storage.sealed import FORMAT, MANIFEST, manifest_of, seal, verify
+from atom_lens.studies.compare.run import Compare
 from atom_lens.studies.train.show import reading, report_table
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
@@ -47,7 +48,8 @@ def test_run_folders_of_every_version(version: str) -> None:
     run = ARTIFACTS / version / "run"
     for folder in (run, run / HOOK, run / HOOK / "seed-1"):
         verify(folder)
-    assert load_recipe(run / "recipe.yaml").hooks == [HOOK]
+    recipe = load_recipe(run / "recipe.yaml")
+    assert recipe.hooks == [HOOK] and recipe.section(Compare).kinds[:2] == ["neurons", "principal"]
     assert load_atoms(run, hook=f"{HOOK}").cfg.d_sae == 12
     report = Report.read(run / HOOK / "report.json")
     assert "held-out" in report_table(report).text() and reading(report)

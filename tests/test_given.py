@@ -183,7 +183,7 @@ def test_studies_of_given_activations(
     monkeypatch.chdir(tmp_path)
     asked = {"name": "given", "activations": "x.npy", "atoms": ATOMS, "training": {**TRAINING, "seeds": 1}}
     sections = {
-        "compare": {"units": ["aip_topk", "topk_whitened"], "l0": [3]},
+        "compare": {"kinds": ["aip_topk", "topk_whitened"], "l0": [3]},
         "scale": {"n": [100, 200], "capacities": [12, 24]},
     }
     for command, section in sections.items():

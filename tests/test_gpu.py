@@ -84,7 +84,7 @@ def test_a_model_stays_where_it_was_asked_for(tiny: str, backend: BackendName, d
 
 
 def test_planted_dictionaries_are_marked() -> None:
-    learning = Learning.model_validate({"n": 500, "units": ["tsae_free"], "atoms": {"capacity": 48, "target_l0": 2}})
+    learning = Learning.model_validate({"n": 500, "kinds": ["tsae_free"], "atoms": {"capacity": 48, "target_l0": 2}})
     (marks,) = learn(learning, Training(steps=20, batch_size=64, device="cuda"), seed=0)
     assert 0 < marks["mcc"] <= 1
 

@@ -249,7 +249,7 @@ def test_the_study(talking: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("intervene.units=[neurons]", "intervene.units has 'neurons', allowed are kinds that are trained"),
+        ("intervene.kinds=[neurons]", "intervene.kinds has 'neurons', allowed are kinds that are trained"),
         ("intervene.other_templates=[none]", "intervene.other_templates has 'none', allowed are texts with one {}"),
         ("intervene.facts=1", "key intervene.facts is 1, allowed is greater than or equal to 10"),
         ("intervene.l0=[0]", "key intervene.l0.0 is 0, allowed is greater than 0"),

@@ -34,7 +34,7 @@ def test_a_whole_study_and_again_from_the_cache(judging: Path, server: Server, t
         assert one["rubric"]["asked"] == one["rubric"]["n"] == one["detection"]["n"] == 4
         assert 1 <= one["rubric"]["mean"] <= 5 and one["rubric"]["unparsed"] == 0
     # The other model gives the opposite scores.
-    scores = np.array([one["score"] for one in judged["units"]])
+    scores = np.array([one["score"] for one in judged["latents"]])
     opposite = judged["agreement"]["second_model"]
     assert opposite["n"] == 16 == len(scores) and opposite["unparsed"] == 0
     assert opposite["spearman"] == pytest.approx(-1) and opposite["kappa"] == pytest.approx(kappa(scores, 6 - scores))
@@ -54,7 +54,7 @@ def test_the_judge_is_told_nothing(judging: Path, server: Server, tmp_path: Path
     read = corpus(load_recipe(judging / "recipe.yaml"), "blocks.1.hook_resid_post")
     texts = {marked(read, row) for row in range(len(read))}
     found = [
-        judge(judging, model="m", base_url=server.url, out=tmp_path / str(seed), seed=seed, **SMALL)["judge"]["units"]
+        judge(judging, model="m", base_url=server.url, out=tmp_path / str(seed), seed=seed, **SMALL)["judge"]["latents"]
         for seed in (0, 1)
     ]
     for request in server.requests:
@@ -125,7 +125,7 @@ def test_what_cannot_be_read_is_counted_not_guessed(judging: Path, server: Serve
 def test_planted_concepts_get_the_verdict_they_deserve(server: Server, tmp_path: Path) -> None:
     """An oracle of letters on the whole way: score 5 and accuracy 1 for letters, 1 and chance for anything else."""
     made, codes, heldout = planted_concepts()
-    cases, living = draw_cases(codes, heldout, units=6, contexts=8, seed=0)
+    cases, living = draw_cases(codes, heldout, latents=6, contexts=8, seed=0)
     assert living == {"planted": 6, CONTROL: 6}
     one = Judge("m", server.url, tmp_path / "cache", Budget(1.0, (0.0, 0.0)))
     found = ask_all(cases, made, [one], None, tmp_path, 0)["kinds"]
@@ -140,7 +140,7 @@ def test_planted_concepts_get_the_verdict_they_deserve(server: Server, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"units": 0}, "units is 0, allowed is 1 or more"),
+        ({"latents": 0}, "latents is 0, allowed is 1 or more"),
         ({"contexts": 1}, "contexts is 1, allowed is 2 to 100"),
         ({"budget": -1.0}, "budget is -1.0, allowed is 0 or more"),
         ({"budget": float("nan")}, "budget is nan"),

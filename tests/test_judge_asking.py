@@ -64,7 +64,7 @@ def test_what_was_answered_before_a_failure_is_kept(
     judging: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.plan(["ok"] * 5 + ["401"])
-    command = ["judge", str(judging), "--model", "m", "--base-url", server.url, "--units", "4", "--contexts", "2"]
+    command = ["judge", str(judging), "--model", "m", "--base-url", server.url, "--latents", "4", "--contexts", "2"]
     command += ["--out", str(tmp_path / "out")]
     assert main(command) == 2
     assert "did not answer" in capsys.readouterr().err and not (tmp_path / "out" / "judge.json").exists()
@@ -137,11 +137,11 @@ def test_transformers_serve(demo: str, tmp_path: Path, judging: Path, monkeypatc
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/health", process, tmp_path / "log.txt")
         arguments: dict[str, Any] = {"model": str(model), "base_url": f"{url}/v1", "out": tmp_path / "out"}
-        found = judge(judging, units=1, contexts=2, **arguments)["judge"]
+        found = judge(judging, latents=1, contexts=2, **arguments)["judge"]
         assert found["complete"] and found["asked_now"] == found["answered"] >= 4
         assert found["written"] > 0 and found["read"] > 100 * found["answered"]
         assert all(one["rubric"]["unparsed"] in (0.0, 1.0) for one in found["kinds"].values())
-        again = judge(judging, units=1, contexts=2, **arguments)["judge"]
+        again = judge(judging, latents=1, contexts=2, **arguments)["judge"]
         assert again["asked_now"] == 0 and again["kinds"] == found["kinds"]
     finally:
         process.kill()

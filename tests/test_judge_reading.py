@@ -25,16 +25,16 @@ from atom_lens.tensors.rows import Rows
 
 def test_nothing_that_was_shown_is_tested() -> None:
     made, codes, heldout = planted_concepts()
-    cases, _ = draw_cases(codes, heldout, units=3, contexts=9, seed=1)
-    assert len(cases) == 6 and len({(case.kind, case.unit) for case in cases}) == 6
+    cases, _ = draw_cases(codes, heldout, latents=3, contexts=9, seed=1)
+    assert len(cases) == 6 and len({(case.kind, case.latent) for case in cases}) == 6
     for case in cases:
-        values = codes[case.kind].toarray()[:, case.unit]
+        values = codes[case.kind].toarray()[:, case.latent]
         trained_on = sorted(np.flatnonzero((values > 0) & ~heldout), key=lambda row: -values[row])
         assert set(case.shown) == set(trained_on[:9])
         assert len(set(case.tested)) == 8 and all(heldout[case.tested])
         assert [bool(values[row] > 0) for row in case.tested] == case.strong and sum(case.strong) == 4
         assert rubric_question(case, made).count("<<") == 9 + 1
-    again, _ = draw_cases(codes, heldout, units=3, contexts=9, seed=1)
+    again, _ = draw_cases(codes, heldout, latents=3, contexts=9, seed=1)
     assert again == cases
 
 
@@ -125,7 +125,7 @@ def test_a_person_fills_in_the_blind_questions(judging: Path, server: Server, tm
     filled = blind.read_text()
     asked = len(server.requests)
     found = judge(judging, human=blind, **arguments)["judge"]
-    judged = np.array([one["score"] for one in found["units"]])[:-3]
+    judged = np.array([one["score"] for one in found["latents"]])[:-3]
     by_hand = np.array([int(row["score"]) for row in rows[:-3]])
     human = found["agreement"]["human"]
     assert human["n"] == len(rows) - 3 == len(judged) and len(server.requests) == asked

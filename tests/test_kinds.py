@@ -52,7 +52,7 @@ def test_l1_is_asked_of_what_has_an_l1(levels: dict[str, float], generator: torc
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "name: x\nmodel: {name: m}\nprompts: {source: cities}\nhooks: [h]\natoms: {capacity: 16, target_l0: 2}\n"
-        "training: {steps: 1, device: cpu}\nintervene: {units: [gated, topk], l0: [3], l1: [7]}\n"
+        "training: {steps: 1, device: cpu}\nintervene: {kinds: [gated, topk], l0: [3], l1: [7]}\n"
     )
     x = shifted(64, 8, generator)
     split = SplitActivations(Rows(x), Rows(x), [], [], [])
@@ -66,7 +66,7 @@ def test_a_kind_of_ones_own(run: Callable[..., tuple[int, str, str]], monkeypatc
     register(
         Fixed(name="mine", label="Mine, and no one else's", color="#ab34ef", make=lambda setup, _: neurons(setup.x))
     )
-    units = {"units": ["mine", "topk"], "l0": [2]}
+    units = {"kinds": ["mine", "topk"], "l0": [2]}
     code, out, err = run(f"compare={json.dumps(units)}", "name=own", command="compare")
     assert code == 0, err
     assert "Mine, and no one else's" in out
@@ -77,9 +77,9 @@ def test_a_kind_of_ones_own(run: Callable[..., tuple[int, str, str]], monkeypatc
 def test_names() -> None:
     with pytest.raises(ValueError, match="name 'topk' is registered"):
         register(Fixed(name="topk", label="", make=lambda setup, _: neurons(setup.x)))
-    with pytest.raises(ValueError, match="unit 'topkk' is unknown, did you mean topk"):
+    with pytest.raises(ValueError, match="kind 'topkk' is unknown, did you mean topk"):
         find_kind("topkk")
-    with pytest.raises(ValueError, match="unit 'null_data' is unknown, allowed are relu, gated"):
+    with pytest.raises(ValueError, match="kind 'null_data' is unknown, allowed are relu, gated"):
         find_kind("null_data", Trained)
     assert kind("some_features").label == "some_features" and kind("some_features").role == "baseline"
     assert (

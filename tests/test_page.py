@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow  # a run and studies of every kind, and a browser
 @pytest.fixture(scope="module")
 def page(tiny: str, paged_run: Path, paged: Path, request: pytest.FixtureRequest) -> Path:
     """One page about a run and a study of every kind."""
-    units = {"units": ["neurons", "topk", "tsae_free"], "l0": [2.0, 4.0], "matched": [3.0]}
+    units = {"kinds": ["neurons", "topk", "tsae_free"], "l0": [2.0, 4.0], "matched": [3.0]}
     two = ["blocks.0.hook_resid_post", HOOK]
     studies = [compare(page_recipe(tiny, "comparison", hooks=two, compare=units))]
     grid = {"n": [24, 48, 96], "capacities": [8, 16, 32], "levels": [0.3]}

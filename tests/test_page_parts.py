@@ -75,7 +75,7 @@ def test_curves_over_layers_stand_beside_each_other() -> None:
             '{"schema_version": 1, "model": "m", "versions": {}, "hooks": {}}',
             "key hooks, dictionary should",
         ),
-        ("compare.json", '{"schema_version": 1, "hooks": {}, "versions": {}}', "key model, field required"),
+        ("compare.json", '{"schema_version": 2, "hooks": {}, "versions": {}}', "key model, field required"),
         (
             "intervene.json",
             '{"schema_version": 2, "name": "n", "n": 1, "scan": {}, "model": "m", "versions": {}, "hook": "h",'

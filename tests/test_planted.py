@@ -94,7 +94,7 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         "learning={one: {planted: {width: 16, capacity: 16, k: 1, noise: 0.1}, atoms: {capacity: 16, target_l0: 1, "
         "start: random, loss_norm: 0, noise: 0.1, l0_coefficient: 0.01, bandwidth: 0.2, pursuit: {amortised: 0.6}}, "
         "n: 2000, "
-        "units: [tsae_tied, topk, topk_whitened, aip_pursuit]}}",
+        "kinds: [tsae_tied, topk, topk_whitened, aip_pursuit]}}",
         "training.steps=800",
         "training.batch_size=128",
         "training.seeds=2",
@@ -108,8 +108,8 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     noise, gap = ([row["exact"] for row in found["decay"][key]] for key in ("noise", "gap"))
     assert noise[0] == gap[0] == 1.0 and noise[-1] < 0.9 and gap[-1] < 0.9
     learned = found["learning"]["one"]
-    marks = {row["unit"]: row for row in learned["marks"] if row["encoder"] == "own"}
-    assert {row["encoder"] for row in learned["marks"] if row["unit"] == "topk"} == {
+    marks = {row["kind"]: row for row in learned["marks"] if row["encoder"] == "own"}
+    assert {row["encoder"] for row in learned["marks"] if row["kind"] == "topk"} == {
         "own",
         "refit",
         "fixed",

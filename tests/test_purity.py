@@ -29,10 +29,10 @@ def test_figures_are_those_of_scikit_learn_and_brute_force(n: int, f: int, k: in
         return
     found = purity(csc_array(codes), labels, top=top, least=3, permutations=2)
     active = codes != 0
-    assert found.units.tolist() == np.flatnonzero(active.sum(axis=0) >= 3).tolist()
-    assert found.left_out == f - len(found.units)
+    assert found.latents.tolist() == np.flatnonzero(active.sum(axis=0) >= 3).tolist()
+    assert found.left_out == f - len(found.latents)
     assert found.entropy == pytest.approx(mutual_info_score(labels, labels) / np.log(2))
-    for at, unit in enumerate(found.units):
+    for at, unit in enumerate(found.latents):
         expected = mutual_info_score(active[:, unit], labels) / np.log(2)
         assert found.information.observed[at] == pytest.approx(expected, abs=1e-12)
         rows = sorted(np.flatnonzero(active[:, unit]), key=lambda row: -abs(codes[row, unit]))[:top]
@@ -105,7 +105,7 @@ def test_zeros_that_are_stored_are_not_active() -> None:
 
 def test_no_unit_is_active_often_enough() -> None:
     found = purity(csc_array(drawn(30, 3, 0.5)), np.arange(30) % 2, least=31).figures
-    assert found["units"] == 0 and found["left_out"] == 3 and found["information"] is None
+    assert found["latents"] == 0 and found["left_out"] == 3 and found["information"] is None
 
 
 def test_labels_must_fit() -> None:

@@ -57,7 +57,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("positions: last\npositions: all", "key 'positions' is given twice, the second time in line 7"),
         ("training: {steps: 1, steps: 2}", "key 'steps' is given twice"),
         ("compare: {l0: [3, 6, 3]}", "key compare.l0 has 3.0 twice"),
-        ("compare: {units: [topk, topk]}", "key compare.units has 'topk' twice"),
+        ("compare: {kinds: [topk, topk]}", "key compare.kinds has 'topk' twice"),
         ("scale: {capacities: [8, 8], n: [4]}", "key scale.capacities has 8 twice"),
         ("training: {steps: 1, seed: -3}", "key training.seed is -3, allowed is greater than or equal to 0"),
         ("training: {steps: 1, seed: 1180591620717411303424}", "allowed is less than 2147483648"),

@@ -266,12 +266,12 @@ def test_other_studies_read_the_beginnings(
     assert main(["evaluate", "runs/tiny", "split.seed=1", "--hook", HOOK]) == 2, "other documents are held out"
     assert "are subjects that these atoms were trained with" in capsys.readouterr().err
     mine = {"name": "mine", "path": f"runs/tiny/{HOOK}"}
-    compared = {"units": ["aip_topk", "topk"], "l0": [2.0], "matched": [2.0], "features": [mine], "loss_tokens": 100}
+    compared = {"kinds": ["aip_topk", "topk"], "l0": [2.0], "matched": [2.0], "features": [mine], "loss_tokens": 100}
     code, out, err = run("name=compared", command="compare", **streamed, compare=compared)
     assert code == 0, err
     assert "CE recovered" in out
     found = json.loads((tmp_path / "runs" / "compared" / "compare.json").read_text())["hooks"][HOOK]
-    cells = {cell["unit"]: cell for cell in found["cells"]}
+    cells = {cell["kind"]: cell for cell in found["cells"]}
     assert cells.keys() >= {"aip_topk", "topk", "null_data", "mine"}
     assert all(one["loss"] for cell in cells.values() for one in cell["runs"])
     assert any(row["recovered"] is not None for row in found["matched"])

@@ -184,5 +184,5 @@ def find_kind(name: str, of: type[AnyKind] = Kind) -> AnyKind:
     if name not in allowed:
         near = difflib.get_close_matches(name, allowed, n=1)
         hint = f"did you mean {near[0]}" if near else f"allowed are {', '.join(allowed)}"
-        raise AtomLensError(f"unit {name!r} is unknown, {hint}")
+        raise AtomLensError(f"kind {name!r} is unknown, {hint}")
     return allowed[name]

@@ -26,9 +26,9 @@ def codes_of(dictionary: Dictionary, x: Float[Tensor | Rows, "n d"], batch: int 
     return csc_array((torch.cat(values).numpy(), at), shape=(len(x), len(dictionary.W_dec)))
 
 
-def active_rows(codes: csc_array, unit: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows at which latent `unit` is active and its coefficients there, largest in magnitude first."""
-    rows = codes.indices[codes.indptr[unit] : codes.indptr[unit + 1]]
-    values = codes.data[codes.indptr[unit] : codes.indptr[unit + 1]]
+def active_rows(codes: csc_array, latent: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows at which `latent` is active and its coefficients there, largest in magnitude first."""
+    rows = codes.indices[codes.indptr[latent] : codes.indptr[latent + 1]]
+    values = codes.data[codes.indptr[latent] : codes.indptr[latent + 1]]
     order = np.argsort(-np.abs(values), kind="stable")
     return rows[order], values[order]

@@ -26,8 +26,8 @@ class Score:
     """A score of every latent that was kept, and the same with labels permuted over the rows.
 
     Attributes:
-        observed: shape (units,).
-        null: shape (permutations, units); each permutation is the same for all latents.
+        observed: shape (latents,).
+        null: shape (permutations, latents); each permutation is the same for all latents.
     """
 
     observed: np.ndarray
@@ -35,7 +35,7 @@ class Score:
 
     @property
     def p(self) -> np.ndarray:
-        """Share of the permutations, the identity included, that reach what was observed; shape (units,)."""
+        """Share of the permutations, the identity included, that reach what was observed; shape (latents,)."""
         reached = (self.null >= self.observed - _TIE).sum(axis=0)
         return (1 + reached) / (1 + len(self.null))
 
@@ -58,16 +58,16 @@ class Purity:
     """How latents relate to the labels of the rows at which they are active.
 
     Attributes:
-        units: the latents active often enough to tell anything, shape (units,).
+        latents: the latents active often enough to tell anything, shape (latents,).
         left_out: how many are not.
-        active: number of rows at which each latent is active, shape (units,).
+        active: number of rows at which each latent is active, shape (latents,).
         information: mutual information of "active" and the label, in bits. By chance it is above 0, the more so the
             fewer rows there are; so is its null, and their difference is what counts.
         share: of the commonest label among the strongest rows of a latent.
         entropy: of the labels, in bits.
     """
 
-    units: np.ndarray
+    latents: np.ndarray
     left_out: int
     active: np.ndarray
     information: Score
@@ -77,9 +77,9 @@ class Purity:
     @property
     def figures(self) -> dict[str, Any]:
         """Plain data: numbers of latents, "information" (in bits) and "purity", each None where no latent is left."""
-        some = len(self.units) > 0
+        some = len(self.latents) > 0
         return {
-            "units": len(self.units),
+            "latents": len(self.latents),
             "left_out": self.left_out,
             "active_p50": float(np.median(self.active)) if some else None,
             "entropy": self.entropy,
@@ -110,7 +110,7 @@ def purity(
         codes = codes.detach().cpu().double().numpy()
     codes = csc_array(codes, copy=True)
     shape: Any = codes.shape
-    n, n_units = shape
+    n, n_latents = shape
     names = inputs.labels(labels, n, "labels")
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     if len(number) < 2:
@@ -120,21 +120,21 @@ def purity(
     codes.eliminate_zeros()
     often = np.diff(codes.indptr)
     kept = often >= least
-    column = np.repeat(np.arange(n_units), often)
+    column = np.repeat(np.arange(n_latents), often)
     order = np.lexsort((-np.abs(codes.data), column))
     rank = np.arange(len(column)) - codes.indptr[column]
     chosen = kept[column]
-    rows, unit, leading = codes.indices[order][chosen], (np.cumsum(kept) - 1)[column[chosen]], rank[chosen] < top
+    rows, latent, leading = codes.indices[order][chosen], (np.cumsum(kept) - 1)[column[chosen]], rank[chosen] < top
     active = often[kept]
     # x log2 x for every possible count
     counts = np.arange(n + 1, dtype=np.float64)
     xlogx = counts * np.log2(np.maximum(counts, 1))
 
     def scores(permuted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Both scores under each of some permutations, shape (some, units)."""
+        """Both scores under each of some permutations, shape (some, latents)."""
         size = (len(permuted), len(active))
         owner = np.arange(len(permuted))[:, None] * len(active)
-        keys = (owner + unit) * len(totals) + permuted[:, rows]
+        keys = (owner + latent) * len(totals) + permuted[:, rows]
         (of, label), together = _counted(keys, len(totals))
         # Labels at which a latent is never active cancel out of the sum over the contingency table.
         cells = xlogx[together] + xlogx[totals[label] - together] - xlogx[totals[label]]

@@ -66,7 +66,7 @@ def command(
     dtype: str | None = None,
     threshold: Thresholds = "auto",
 ) -> None:
-    """Write atoms, or a dictionary of another library, as an sae-lens folder.
+    """Write atoms, or another library's dictionary, as an sae-lens folder.
 
     Example: atom-lens convert runs/cities-16k atoms-9 --hook 9 --dtype bfloat16
 

@@ -1,5 +1,6 @@
-"""Representation shift: what is the mean angle between activations, and which metric brings it back to 90 degrees?
+"""Measure the angles between activations, Euclidean and under the metric of each kind of text.
 
+The representation shift is a mean angle far below 90 degrees; which metric brings it back to 90 degrees?
 A metric undoes the shift of the kind of text that it was estimated on. A matrix shows how far it does so on others: the
 metric of each domain on held-out activations of every domain.
 """

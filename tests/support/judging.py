@@ -31,7 +31,7 @@ KEY = "sk-a-key-that-must-not-be-kept"
 COUNTRIES = ["Chad", "Fiji", "Mali", "Peru"]
 
 
-SMALL: dict[str, Any] = {"units": 4, "contexts": 2}
+SMALL: dict[str, Any] = {"latents": 4, "contexts": 2}
 
 
 class Server:

@@ -49,7 +49,7 @@ massive_ratio: null
 atoms: {{capacity: 32, target_l0: 4}}
 training: {{steps: 60, batch_size: 64}}
 intervene:
-  units: [tsae_tied, topk]
+  kinds: [tsae_tied, topk]
   l0: [4]
   facts: 30
   scan: 20

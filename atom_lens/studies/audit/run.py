@@ -271,7 +271,7 @@ def command(
     neuronpedia: Path | None = None,
     wandb: str | None = None,
 ) -> None:
-    """The evidence about anybody's dictionary, on held-out text.
+    """Measure anybody's dictionary on held-out text, against nulls.
 
     Example: atom-lens audit runs/pursuit --text corpus.jsonl
 

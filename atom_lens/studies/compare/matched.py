@@ -16,16 +16,16 @@ def matched(cells: Sequence[Cell], l0: float) -> list[Matched]:
     Means over seeds. A kind whose sweep does not cross `l0` has no values: nothing is extrapolated.
     """
     found = []
-    for unit in dict.fromkeys(cell.unit for cell in cells):
-        sweep = sorted(((_means(cell), _l0(cell)) for cell in cells if cell.unit == unit), key=lambda point: point[1])
-        row = Matched(l0=l0, unit=unit)
+    for kind in dict.fromkeys(cell.kind for cell in cells):
+        sweep = sorted(((_means(cell), _l0(cell)) for cell in cells if cell.kind == kind), key=lambda point: point[1])
+        row = Matched(l0=l0, kind=kind)
         # A point within 3% is taken as it is: a threshold gives a slightly other L0 on other rows.
         near = [(point, at) for point, at in sweep if abs(at / l0 - 1) <= 0.03]
         for (lower, low), (upper, high) in [(near[0], near[0])] if near else pairwise(sweep):
             if near or 0 < low <= l0 <= high:
                 share = 0.0 if low == high else float(np.log(l0 / low) / np.log(high / low))
                 both = {key: lower[key] + share * (upper[key] - lower[key]) for key in lower if key in upper}
-                row = Matched(l0=l0, unit=unit, between=[low, high], **both)
+                row = Matched(l0=l0, kind=kind, between=[low, high], **both)
                 break
         found.append(row)
     return found

@@ -28,7 +28,7 @@ class Run(Result):
 class Cell(Kept):
     """A kind at one sparsity, all seeds."""
 
-    unit: str = Field(description="name of the kind, or of pretrained features")
+    kind: str = Field(description="name of the kind, or of pretrained features")
     level: float | None = Field(description="the level asked for: K, a target L0 or an L1 weight; None for none")
     lr: float | None = Field(default=None, description="of its training; None if it is not trained here")
     runs: list[Run] = Field(min_length=1)
@@ -46,7 +46,7 @@ class Matched(Result):
     """What a kind reaches at a held-out L0, between two points of its sweep; no numbers if the sweep misses it."""
 
     l0: float
-    unit: str
+    kind: str
     between: list[float] | None = None
     r2: float | None = None
     r2_aip: float | None = None
@@ -72,7 +72,7 @@ class Hook(Result):
 class Comparison(Result):
     """The content of compare.json."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     model: str
     hooks: dict[str, Hook] = Field(min_length=1)
     versions: dict[str, str]

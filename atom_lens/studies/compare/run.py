@@ -41,8 +41,8 @@ from atom_lens.studies.compare.matched import matched
 from atom_lens.studies.compare.result import Cell, Comparison, Hook, Rate, Run
 from atom_lens.studies.compare.show import runs_table, show
 from atom_lens.studies.cost import Costs
+from atom_lens.studies.named import KINDS, Features, KindName, measured_kinds, pretrained
 from atom_lens.studies.study import Study, recipe_command, register
-from atom_lens.studies.units import Features, Unit, measured_kinds, pretrained
 from atom_lens.tensors.rows import Rows, mean_row
 from atom_lens.training.fit import fit_together
 
@@ -51,7 +51,7 @@ _PURSUED = 64  # mean L0 beyond which other encoders take longer than the traini
 
 
 class Compare(Section):
-    """Dictionaries side by side. Each kind of `units` is swept over `l0` or `l1`, as the registry of kinds says.
+    """Dictionaries side by side. Each of `kinds` is swept over `l0` or `l1`, as the registry of kinds says.
 
     `matched` are values of L0 on held-out activations at which kinds are compared, between two points of a sweep.
     `features` are measured at the hook that they were made for. With several `lr`, each trained kind takes the one that
@@ -59,8 +59,10 @@ class Compare(Section):
     The model's loss with each dictionary spliced in is measured on `loss_tokens` held-out tokens, if positions are all.
     """
 
-    units: list[Unit] = Field(
-        default_factory=lambda: [one.name for one in measured_kinds() if one.by_default], min_length=1
+    kinds: list[KindName] = Field(
+        default_factory=lambda: [one.name for one in measured_kinds() if one.by_default],
+        min_length=1,
+        validation_alias=KINDS,
     )
     l0: list[Positive] = Field([4.0, 8.0, 16.0], min_length=1)
     l1: list[Positive] = Field([2.0, 5.0, 12.0], min_length=1)
@@ -71,7 +73,7 @@ class Compare(Section):
 
     @model_validator(mode="after")
     def _levels_are_allowed(self) -> Compare:
-        for one in map(find_kind, self.units):
+        for one in map(find_kind, self.kinds):
             if one.sparsity and (lowest := min(getattr(self, one.sparsity))) < one.least:
                 raise AtomLensError(
                     f"compare.{one.sparsity} has {lowest:g}, allowed is at least {one.least:g} for {one.name}"
@@ -176,7 +178,7 @@ def _cells(
     for k in ks:
         for null in kinds(Drawn):
             yield f"{null.name}-{k}", partial(_null_cell, null, k, setup, on, training.seed)
-    for one in map(find_kind, asked.units):
+    for one in map(find_kind, asked.kinds):
         if isinstance(one, Trained):
             levels = sorted(getattr(asked, one.sparsity))
             own = _with_rate(one, levels[len(levels) // 2], setup, training, asked.lr, folder)
@@ -244,7 +246,7 @@ def _start(learner: Learner, aip: AtomicInnerProduct) -> Float[Tensor, "F d"]:
     return weights if whitening is None else weights @ whitening.inverse_matrix
 
 
-def _cell(unit: str, level: float | None, dictionaries: Sequence[Dictionary], on: _Setting) -> Cell:
+def _cell(kind: str, level: float | None, dictionaries: Sequence[Dictionary], on: _Setting) -> Cell:
     runs, alive, (split, aip, _) = [], [], on
     for dictionary, loss in zip(dictionaries, on.cost(dictionaries), strict=True):
         seen = {"train": observe(dictionary, split.x, aip), "heldout": observe(dictionary, split.heldout, aip)}
@@ -256,7 +258,7 @@ def _cell(unit: str, level: float | None, dictionaries: Sequence[Dictionary], on
     same = None
     if len(dictionaries) > 1 and all(mask.any() for mask in alive):
         same = identity([d.W_dec.detach().float() for d in dictionaries], aip, alive).figures
-    return Cell(unit=unit, level=level, runs=runs, identity=same)
+    return Cell(kind=kind, level=level, runs=runs, identity=same)
 
 
 def _encoded(
@@ -291,7 +293,7 @@ def _null_cell(null: Drawn, k: int, setup: Setup, on: _Setting, seed: int) -> Ce
     )
     encoded = _encoded(pursued, heldout, split, setup.aip)
     loss = min(on.cost([pursued, euclidean]), key=lambda one: one.spliced if one else 0)
-    return Cell(unit=null.name, level=float(k), runs=[Run(train=train, heldout=heldout, loss=loss, **encoded)])
+    return Cell(kind=null.name, level=float(k), runs=[Run(train=train, heldout=heldout, loss=loss, **encoded)])
 
 
 def _best(seen: Observation, residual: Float[Tensor, " n"]) -> Figures:

@@ -43,7 +43,7 @@ def show(result: Comparison, name: str) -> list[Part]:
 
 
 def _measured(cell: Cell) -> Measured:
-    one = kind(cell.unit)
+    one = kind(cell.kind)
     return Measured(one, one.asked(cell.level), [{"train": run.train, "heldout": run.heldout} for run in cell.runs])
 
 
@@ -55,7 +55,7 @@ def _cells(found: Hook, title: str) -> Table:
         ("n / F", f"{found.n_over_f:.1f}"),
     ]
     note = "Means over seeds, ± half their range; of a single run, the 95% interval of a held-out value over subjects."
-    both = {"ours", "baseline"} <= {kind(cell.unit).role for cell in found.cells}
+    both = {"ours", "baseline"} <= {kind(cell.kind).role for cell in found.cells}
     return _table(title, [[cell] for cell in found.cells], facts, [verdict(found), note] if both else [note])
 
 
@@ -71,7 +71,7 @@ def by_kind(hooks: Mapping[str, Hook]) -> dict[tuple[str, float | None], list[Ce
     found: dict[tuple[str, float | None], list[Cell]] = {}
     for one in hooks.values():
         for cell in one.cells:
-            found.setdefault((cell.unit, cell.level), []).append(cell)
+            found.setdefault((cell.kind, cell.level), []).append(cell)
     return found
 
 
@@ -94,7 +94,7 @@ def _table(
 
 def _row(cells: Sequence[Cell], hooks: int, costly: bool) -> Row:
     """One kind at one sparsity: its cell, or its cells at those of `hooks` that have it."""
-    one, level = kind(cells[0].unit), cells[0].level
+    one, level = kind(cells[0].kind), cells[0].level
     shown: list[table.Cell | str] = ["" if level is None else f"{level:g}"]
     for key in LABELS:
         for split in SPLITS:
@@ -138,10 +138,10 @@ def _matched(found: Hook, title: str) -> list[Table]:
             low, high = row.between or (0, 0)
             values = [row.r2, row.r2_aip, row.q_star, row.train_r2, row.pw_mcc, *([row.recovered] if lost else [])]
             cells = ["" if one is None else f"{one:.3f}" for one in values]
-            one = kind(row.unit)
+            one = kind(row.kind)
             rows.append(Row(one.label, [*cells, f"{low:.1f} and {high:.1f}"], one.role == "null"))
         heads = ["held-out", *LABELS.values(), "R² train", "PW-MCC", *lost, "between L0"]
-        missing = [kind(r.unit).label for r in here if not r.between and kind(r.unit).role in COMPETING]
+        missing = [kind(r.kind).label for r in here if not r.between and kind(r.kind).role in COMPETING]
         notes = [f"No sweep crosses this L0: {', '.join(missing)}."] if missing else []
         tables.append(Table(f"{title}, at L0 {l0:g}", heads, rows, notes=notes))
     return tables
@@ -155,7 +155,7 @@ def _encoders(found: Hook, title: str) -> list[Table]:
     ways = {"heldout": "own encoder", "refit": "own atoms, refit", "pursued": "threshold pursuit, AIP"}
     rows = []
     for cell in cells:
-        one, shown = kind(cell.unit), ["" if cell.level is None else f"{cell.level:g}"]
+        one, shown = kind(cell.kind), ["" if cell.level is None else f"{cell.level:g}"]
         for way in ways:
             measured = [figures for run in cell.runs if (figures := getattr(run, way)) is not None]
             for key in LABELS:
@@ -170,7 +170,7 @@ def _encoders(found: Hook, title: str) -> list[Table]:
 class Margin(NamedTuple):
     """How far the best of ours that is as stable lies above a baseline's point; None if none of ours is as stable."""
 
-    unit: str
+    kind: str
     level: float | None
     q_star: float
     r2: float
@@ -187,12 +187,12 @@ def margins(found: Hook) -> list[Margin]:
     for cell in found.cells:
         at = {key: float(np.mean([getattr(run.heldout, key) for run in cell.runs])) for key in at}
         points.append((cell, at["q_star"], at["r2"]))
-    ours = [(q, r2) for cell, q, r2 in points if kind(cell.unit).role == "ours"]
+    ours = [(q, r2) for cell, q, r2 in points if kind(cell.kind).role == "ours"]
     result = []
     for cell, q, r2 in points:
-        if kind(cell.unit).role == "baseline" and q >= _LEAST_Q:
+        if kind(cell.kind).role == "baseline" and q >= _LEAST_Q:
             as_stable = [value for other, value in ours if other >= q]
-            result.append(Margin(cell.unit, cell.level, q, r2, max(as_stable) - r2 if as_stable else None))
+            result.append(Margin(cell.kind, cell.level, q, r2, max(as_stable) - r2 if as_stable else None))
     return result
 
 
@@ -205,7 +205,7 @@ def verdict(found: Hook) -> str:
     text = f"Of {len(points)} baseline points with q* >= {_LEAST_Q}, {len(beaten)} lie below one of ours as stable"
     for point in points:
         asked = "" if point.level is None else f" at {point.level:g}"
-        name = f"{kind(point.unit).label}{asked} (q* {point.q_star:.3f}, R² {point.r2:.3f})"
+        name = f"{kind(point.kind).label}{asked} (q* {point.q_star:.3f}, R² {point.r2:.3f})"
         if point.margin is None:
             text += f"; {name} is more stable than any of ours"
         elif point.margin < 0:
@@ -215,7 +215,7 @@ def verdict(found: Hook) -> str:
 
 def runs_table(result: Comparison) -> Table:
     """One row per hook, kind, sparsity, seed and split, for a spreadsheet."""
-    heads = ["hook", "unit", "asked", "lr", "run", "split", "n", "r2", "r2_low", "r2_high", "r2_aip", "q_star", "l0"]
+    heads = ["hook", "kind", "asked", "lr", "run", "split", "n", "r2", "r2_low", "r2_high", "r2_aip", "q_star", "l0"]
     heads += ["l0_p998", "empty_codes", "dead_atoms", "pw_mcc", "above_09"]
     rows = []
     for hook, found in result.hooks.items():
@@ -225,7 +225,7 @@ def runs_table(result: Comparison) -> Table:
                 for split, f in (("train", run.train), ("heldout", run.heldout)):
                     low, high = f.interval["r2"] if f.interval else ("", "")
                     values = [
-                        cell.unit,
+                        cell.kind,
                         "" if cell.level is None else cell.level,
                         "" if cell.lr is None else cell.lr,
                         number,

@@ -1,1 +1,1 @@
-"""Intervene: whether edits of codes change the answers they should, and leave the rest alone."""
+"""Measure whether edits of codes change the answers they should, and leave the rest alone."""

@@ -22,7 +22,7 @@ from atom_lens.interventions.splice import splice
 from atom_lens.recipe.recipe import register_section
 from atom_lens.storage.schema import Positive, Section
 from atom_lens.studies.intervene.result import Ablation, Cell, ClassMeans, Dose, HeldOut, Mean, Swap
-from atom_lens.studies.units import Features, Unit
+from atom_lens.studies.named import KINDS, Features, KindName
 from atom_lens.tensors import checks as inputs
 from atom_lens.tensors.checks import Labels
 from atom_lens.tensors.rows import Rows, mean_row
@@ -31,11 +31,11 @@ from atom_lens.tensors.rows import Rows, mean_row
 class Intervene(Section):
     """Facts to intervene on; prompts need answers. The hook is the one with the highest ceiling on training facts.
 
-    The kinds of `units` are trained at the sparsities `l0` (ReLU SAEs: `l1`) as in `compare`; `run` adds the atoms of a
+    `kinds` are trained at the sparsities `l0` (ReLU SAEs: `l1`) as in `compare`; `run` adds the atoms of a
     run folder.
     """
 
-    units: list[Unit] = ["tsae_free", "topk_whitened"]
+    kinds: list[KindName] = Field(["tsae_free", "topk_whitened"], validation_alias=KINDS)
     l0: list[Positive] = Field([6.0, 32.0], min_length=1)
     l1: list[Positive] = Field([5.0], min_length=1)
     run: str | None = None
@@ -48,10 +48,10 @@ class Intervene(Section):
     other_templates: list[str] = []
 
     @model_validator(mode="after")
-    def _units_have_codes(self) -> Intervene:
-        for unit in self.units:
-            if not isinstance(find_kind(unit), Trained):
-                raise AtomLensError(f"intervene.units has {unit!r}, allowed are kinds that are trained")
+    def _kinds_have_codes(self) -> Intervene:
+        for name in self.kinds:
+            if not isinstance(find_kind(name), Trained):
+                raise AtomLensError(f"intervene.kinds has {name!r}, allowed are kinds that are trained")
         for template in self.other_templates:
             if template.count("{}") != 1:
                 raise AtomLensError(f"intervene.other_templates has {template!r}, allowed are texts with one {{}}")

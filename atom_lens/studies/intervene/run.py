@@ -34,9 +34,9 @@ from atom_lens.studies.evaluate import check_split
 from atom_lens.studies.intervene.cells import Intervene, cell, class_means, patched, swapped
 from atom_lens.studies.intervene.result import Cell, ClassMeans, Interventions, Scan, Swap
 from atom_lens.studies.intervene.show import show
+from atom_lens.studies.named import pretrained
 from atom_lens.studies.study import Study, recipe_command, register
 from atom_lens.studies.train.folder import same_activations
-from atom_lens.studies.units import pretrained
 from atom_lens.tensors.rows import Rows
 from atom_lens.training.fit import fit_together
 
@@ -44,7 +44,7 @@ study = register(Study(name="intervene", result=Interventions, show=show))
 
 
 def intervene(recipe: Recipe, out: str | Path = "runs") -> Path:
-    """Evaluate the kinds of the section `intervene`; returns ``out/<name>`` with intervene.json and plots. Resumes.
+    """Evaluate the kinds in the section `intervene`; returns ``out/<name>`` with intervene.json and plots. Resumes.
 
     Raises:
         AtomLensError: no atoms or training in the recipe, prompts without answers, fewer than 10 facts that the model
@@ -104,7 +104,7 @@ def _intervene(recipe: Recipe, prompts: Sequence[Prompt], loaded: Mapping[str, S
             lambda name=name, make=make: _cell(recipe, backend, hook, pairs, seen, split.heldout, aip, name, make()),
             _says,
         )
-        for name, make in _units(recipe, hook, split, aip, loaded).items()
+        for name, make in _dictionaries(recipe, hook, split, aip, loaded).items()
     ]
     result = Interventions(
         name=recipe.name,
@@ -169,7 +169,7 @@ def _scan(recipe: Recipe, backend: Backend, prompts: Sequence[Prompt], splits: d
     return Scan(hook=best, hooks=hooks, facts=facts, train_facts=reported)
 
 
-def _units(
+def _dictionaries(
     recipe: Recipe, hook: str, split: SplitActivations, aip: AtomicInnerProduct, loaded: Mapping[str, SAE[Any]]
 ) -> dict[str, Callable[[], SAE[Any]]]:
     """name -> a function that returns the dictionary; `loaded` are pretrained features.
@@ -178,11 +178,11 @@ def _units(
         AtomLensError: a run or pretrained features of another hook, a run with another split, or two of one name.
     """
     settings = recipe.section(Intervene)
-    units: list[tuple[str, Callable[[], SAE[Any]]]] = []
-    for unit in settings.units:
-        kind = find_kind(unit, Trained)
+    dictionaries: list[tuple[str, Callable[[], SAE[Any]]]] = []
+    for name in settings.kinds:
+        kind = find_kind(name, Trained)
         for level in getattr(settings, kind.sparsity):
-            units.append((f"{unit}-{level:g}", partial(_trained, recipe, kind, level, split, aip)))
+            dictionaries.append((f"{name}-{level:g}", partial(_trained, recipe, kind, level, split, aip)))
     loaded = dict(loaded)
     if settings.run is not None:
         loaded[f"run_{Path(settings.run).name}"] = load_atoms(settings.run, hook=hook)
@@ -191,12 +191,13 @@ def _units(
             raise AtomLensError(
                 f"{name} belongs to hook {sae.cfg.metadata.hook_name!r}, the facts are asked at {hook!r}"
             )
-        units.append((name, lambda sae=sae: sae))
-    if len(dict(units)) < len(units) or len(loaded) < len(settings.features) + (settings.run is not None):
+        dictionaries.append((name, lambda sae=sae: sae))
+    if len(dict(dictionaries)) < len(dictionaries) or len(loaded) < len(settings.features) + (settings.run is not None):
         raise AtomLensError(
-            f"two dictionaries of recipe {recipe.name!r} have the same name: {', '.join(name for name, _ in units)}"
+            f"two dictionaries of recipe {recipe.name!r} have the same name: "
+            f"{', '.join(name for name, _ in dictionaries)}"
         )
-    return dict(units)
+    return dict(dictionaries)
 
 
 def _trained(recipe: Recipe, kind: Trained, level: float, split: SplitActivations, aip: AtomicInnerProduct) -> SAE[Any]:

@@ -101,10 +101,10 @@ def ask_all(
         "prices": list(spending.prices),
         "kinds": kind_figures(verdicts, CONTROL, seed),
         "agreement": agree,
-        "units": [
+        "latents": [
             {
                 "kind": case.kind,
-                "unit": case.unit,
+                "latent": case.latent,
                 "explanation": None if one is None else one[0],
                 "score": verdict.score,
                 "detection": verdict.detection,

@@ -22,7 +22,7 @@ from atom_lens.recipe.contexts import Corpus
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.storage.files import shown
 from atom_lens.studies.compare.run import Compare
-from atom_lens.studies.units import pretrained
+from atom_lens.studies.named import pretrained
 from atom_lens.tensors.rows import Rows, mean_row
 
 DATA_POINTS, DENSE_ATOMS, CONTROL = "data points", "atoms, as dense", "random rows"
@@ -101,16 +101,16 @@ def strongest(
     dictionary: Dictionary,
     x: Float[Rows, "n d"],
     heldout: Bool[Tensor, " n"],
-    per_unit: tuple[int, int],
+    per_latent: tuple[int, int],
     batch: int = 1024,
 ) -> csc_array:
-    """The largest codes of every latent: `per_unit` on training rows, and on held-out rows. Shape (n, F).
+    """The largest codes of every latent: `per_latent` on training rows, and on held-out rows. Shape (n, F).
 
     An entry is how far a code lies above the smallest one kept for its latent, plus 1: it is positive, and larger
     where the code is larger, whatever the sign of the codes.
     """
     values, rows = [], []
-    for m, which in zip(per_unit, (~heldout, heldout), strict=True):
+    for m, which in zip(per_latent, (~heldout, heldout), strict=True):
         at = which.nonzero().squeeze(1)
         best = torch.empty(0, len(dictionary.W_dec))
         index = torch.empty(0, len(dictionary.W_dec), dtype=torch.long)
@@ -123,24 +123,24 @@ def strongest(
         rows.append(index)
     value, row = torch.cat(values).double(), torch.cat(rows)
     value = value - value.amin(dim=0) + 1
-    unit = torch.arange(value.shape[1]).expand_as(value)
-    entries = (row.flatten().numpy(), unit.flatten().numpy())
+    latent = torch.arange(value.shape[1]).expand_as(value)
+    entries = (row.flatten().numpy(), latent.flatten().numpy())
     return csc_array((value.flatten().numpy(), entries), shape=(len(heldout), value.shape[1]))
 
 
-def _random_rows(heldout: Bool[Tensor, " n"], n_units: int, per_unit: tuple[int, int], seed: int) -> csc_array:
+def _random_rows(heldout: Bool[Tensor, " n"], n_latents: int, per_latent: tuple[int, int], seed: int) -> csc_array:
     """Latents active at random: at as many rows of either split as the others, drawn without replacement."""
     draw = np.random.default_rng(seed)
     splits = [np.flatnonzero(~heldout.numpy()), np.flatnonzero(heldout.numpy())]
     chosen = [
         draw.choice(rows, min(m, len(rows)), replace=False)
-        for _ in range(n_units)
-        for m, rows in zip(per_unit, splits, strict=True)
+        for _ in range(n_latents)
+        for m, rows in zip(per_latent, splits, strict=True)
     ]
     rows = np.concatenate(chosen)
-    units = np.repeat(np.arange(n_units), len(rows) // n_units)
+    latents = np.repeat(np.arange(n_latents), len(rows) // n_latents)
     # Strengths are drawn too: the strongest of these rows are random as well.
-    return csc_array((draw.random(len(rows)) + 1, (rows, units)), shape=(len(heldout), n_units))
+    return csc_array((draw.random(len(rows)) + 1, (rows, latents)), shape=(len(heldout), n_latents))
 
 
 def _positive(codes: csc_array) -> csc_array:

@@ -34,7 +34,7 @@ def judge(
     base_url: str | None = None,
     second_model: str | None = None,
     human: str | Path | None = None,
-    units: int = 50,
+    latents: int = 50,
     contexts: int = 10,
     budget: float | None = None,
     prices: Sequence[float] = (0.0, 0.0),
@@ -56,7 +56,7 @@ def judge(
             $OPENAI_API_KEY, which a server on this machine does not need.
         second_model: on the same server, asked for the same scores.
         human: CSV of a person's scores with the columns question and score: blind.csv, filled in.
-        units: how many latents are drawn of each kind.
+        latents: how many latents are drawn of each kind.
         contexts: how many contexts of each latent are shown; as many others are tested.
         budget: dollars at most for all answers in `out`, including those of earlier calls; None is 1 with prices, and
             no cap without.
@@ -71,7 +71,7 @@ def judge(
     Raises:
         AtomLensError: arguments out of range, a run that cannot be read, or a server that does not answer.
     """
-    _check(model, second_model, human, units, contexts, budget, prices)
+    _check(model, second_model, human, latents, contexts, budget, prices)
     folder = atoms_folder(run, hook)
     home = recipe_beside(run)
     recipe = load_recipe(home, overrides)
@@ -86,7 +86,7 @@ def judge(
     atoms = load_atoms(folder)
     read = corpus(recipe, str(atoms.cfg.metadata.hook_name))
     found: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": 2,
         "model": recipe.model.name,
         "hook": atoms.cfg.metadata.hook_name,
         "seed": seed,
@@ -98,7 +98,7 @@ def judge(
     if dry_run or judges:
         codes = read_kinds(atoms, recipe, read, (contexts, contexts // 2), seed, without=NOT_ASKED)
         held = read.heldout.numpy()
-        cases, living = draw_cases(codes, held, units, contexts, seed)
+        cases, living = draw_cases(codes, held, latents, contexts, seed)
         if not any(case.kind == CONTROL for case in cases):
             raise AtomLensError(
                 f"contexts is {contexts}, too many to draw random rows for comparison from {(~held).sum()} training "
@@ -124,13 +124,13 @@ def _check(
     model: str | None,
     second_model: str | None,
     human: str | Path | None,
-    units: int,
+    latents: int,
     contexts: int,
     budget: float | None,
     prices: Sequence[float],
 ) -> None:
-    if units < 1:
-        raise AtomLensError(f"units is {units}, allowed is 1 or more")
+    if latents < 1:
+        raise AtomLensError(f"latents is {latents}, allowed is 1 or more")
     if not 2 <= contexts <= 100:
         raise AtomLensError(f"contexts is {contexts}, allowed is 2 to 100")
     for key, value in (("budget", budget), *(("prices", price) for price in prices)):
@@ -162,7 +162,7 @@ def command(
     base_url: str | None = None,
     second_model: str | None = None,
     human: Path | None = None,
-    units: int = 50,
+    latents: int = 50,
     contexts: int = 10,
     budget: float | None = None,
     prices: tuple[float, float] = (0.0, 0.0),
@@ -170,7 +170,7 @@ def command(
     dry_run: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Ask labels, and a language model, whether the contexts of each latent have something in common.
+    """Judge whether the contexts of each latent have something in common, by labels and by a language model.
 
     Example: atom-lens judge runs/cities-16k --model gpt-4o-mini --prices 0.15 0.6 --dry-run
 
@@ -182,7 +182,7 @@ def command(
         base_url: of any OpenAI-compatible server (default: $OPENAI_BASE_URL)
         second_model: another judge, to measure the agreement of the two
         human: CSV of a person's scores, to measure the agreement with them
-        units: how many latents are drawn of each kind
+        latents: how many latents are drawn of each kind
         contexts: how many contexts of each latent are shown
         budget: dollars at most, with --prices (default: 1)
         prices: dollars per million tokens read and written (default: none, and no cap)
@@ -198,7 +198,7 @@ def command(
         base_url=base_url,
         second_model=second_model,
         human=human,
-        units=units,
+        latents=latents,
         contexts=contexts,
         budget=budget,
         prices=prices,

@@ -25,30 +25,30 @@ class Case:
 
     Attributes:
         kind: of the latent; never told to the judge.
-        unit: its index; never told either.
+        latent: its index; never told either.
         shown: its strongest training rows, in random order.
         tested: held-out rows in random order, half of which it is active at.
         strong: whether it is active at each row tested.
     """
 
     kind: str
-    unit: int
+    latent: int
     shown: list[int]
     tested: list[int]
     strong: list[bool]
 
 
 def draw_cases(
-    codes: Mapping[str, csc_array], heldout: np.ndarray, units: int, contexts: int, seed: int
+    codes: Mapping[str, csc_array], heldout: np.ndarray, latents: int, contexts: int, seed: int
 ) -> tuple[list[Case], dict[str, int]]:
-    """Up to `units` latents of each kind, all kinds shuffled together, and how many of each kind could be drawn.
+    """Up to `latents` latents of each kind, all kinds shuffled together, and how many of each kind could be drawn.
 
     A latent can be drawn if it is active at `contexts` training rows and at half as many held-out ones.
 
     Args:
         codes: kind -> shape (n, F).
         heldout: shape (n,).
-        units: number of latents of each kind.
+        latents: number of latents of each kind.
         contexts: number of rows shown, and of rows tested (rounded down to an even number).
         seed: of the draws and the order.
     """
@@ -56,13 +56,13 @@ def draw_cases(
     half = contexts // 2
     cases, living = [], {}
     for kind, of in codes.items():
-        rows_of = [active_rows(of, unit)[0] for unit in range(len(of.indptr) - 1)]
+        rows_of = [active_rows(of, latent)[0] for latent in range(len(of.indptr) - 1)]
         able = [
             u for u, rows in enumerate(rows_of) if (~heldout[rows]).sum() >= contexts and heldout[rows].sum() >= half
         ]
         living[kind] = len(able)
-        for unit in draw.permutation(able)[:units].tolist():
-            rows = rows_of[unit]
+        for latent in draw.permutation(able)[:latents].tolist():
+            rows = rows_of[latent]
             quiet = np.setdiff1d(np.flatnonzero(heldout), rows)
             if len(quiet) < half:
                 continue
@@ -71,7 +71,7 @@ def draw_cases(
             tested = np.concatenate([active, draw.choice(quiet, half, replace=False)])
             order = draw.permutation(len(tested))
             strong = (order < half).tolist()
-            cases.append(Case(kind, unit, shown.tolist(), tested[order].tolist(), strong))
+            cases.append(Case(kind, latent, shown.tolist(), tested[order].tolist(), strong))
     return [cases[i] for i in draw.permutation(len(cases))], living
 
 

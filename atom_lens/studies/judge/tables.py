@@ -28,12 +28,12 @@ def judge_table(found: Mapping[str, Any]) -> str:
 
 
 def _purity(split: str, part: Mapping[str, Any]) -> str:
-    heads = ["", "units", "left out", "active", "bits", "by chance", "above", "after FDR"]
+    heads = ["", "latents", "left out", "active", "bits", "by chance", "above", "after FDR"]
     heads += ["purity", "by chance", "above", "after FDR"]
     cells = [heads]
     for kind, one in part["kinds"].items():
-        row = [kind, str(one["units"]), str(one["left_out"])]
-        if one["units"] == 0:
+        row = [kind, str(one["latents"]), str(one["left_out"])]
+        if one["latents"] == 0:
             cells.append([*row, *["none"] * (len(heads) - 3)])
             continue
         row.append(f"{one['active_p50']:g}")

@@ -1,1 +1,1 @@
-"""Planted: test the theorem, and score trained dictionaries against known atoms."""
+"""Test the identifiability theorem, and score trained dictionaries against planted atoms."""

@@ -21,9 +21,9 @@ from atom_lens.evidence.measure import measure
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.storage.schema import Section
+from atom_lens.studies.named import KINDS, KindName
 from atom_lens.studies.planted.garden import Garden, Planted, draw_codes, plant, varying_codes, window
 from atom_lens.studies.planted.result import Learned, Mark
-from atom_lens.studies.units import Unit
 from atom_lens.training.fit import fit_together
 
 _ASIDE = 8192  # rows on which thresholds of pursuits are set
@@ -39,16 +39,18 @@ class Learning(Section):
     atoms: Atoms
     n: int = Field(20_000, ge=100)
     l1: float = 5.0
-    units: list[Unit] = Field(default_factory=lambda: [one.name for one in kinds(Trained)], min_length=1)
+    kinds: list[KindName] = Field(
+        default_factory=lambda: [one.name for one in kinds(Trained)], min_length=1, validation_alias=KINDS
+    )
     encoders: bool = True
 
-    @field_validator("units")
+    @field_validator("kinds")
     @classmethod
-    def _are_trained(cls, units: list[str]) -> list[str]:
-        for unit in units:
-            if not isinstance(find_kind(unit), Trained):
-                raise AtomLensError(f"learning.units has {unit!r}, allowed are kinds that are trained")
-        return units
+    def _are_trained(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if not isinstance(find_kind(name), Trained):
+                raise AtomLensError(f"learning.kinds has {name!r}, allowed are kinds that are trained")
+        return names
 
 
 def learn(learning: Learning, training: Training, seed: int) -> Learned:
@@ -72,11 +74,11 @@ def learn(learning: Learning, training: Training, seed: int) -> Learned:
     setup = Setup(x[:n], aip, learning.atoms, training.device, training.steps, x[2 * n :])
     levels = {"l0": learning.atoms.target_l0, "l1": learning.l1}
     marks = []
-    for unit in learning.units:
-        kind = find_kind(unit, Trained)
+    for name in learning.kinds:
+        kind = find_kind(name, Trained)
         learners = {str(i): kind.start(setup, levels[kind.sparsity], training.seed + i) for i in range(training.seeds)}
         fit_together({"x": setup.x}, learners, training)
-        runs = [marker.marks(unit, kind.finish(one, aip), learning.encoders) for one in learners.values()]
+        runs = [marker.marks(name, kind.finish(one, aip), learning.encoders) for one in learners.values()]
         marks += [_mean(several) for several in zip(*runs, strict=True)]
     bias = (x[:n].double() - codes[:n] @ garden.atoms).mean(dim=0).float()
     k = int(truth.sum(dim=1).max())
@@ -91,11 +93,11 @@ def learn(learning: Learning, training: Training, seed: int) -> Learned:
 
 
 def _mean(marks: tuple[Mark, ...]) -> Mark:
-    names = {"unit", "encoder"}
+    names = {"kind", "encoder"}
     numbers = {
         key: float(np.mean([getattr(one, key) for one in marks])) for key in Mark.model_fields if key not in names
     }
-    return Mark(unit=marks[0].unit, encoder=marks[0].encoder, **numbers)
+    return Mark(kind=marks[0].kind, encoder=marks[0].encoder, **numbers)
 
 
 class _Marker:
@@ -112,28 +114,28 @@ class _Marker:
         self.garden, self.aip, self.x, self.truth, self.aside = garden, aip, x, truth, aside
         self.l0 = float(truth.sum(dim=1).double().mean())
 
-    def marks(self, unit: str, dictionary: Dictionary, encoders: bool) -> list[Mark]:
-        found = [self.mark(unit, "own", dictionary)]
+    def marks(self, kind: str, dictionary: Dictionary, encoders: bool) -> list[Mark]:
+        found = [self.mark(kind, "own", dictionary)]
         if encoders:
             bias = bias_of(dictionary)
             found += [
-                self.mark(unit, "refit", Refit(dictionary, self.aip, bias)),
-                *self.pursued(unit, dictionary.W_dec, bias, threshold=not isinstance(dictionary, PursuitSAE)),
+                self.mark(kind, "refit", Refit(dictionary, self.aip, bias)),
+                *self.pursued(kind, dictionary.W_dec, bias, threshold=not isinstance(dictionary, PursuitSAE)),
             ]
         return found
 
     def pursued(
-        self, unit: str, atoms: Float[Tensor, "F d"], bias: Float[Tensor, " d"], threshold: bool = True
+        self, kind: str, atoms: Float[Tensor, "F d"], bias: Float[Tensor, " d"], threshold: bool = True
     ) -> Iterator[Mark]:
         """The same atoms under a pursuit with a fixed number of atoms for every row, and under one with a threshold."""
         atoms, bias = atoms.detach().cpu(), bias.cpu()
         atoms = atoms[atoms.norm(dim=1) > 0]
-        yield self.mark(unit, "fixed", Pursuit(atoms, bias, self.aip, max(1, round(self.l0))))
+        yield self.mark(kind, "fixed", Pursuit(atoms, bias, self.aip, max(1, round(self.l0))))
         if threshold:
-            yield self.mark(unit, "threshold", under_pursuit(atoms, bias, self.aip, self.aside, self.l0))
+            yield self.mark(kind, "threshold", under_pursuit(atoms, bias, self.aip, self.aside, self.l0))
 
     @torch.no_grad()
-    def mark(self, unit: str, encoder: str, dictionary: Dictionary) -> Mark:
+    def mark(self, kind: str, encoder: str, dictionary: Dictionary) -> Mark:
         atoms = dictionary.W_dec.detach().double().cpu()
         alive = atoms.norm(dim=1) > 0
         found = match(self.garden.atoms, atoms[alive], self.garden.metric)
@@ -143,7 +145,7 @@ class _Marker:
         matched = active[:, found.partner.clamp(min=0)] & (found.partner >= 0)
         figures = measure(dictionary, self.x, self.aip)
         return Mark(
-            unit=unit,
+            kind=kind,
             encoder=encoder,
             mcc=float(found.coherence.mean()),
             f1=float(f1_score(self.truth.numpy(), matched.numpy(), average="micro")),

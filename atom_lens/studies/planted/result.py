@@ -28,7 +28,7 @@ class Level(Result):
 class Mark(Result):
     """The scores of a dictionary under an encoder, means over seeds."""
 
-    unit: str
+    kind: str
     encoder: str = Field(
         description="`own`; `refit`: its choice of atoms, least-squares coefficients; `fixed`: a pursuit with the same "
         "number of atoms for every row; `threshold`: a threshold-activated pursuit of the true mean L0"
@@ -58,7 +58,7 @@ class Learned(Result):
 class PlantedFound(Result):
     """The content of planted.json."""
 
-    schema_version: int = 2
+    schema_version: int = 3
     theorem: TheoremFound
     decay: dict[str, list[Level]] = Field(description="`noise` and `gap`")
     learning: dict[str, Learned] = Field(default={}, description="by the name of the setting")

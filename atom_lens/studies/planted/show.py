@@ -36,7 +36,7 @@ def show(result: PlantedFound, name: str) -> list[Part]:
     for setting, found in result.learning.items():
         ceiling = next(one for one in found.truth if one.encoder == "threshold")
         rows = [_row("planted atoms", one, False) for one in found.truth]
-        rows += [_row(kind(one.unit).label, one, one.above(ceiling)) for one in found.marks]
+        rows += [_row(kind(one.kind).label, one, one.above(ceiling)) for one in found.marks]
         heads = ["dictionary", "encoder", "MCC (AIP)", "support F1", "codes exact", "L0", "R²", "R² (AIP)"]
         facts = [("planted L0", f"{found.l0:.2f}"), ("window is open by", f"{found.window:.3f}")]
         notes = []

@@ -1,1 +1,1 @@
-"""Train: harvest, train atoms, and measure them against nulls."""
+"""Train atoms on a model's activations, and measure them against nulls."""

@@ -27,7 +27,7 @@
       { key: "train", label: data.other, title: `share of its ${data.other} activations that it fires on`, value: (i) => data.train[i], show: (i) => share(data.train[i], data.n_train) },
       { key: "mean", label: "mean coef.", title: "mean coefficient where it fires", value: (i) => data.mean[i] },
       { key: "identity", label: "identity", title: "mean coherence with its partners in the other runs or dictionaries", value: (i) => data.identity[i], show: (i) => fixed(data.identity[i]) },
-      { key: "margin", label: "margin", title: "of its threshold to the identifiability window, in units of the threshold", value: (i) => data.margin[i] },
+      { key: "margin", label: "margin", title: "how far its threshold is inside the identifiability window, in units of the threshold", value: (i) => data.margin[i] },
       { key: "near", label: "coherence", title: "largest coherence with another atom", value: (i) => nearest[i], show: (i) => fixed(nearest[i]) },
     ].filter(({ key }) => !["identity", "margin"].includes(key) || data[key]?.some((value) => value !== null));
     $("words-note").hidden = hasWords();

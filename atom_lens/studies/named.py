@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, AliasChoices, model_validator
 from pydantic_core import PydanticCustomError
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
@@ -22,14 +22,15 @@ def measured_kinds() -> list[Kind]:
     return [one for one in kinds() if one.role != "null"]
 
 
-def _unit(name: str) -> str:
+def _known(name: str) -> str:
     allowed = [one.name for one in measured_kinds()]
     if name not in allowed:
-        raise PydanticCustomError("unit", "{allowed}", {"allowed": ", ".join(allowed)})
+        raise PydanticCustomError("kind", "{allowed}", {"allowed": ", ".join(allowed)})
     return name
 
 
-Unit = Annotated[str, AfterValidator(_unit)]
+KindName = Annotated[str, AfterValidator(_known)]
+KINDS = AliasChoices("kinds", "units")  # the second is how recipes of older runs call them
 
 
 class Features(Section):
