@@ -62,6 +62,17 @@ def test_both_are_registered() -> None:
     assert get_sae_class("aip_topk")[0] is AIPTopK
 
 
+def test_a_threshold_for_all_and_one_for_each(x: torch.Tensor) -> None:
+    """An atom whose own threshold is out of reach is as good as none: the others' codes are those of one threshold."""
+    whole, without = made(x, 40, max_iterations=6), made(x, 39, max_iterations=6)
+    without.calibrate(x, 3.0)
+    with torch.no_grad():
+        whole.threshold.copy_(torch.cat([without.threshold, torch.tensor([1e6])]))
+    codes = without.encode(x)
+    torch.testing.assert_close(whole.encode(x), torch.cat([codes, torch.zeros(len(x), 1)], dim=1))
+    assert float((codes != 0).sum(dim=1).double().mean()) == pytest.approx(3, rel=0.01)
+
+
 @pytest.mark.parametrize("norm", [0.0, 0.5, 1.0])
 def test_codes_are_those_of_scikit_learn(x: torch.Tensor, norm: float) -> None:
     """One-sided choice and unsigned coincide where all correlations are made positive: d and -d are both atoms."""

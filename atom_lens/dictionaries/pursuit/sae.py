@@ -131,11 +131,12 @@ class PursuitSAE(Metered, SAE[PursuitSAEConfig]):
     def find(self, x: Float[Tensor, "n d"]) -> Codes:
         """Sparse codes of raw activations: at most `max_iterations` atoms each, coefficients of rows of `W_dec`."""
         y, nearest, norms = self._mapped(x)
+        tau = self.threshold.detach().float()
         codes = pursue(
             y.detach(),
             nearest.units,
             most=self.cfg.max_iterations,
-            tau=self.threshold.detach().float(),
+            tau=float(tau[0]) if bool((tau == tau[0]).all()) else tau,  # one for all is faster by a third
             prune=self.cfg.prune,
             search=nearest,
         )
