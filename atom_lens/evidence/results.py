@@ -211,6 +211,9 @@ class Report(Result):
 
     schema_version: int = 2
     name: str | None = None
+    kind: str | None = Field(
+        default=None, description="of the dictionary, as recipes name it; None where it is unknown"
+    )
     model: str | None = None
     hook: str | None = None
     positions: str | None = None

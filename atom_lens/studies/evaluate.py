@@ -8,6 +8,7 @@ from itertools import compress
 from pathlib import Path
 
 from atom_lens.activations.prompts.prompt import Prompt
+from atom_lens.dictionaries import kinds
 from atom_lens.dictionaries.folder import WITHIN
 from atom_lens.dictionaries.load import atoms_folder, open_dictionary
 from atom_lens.dictionaries.metered import Metered
@@ -74,7 +75,7 @@ def evaluate_folder(
     check_split(folder, recipe)
     atoms = open_dictionary(folder)
     has_metric = isinstance(atoms, Metered) and atoms.aip.n > 0
-    hook = str(atoms.cfg.metadata.hook_name)
+    hook, architecture = str(atoms.cfg.metadata.hook_name), atoms.cfg.architecture()
     prompts = prompts_of(recipe)
     found = harvest_for(recipe, prompts)
     if hook not in found:
@@ -83,6 +84,7 @@ def evaluate_folder(
     metric = None if has_metric else AtomicInnerProduct.estimate(x, recipe.metric.ridge, "the recipe's training split")
     about = {
         "name": recipe.name,
+        "kind": architecture if architecture in {one.name for one in kinds()} else None,
         "model": recipe.model.name,
         "hook": hook,
         "positions": recipe.positions,

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atom_lens.dictionaries import recipes_kind
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.errors import AtomLensError
 from atom_lens.evidence.report import evaluate
@@ -92,4 +93,5 @@ def fit(
     aip = AtomicInnerProduct.estimate(train, source=f"{len(train)} given activations")
     found, _ = fit_one(train, aip, atoms, training, metadata, calibration=calibration)
     kept = [subjects[i] for i in out.nonzero()[:, 0].tolist()]
-    return Fitted(found, evaluate(found.cpu(), train, heldout, groups=kept, seed=seed))
+    about = {"kind": recipes_kind(atoms).name}
+    return Fitted(found, evaluate(found.cpu(), train, heldout, groups=kept, seed=seed, about=about))

@@ -207,6 +207,7 @@ def _keep(
         seed=training.seed,
         about={
             "name": recipe.name,
+            "kind": one.plan.kind.name,
             "model": recipe.model.name,
             "hook": hook,
             "positions": recipe.positions,

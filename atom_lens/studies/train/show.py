@@ -76,9 +76,13 @@ def layers_part(curves: dict[str, dict[int, list[Measured]]]) -> Part:
     )
 
 
+def _kind(report: Report) -> Kind:
+    return kind(report.kind) if report.kind else _ATOMS
+
+
 def measured(report: Report) -> list[Measured]:
     """The atoms and their nulls."""
-    found = [Measured(_ATOMS, "", [_splits(report.train, report.heldout)])]
+    found = [Measured(_kind(report), "", [_splits(report.train, report.heldout)])]
     for name, one in report.also.items():
         found.append(Measured(kind(name), "", [_splits(one.train, one.heldout)]))
     for name, null in report.nulls.items():
@@ -116,7 +120,7 @@ def report_table(report: Report, title: str = "") -> Table:
     """Atoms and nulls, held-out and train, with 95% intervals; then what is proved, and what is no evidence."""
     heads: list[Cell | str] = ["dictionary"]
     heads += [Cell(label, held=split == "heldout") for _ in GROUPS[1:] for split, label in SPLITS.items()]
-    rows = [Row("atoms", _cells(_splits(report.train, report.heldout), _interval))]
+    rows = [Row(_kind(report).label, _cells(_splits(report.train, report.heldout), _interval))]
     if one := report.distilled:
         rows.append(Row("distilled into TopK", _cells(_splits(one.train, one.heldout), _interval)))
     for name, one in report.also.items():
