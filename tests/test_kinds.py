@@ -56,7 +56,7 @@ def test_l1_is_asked_of_what_has_an_l1(levels: dict[str, float], generator: torc
     )
     x = shifted(64, 8, generator)
     split = SplitActivations(Rows(x), Rows(x), [], [], [])
-    made = intervene._units(load_recipe(path), "h", split, AtomicInnerProduct.estimate(x), {})
+    made = intervene._dictionaries(load_recipe(path), "h", split, AtomicInnerProduct.estimate(x), {})
     assert list(made) == ["gated-7", "topk-3"]
 
 

@@ -264,7 +264,7 @@ def test_other_studies_read_the_beginnings(
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["heldout"]["r2"] == pytest.approx(told["heldout"]["r2"], rel=1e-5)
     assert main(["evaluate", "runs/tiny", "split.seed=1", "--hook", HOOK]) == 2, "other documents are held out"
-    assert "are subjects that these atoms were trained with" in capsys.readouterr().err
+    assert "are subjects that these atoms were trained on" in capsys.readouterr().err
     mine = {"name": "mine", "path": f"runs/tiny/{HOOK}"}
     compared = {"kinds": ["aip_topk", "topk"], "l0": [2.0], "matched": [2.0], "features": [mine], "loss_tokens": 100}
     code, out, err = run("name=compared", command="compare", **streamed, compare=compared)
