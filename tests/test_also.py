@@ -40,7 +40,7 @@ def test_they_are_what_they_would_be_alone(
         atoms = load_atoms(folder)
         assert atoms.cfg.architecture() == kind and atoms.cfg.d_sae == 32
         measured = evaluate_folder(folder, recipe_beside(folder))
-        assert measured.heldout is not None
+        assert measured.heldout is not None and measured.kind == kind
         for found, again in ((one.train, measured.train), (one.heldout, measured.heldout)):
             assert (found.r2, found.r2_aip, found.q_star, found.l0.mean) == pytest.approx(
                 (again.r2, again.r2_aip, again.q_star, again.l0.mean), abs=1e-5

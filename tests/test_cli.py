@@ -105,7 +105,10 @@ def test_evaluate_repeats_the_report(
     assert main(["evaluate", "any/stripped", "--recipe", "recipe.yaml"]) == 2
     assert "aip.safetensors' does not exist" in capsys.readouterr().err
     assert main(["evaluate", "any/plain", "--recipe", "recipe.yaml", "--json", "plain.json"]) == 0
-    assert json.loads(Path("plain.json").read_text())["train"] == first["train"]
+    bare = json.loads(Path("plain.json").read_text())
+    assert bare["train"] == first["train"] and bare["kind"] is None, (
+        "its architecture is jumprelu, its training was not"
+    )
     narrow = yaml.safe_load(Path("recipe.yaml").read_text())
     Path("narrow.yaml").write_text(yaml.safe_dump({**narrow, "hooks": ["blocks.0.hook_resid_post"]}))
     assert main(["evaluate", "any/plain", "--recipe", "narrow.yaml"]) == 2

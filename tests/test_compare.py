@@ -68,16 +68,16 @@ def test_compare_from_the_command_line(run: Callable[..., tuple[int, str, str]],
     assert code == 0 and "TSAE, tied (ours)" in out and "null: data points" in out and "PW-MCC" in out
     folder = tmp_path / "runs" / "tiny"
     found = json.loads((folder / "compare.json").read_text())["hooks"][HOOK]
-    by_unit = {(cell["kind"], cell["level"]): cell for cell in found["cells"]}
-    assert {unit for unit, _ in by_unit} == {*compare["kinds"], "null_random", "null_data", "mine"}
-    assert len(by_unit["tsae_free", 4]["runs"]) == 2 and by_unit["neurons", None]["identity"] is None
-    assert by_unit["neurons", None]["runs"][0]["heldout"]["r2"] == pytest.approx(1)
-    assert by_unit["principal", 16]["runs"][0]["heldout"]["q_star"] == 1.0
+    by_kind = {(cell["kind"], cell["level"]): cell for cell in found["cells"]}
+    assert {kind for kind, _ in by_kind} == {*compare["kinds"], "null_random", "null_data", "mine"}
+    assert len(by_kind["tsae_free", 4]["runs"]) == 2 and by_kind["neurons", None]["identity"] is None
+    assert by_kind["neurons", None]["runs"][0]["heldout"]["r2"] == pytest.approx(1)
+    assert by_kind["principal", 16]["runs"][0]["heldout"]["q_star"] == 1.0
     for unit in ("tsae_tied", "topk_whitened"):
-        same = by_unit[unit, 2]["identity"]
+        same = by_kind[unit, 2]["identity"]
         assert same["runs"] == 2 and 0 < same["pw_mcc"] <= 1 and 0 < same["pw_mcc_start"] < 1
-        low, high = by_unit[unit, 2]["runs"][0]["heldout"]["interval"]["r2"]
-        assert low <= by_unit[unit, 2]["runs"][0]["heldout"]["r2"] <= high
+        low, high = by_kind[unit, 2]["runs"][0]["heldout"]["interval"]["r2"]
+        assert low <= by_kind[unit, 2]["runs"][0]["heldout"]["r2"] <= high
     rows = list(csv.DictReader((folder / "compare.csv").open()))
     assert len(rows) == 2 * sum(len(cell["runs"]) for cell in found["cells"])
     with Image.open(next(folder.glob("*.png"))) as image:

@@ -84,7 +84,8 @@ def evaluate_folder(
     metric = None if has_metric else AtomicInnerProduct.estimate(x, recipe.metric.ridge, "the recipe's training split")
     about = {
         "name": recipe.name,
-        "kind": architecture if architecture in {one.name for one in kinds()} else None,
+        # A folder of a stock architecture does not say whether it was trained on raw or whitened activations.
+        "kind": architecture if architecture in {one.name for one in kinds() if one.role == "ours"} else None,
         "model": recipe.model.name,
         "hook": hook,
         "positions": recipe.positions,
