@@ -90,6 +90,7 @@ def test_evaluate_repeats_the_report(
     first, again = (json.loads(Path(p).read_text()) for p in ("runs/tiny/report.json", "again.json"))
     for part in ("train", "heldout", "certificates", "metric", "angles"):
         assert first[part] == again[part]
+    assert again["kind"] == first["kind"] == "tsae_free", "which its folder, a plain jumprelu, does not say"
     # Trained nulls are not trained again.
     assert set(first["nulls"]) == {"random", "data", "frozen", "shuffled"}
     assert again["nulls"] == {name: first["nulls"][name] for name in ("random", "data")}

@@ -17,9 +17,10 @@ from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
 from transformers import AutoTokenizer
 
 from atom_lens import harvest, load_atoms, open_model, train
+from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.documents import all_prefixes, contexts
-from atom_lens.activations.models import find_model
+from atom_lens.activations.models import find_model, load_tokenizer
 from atom_lens.activations.positions import prefixes
 from atom_lens.activations.prompts.files import JsonLines, TextFile
 from atom_lens.activations.prompts.prompt import Prompt
@@ -28,7 +29,7 @@ from atom_lens.cli import main
 from atom_lens.interventions.loss import spliced_losses
 from atom_lens.recipe.contexts import corpus
 from atom_lens.recipe.reading import check_recipe
-from atom_lens.recipe.running import beginnings, document_side, stream_of
+from atom_lens.recipe.running import beginnings, document_side, model_of, stream_of
 from atom_lens.recipe.split import harvest_for, prompts_of, split_activations
 from atom_lens.training.checkpoint import Checkpoints
 from atom_lens.training.mixing import Mixing
@@ -147,20 +148,25 @@ def test_a_stream_is_the_harvest_of_its_documents(streamed: dict[str, Any], tiny
     """Pass after pass, in order, at every hook; without any beginning that a held-out or validation context has."""
     made = check_recipe(streamed)
     prompts = prompts_of(made)
-    stream = stream_of(made, prompts, harvest_for(made, prompts))
+    stored = harvest_for(made, prompts)
+    stream = stream_of(made, prompts, stored, model_of(made))
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     own = [
         p for p, _ in contexts(map(Prompt, texts), tokenizer, 16, True) if document_side(made.split, p.group) == "train"
     ]
-    kept = [prompt for prompt in prompts if document_side(made.split, prompt.group) != "train"]
-    shut = all_prefixes(kept, tokenizer, True)
-    whole = harvest(tiny, own, [HOOK, OTHER], "all", device="cpu", massive_ratio=None)
+    training = [i for i, prompt in enumerate(prompts) if document_side(made.split, prompt.group) == "train"]
+    aside = [prompt for i, prompt in enumerate(prompts) if i not in training]
+    assert [prompts[i].text for i in training] == [prompt.text for prompt in own[: len(training)]]
+    shut = all_prefixes(aside, tokenizer, True)
+    rest = own[len(training) :]
+    whole = harvest(tiny, rest, [HOOK, OTHER], "all", device="cpu", massive_ratio=None)
     opened = []
     for prompt, token in whole.rows[HOOK].tolist():
-        ids = [tokenizer.bos_token_id, *tokenizer(own[prompt].text, add_special_tokens=False)["input_ids"]]
+        ids = [tokenizer.bos_token_id, *tokenizer(rest[prompt].text, add_special_tokens=False)["input_ids"]]
         opened.append(list(prefixes(ids))[token] not in shut)
     assert 0 < opened.count(False) < len(opened) / 4
-    expected = {hook: whole[hook][torch.tensor(opened)] for hook in whole}
+    known = torch.isin(stored.rows[HOOK][:, 0], torch.tensor(training))
+    expected = {hook: torch.cat([stored[hook][known], whole[hook][torch.tensor(opened)]]) for hook in whole}
     parts: dict[str, list[torch.Tensor]] = {HOOK: [], OTHER: []}
     while stream.passes < 2:
         for hook, x in stream.read(100).items():
@@ -171,13 +177,41 @@ def test_a_stream_is_the_harvest_of_its_documents(streamed: dict[str, Any], tiny
             torch.testing.assert_close(torch.cat(x)[start : start + n], expected[hook], rtol=1e-4, atol=1e-5)
 
 
+def test_no_model_reads_what_is_stored(streamed: dict[str, Any]) -> None:
+    """Neither again in later passes, nor at all where the documents end before metric_tokens."""
+    made = check_recipe({**streamed, "stream": {**streamed["stream"], "metric_tokens": 10_000}})
+    prompts = prompts_of(made)
+    stored = harvest_for(made, prompts)
+    stream = stream_of(made, prompts, stored, model_of(made))
+    split = split_activations(made, prompts, stored, HOOK)
+    stream.opened = lambda: pytest.fail("a model was opened")
+    rows = [stream.read(100)[HOOK] for _ in range(120)]
+    torch.testing.assert_close(torch.cat(rows)[: len(split.x)], split.x[:], rtol=0, atol=0)
+    assert stream.passes > 1 and {len(x) for x in rows} == {100, len(split.x) % 100}
+
+
+def test_stored_rows_are_those_that_no_hook_drops(streamed: dict[str, Any]) -> None:
+    made = check_recipe({**streamed, "massive_ratio": 1.2})
+    prompts = prompts_of(made)
+    stored = harvest_for(made, prompts)
+    assert min(stored.dropped.values()) > 0
+    stream = stream_of(made, prompts, stored, model_of(made))
+    places = [set(map(tuple, stored.rows[hook].tolist())) for hook in (HOOK, OTHER)]
+    training = {i for i, prompt in enumerate(prompts) if document_side(made.split, prompt.group) == "train"}
+    shared = [place for place in sorted(places[0] & places[1]) if place[0] in training]
+    for hook in (HOOK, OTHER):
+        at = {tuple(place): row for row, place in enumerate(stored.rows[hook].tolist())}
+        expected = stored[hook][torch.tensor([at[place] for place in shared])]
+        assert torch.equal(stream.known[hook][:], expected)
+
+
 def test_a_state_goes_on_with_the_same_batches(streamed: dict[str, Any]) -> None:
     made = check_recipe(streamed)
     prompts = prompts_of(made)
     found = harvest_for(made, prompts)
 
     def mixing() -> Mixing:
-        return Mixing(stream_of(made, prompts, found), 32, 128, 0, {"empty": HOOK})
+        return Mixing(stream_of(made, prompts, found, model_of(made)), 32, 128, 0, {"empty": HOOK})
 
     first = mixing()
     for _ in range(40):
@@ -198,7 +232,7 @@ def test_batches_are_mixed(streamed: dict[str, Any]) -> None:
     """Rows of a batch come from all over the buffer, and every row is handed out once."""
     made = check_recipe({**streamed, "hooks": [HOOK]})
     prompts = prompts_of(made)
-    mixing = Mixing(stream_of(made, prompts, harvest_for(made, prompts)), 32, 256, 0)
+    mixing = Mixing(stream_of(made, prompts, harvest_for(made, prompts), model_of(made)), 32, 256, 0)
     order: dict[bytes, int] = {}
     read = mixing.stream.read
 
@@ -214,6 +248,24 @@ def test_batches_are_mixed(streamed: dict[str, Any]) -> None:
     drawn = list(chain.from_iterable(places))
     assert drawn != sorted(drawn)
     assert len(set(drawn)) > 0.9 * 640  # but for beginnings that several documents have
+
+
+def test_no_row_is_read_that_is_not_asked_for(streamed: dict[str, Any]) -> None:
+    made = check_recipe({**streamed, "hooks": [HOOK]})
+    prompts = prompts_of(made)
+    mixing = Mixing(stream_of(made, prompts, harvest_for(made, prompts), model_of(made)), 32, 256, 0, rows=20 * 32)
+    read, sizes = mixing.stream.read, []
+
+    def watched(n: int) -> dict[str, torch.Tensor]:
+        found = read(n)
+        sizes.append(len(found[HOOK]))
+        return found
+
+    mixing.stream.read = watched
+    for _ in range(20):
+        assert len(next(mixing)[HOOK]) == 32
+    assert 640 <= sum(sizes) < 640 + 16, "a context more at most"
+    assert len(next(mixing)[HOOK]) == 32, "one more than was announced"
 
 
 @pytest.mark.slow
@@ -337,9 +389,16 @@ def test_documents_are_read_one_by_one(tmp_path: Path) -> None:
 
 
 def test_a_stream_without_documents_says_so(tiny: str) -> None:
-    backend = open_backend(find_model(tiny), "auto", torch.float32, "cpu")
+    source = find_model(tiny)
+    tokenizer = load_tokenizer(source)
+
+    def stream(documents: list[Prompt], without: set[int]) -> Stream:
+        def backend() -> Backend:
+            return open_backend(source, "auto", torch.float32, "cpu")
+
+        return Stream(backend, lambda: documents, tokenizer, {HOOK: 1e9}, 16, True, without)
+
     with pytest.raises(ValueError, match="no training documents that can be read"):
-        Stream(backend, lambda: iter(()), {HOOK: 1e9}, 16, True, set()).read(10)
-    shut = all_prefixes([Prompt("a b")], backend.tokenizer, True)
+        stream([], set()).read(10)
     with pytest.raises(ValueError, match="no training documents that can be read"):
-        Stream(backend, lambda: [Prompt("a b")], {HOOK: 1e9}, 16, True, shut).read(10)
+        stream([Prompt("a b")], all_prefixes([Prompt("a b")], tokenizer, True)).read(10)

@@ -91,6 +91,7 @@ def harvest(
     max_tokens: int = 1024,
     batch_tokens: int | None = None,
     store: str | Path | None = None,
+    opened: Callable[[], Backend] | None = None,
 ) -> Harvest:
     """Activations of `prompts` at `hooks`.
 
@@ -111,6 +112,7 @@ def harvest(
         batch_tokens: tokens of a batch, padding included; None is 1,024 on a CPU, which fills its cache, and 16,384 on
             a GPU.
         store: folder of the activation store; None is the cache folder.
+        opened: loads a named model, for callers who go on with it; None loads it, and lets it go afterwards.
 
     Raises:
         AtomLensError: no prompts, an unknown hook or model, a layer out of range, a subject that is not found or
@@ -136,7 +138,7 @@ def harvest(
         folder = (Path(store) if store is not None else cache_folder() / "activations") / key
 
         def run(allocate: Allocate) -> Stored:
-            runner = open_backend(source, backend, DTYPES[dtype], device)
+            runner = opened() if opened else open_backend(source, backend, DTYPES[dtype], device)
             rows, values, bos = _run(runner, prompts, patterns, allocate, **reading)
             about = {"model": source.name, "revision": source.revision, "positions": positions, "prepend_bos": bos}
             return rows, values, {**about, "hooks": list(values)}

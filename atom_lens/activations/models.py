@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,16 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: str) -> tuple[Pr
     except Exception as error:
         raise AtomLensError(f"model {source.name!r} could not be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
-    return model.to(device).eval(), load_tokenizer(source)
+    return model.to(device).eval(), _tokenizer(source)
 
 
+@lru_cache(maxsize=2)  # a large vocabulary takes seconds to load
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model alone."""
+    """The tokenizer of a model alone, to cut texts with: callers share it, so none may change it."""
+    return _tokenizer(source)
+
+
+def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source.path, revision=source.revision)
     except Exception as error:

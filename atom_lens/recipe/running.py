@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, Literal
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.connect import open_backend
 from atom_lens.activations.documents import all_prefixes, contexts
 from atom_lens.activations.harvest import Harvest
@@ -15,6 +21,7 @@ from atom_lens.activations.stream import Stream
 from atom_lens.errors import AtomLensError
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.sections import Split, Streaming
+from atom_lens.tensors.rows import Rows, float32_rows
 
 Side = Literal["train", "validation", "heldout"]
 
@@ -66,27 +73,50 @@ def beginnings(recipe: Recipe) -> list[Prompt]:
     )
 
 
-def stream_of(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest) -> Stream:
+def model_of(recipe: Recipe) -> Callable[[], Backend]:
+    """Loads the model of a recipe when it is first called, and returns it from then on."""
+    source = find_model(recipe.model.name, recipe.model.revision)
+    return cache(lambda: open_backend(source, recipe.model.backend, DTYPES[recipe.model.dtype], recipe.model.device))
+
+
+def stream_of(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, opened: Callable[[], Backend]) -> Stream:
     """The activations of all training documents, without any token prefix that is also held out.
+
+    Those that are already known come from the store, in every pass.
 
     Args:
         recipe: with a section `stream`.
         prompts: its `beginnings`.
         found: their activations.
+        opened: its `model_of`.
     """
     assert recipe.stream is not None
-    source = find_model(recipe.model.name, recipe.model.revision)
-    backend = open_backend(source, recipe.model.backend, DTYPES[recipe.model.dtype], recipe.model.device)
-    kept = [prompt for prompt in prompts if document_side(recipe.split, prompt.group) != "train"]
+    tokenizer = load_tokenizer(find_model(recipe.model.name, recipe.model.revision))
+    sides = [document_side(recipe.split, prompt.group) for prompt in prompts]
+    aside = [prompt for prompt, side in zip(prompts, sides, strict=True) if side != "train"]
 
     def documents() -> Iterator[Prompt]:
         return (one for one in recipe.source("stream").documents() if document_side(recipe.split, one.group) == "train")
 
     return Stream(
-        backend,
+        opened,
         documents,
+        tokenizer,
         found.limits,
         recipe.stream.context_size,
         recipe.prepend_bos,
-        all_prefixes(kept, backend.tokenizer, recipe.prepend_bos),
+        all_prefixes(aside, tokenizer, recipe.prepend_bos),
+        _known(found, torch.tensor([side == "train" for side in sides])),
+        sides.count("train"),
     )
+
+
+def _known(found: Harvest, training: Bool[Tensor, " p"]) -> dict[str, Rows]:
+    """The rows of training prompts that no hook leaves out."""
+    n = len(next(iter(found.views.values())).matrix)
+    times = torch.zeros(n, dtype=torch.long)
+    for hook, view in found.views.items():
+        index = torch.arange(n) if view.index is None else view.index
+        times[index[training[found.rows[hook][:, 0]]]] += 1
+    chosen = (times == len(found)).nonzero()[:, 0]
+    return {hook: float32_rows(Rows(view.matrix, chosen)) for hook, view in found.views.items()}

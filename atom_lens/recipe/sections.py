@@ -41,8 +41,9 @@ class Streaming(Section):
 
     The first `metric_tokens` of the training documents are kept on disk, like the activations of any other recipe, and
     so are `heldout_tokens` of the documents that are held out. Metric and first atoms are taken from them, reports are
-    measured on them, and studies that train many dictionaries train on them. What `train` reads after them is not
-    stored: it passes through a buffer of `buffer_size` activations of each hook in memory.
+    measured on them, and studies that train many dictionaries train on them; every pass of `train` begins with them.
+    What it reads after them is not stored: it passes through a buffer of `buffer_size` activations of each hook in
+    memory.
     """
 
     context_size: int = Field(128, ge=2)

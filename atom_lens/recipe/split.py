@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from atom_lens.activations.backends.protocol import Backend
 from atom_lens.activations.harvest import Harvest, harvest
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.errors import AtomLensError
@@ -49,8 +50,8 @@ def prompts_of(recipe: Recipe) -> list[Prompt]:
     return recipe.source("a recipe").read() if recipe.stream is None else beginnings(recipe)
 
 
-def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
-    """The activations that a recipe asks for, at the prompts of `prompts_of`."""
+def harvest_for(recipe: Recipe, prompts: Sequence[Prompt], opened: Callable[[], Backend] | None = None) -> Harvest:
+    """The activations that a recipe asks for, at the prompts of `prompts_of`; `opened` as of `harvest`."""
     if recipe.activations is not None:
         return given_activations(recipe, prompts)
     return harvest(
@@ -66,6 +67,7 @@ def harvest_for(recipe: Recipe, prompts: Sequence[Prompt]) -> Harvest:
         prepend_bos=recipe.prepend_bos,
         unique=True,
         max_tokens=recipe.max_tokens if recipe.stream is None else recipe.stream.context_size,
+        opened=opened,
     )
 
 

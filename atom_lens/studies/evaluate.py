@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from itertools import compress
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from atom_lens.activations.prompts.prompt import Prompt
 from atom_lens.dictionaries import kinds
-from atom_lens.dictionaries.folder import WITHIN
+from atom_lens.dictionaries.folder import ALSO, SEED, WITHIN
 from atom_lens.dictionaries.load import atoms_folder, open_dictionary
 from atom_lens.dictionaries.metered import Metered
 from atom_lens.errors import AtomLensError
@@ -75,7 +76,7 @@ def evaluate_folder(
     check_split(folder, recipe)
     atoms = open_dictionary(folder)
     has_metric = isinstance(atoms, Metered) and atoms.aip.n > 0
-    hook, architecture = str(atoms.cfg.metadata.hook_name), atoms.cfg.architecture()
+    hook = str(atoms.cfg.metadata.hook_name)
     prompts = prompts_of(recipe)
     found = harvest_for(recipe, prompts)
     if hook not in found:
@@ -84,8 +85,7 @@ def evaluate_folder(
     metric = None if has_metric else AtomicInnerProduct.estimate(x, recipe.metric.ridge, "the recipe's training split")
     about = {
         "name": recipe.name,
-        # A folder of a stock architecture does not say whether it was trained on raw or whitened activations.
-        "kind": architecture if architecture in {one.name for one in kinds() if one.role == "ours"} else None,
+        "kind": _kind(folder, atoms.cfg.architecture()),
         "model": recipe.model.name,
         "hook": hook,
         "positions": recipe.positions,
@@ -94,6 +94,19 @@ def evaluate_folder(
     }
     seed = recipe.training.seed if recipe.training else 0
     return evaluate(atoms, x, heldout, metric, groups=subjects, seed=seed, about=about)
+
+
+def _kind(folder: Path, architecture: str) -> str | None:
+    """The kind that the report in a folder names, that of the first seed for another; or else one of our architectures.
+
+    A folder of a stock architecture does not say whether it was trained on raw or whitened activations.
+    """
+    if folder.name.startswith(ALSO):
+        return folder.name.removeprefix(ALSO)
+    report = (folder.parent if folder.name.startswith(SEED) else folder) / "report.json"
+    if report.is_file() and (kind := json.loads(report.read_text(encoding="utf-8")).get("kind")):
+        return kind
+    return architecture if architecture in {one.name for one in kinds() if one.role == "ours"} else None
 
 
 def check_split(folder: Path, recipe: Recipe) -> None:

@@ -26,6 +26,7 @@ class Mixing:
         seed: of the mixing.
         shuffled: name -> hook: another stream, the activations of that hook with every coordinate permuted
             independently over the rows of a batch.
+        rows: how many will be asked for: then the last ones are not read only to mix others with. None is endless.
 
     Attributes:
         checkpoints: written between two steps, if any.
@@ -35,9 +36,16 @@ class Mixing:
     together = True
 
     def __init__(
-        self, stream: Stream, batch_size: int, buffer_size: int, seed: int, shuffled: Mapping[str, str] | None = None
+        self,
+        stream: Stream,
+        batch_size: int,
+        buffer_size: int,
+        seed: int,
+        shuffled: Mapping[str, str] | None = None,
+        rows: int | None = None,
     ) -> None:
         self.stream, self.batch_size, self.size = stream, batch_size, max(buffer_size, 2 * batch_size)
+        self.missing = rows  # rows still to be read
         self.shuffled = dict(shuffled or {})
         self.generator = torch.Generator().manual_seed(seed)
         self.buffer: dict[str, Tensor] = {}
@@ -46,7 +54,12 @@ class Mixing:
     @property
     def about(self) -> dict[str, Any]:
         """What distinguishes this source of batches from others."""
-        return {"streams": self.stream.limits, "context_size": self.stream.context_size, "buffer_size": self.size}
+        return {
+            "streams": self.stream.limits,
+            "context_size": self.stream.context_size,
+            "known_contexts": self.stream.known_contexts,
+            "buffer_size": self.size,
+        }
 
     def __len__(self) -> int:
         return self.size
@@ -67,11 +80,17 @@ class Mixing:
     @property
     def _left(self) -> int:
         """Rows that may be returned before the next refill: half of the buffer stays, to be mixed with new rows."""
-        return len(next(iter(self.buffer.values()))) - self.size // 2 if self.buffer else 0
+        return self._held - (0 if self.missing is not None and self.missing <= 0 else self.size // 2)
+
+    @property
+    def _held(self) -> int:
+        return len(next(iter(self.buffer.values()))) if self.buffer else 0
 
     def _fill(self) -> None:
-        missing = self.size - (len(next(iter(self.buffer.values()))) if self.buffer else 0)
-        new = self.stream.read(missing)
+        room = self.size - self._held
+        new = self.stream.read(min(room, self.missing) if self.missing is not None and self.missing > 0 else room)
+        if self.missing is not None:
+            self.missing -= len(next(iter(new.values())))
         whole = {hook: torch.cat([self.buffer[hook], x]) if self.buffer else x for hook, x in new.items()}
         order = torch.randperm(len(next(iter(whole.values()))), generator=self.generator)
         self.buffer = {hook: x[order] for hook, x in whole.items()}
@@ -81,10 +100,15 @@ class Mixing:
 
     def state(self) -> dict[str, Any]:
         """Everything that future batches depend on."""
-        return {"buffer": self.buffer, "generator": self.generator.get_state(), "stream": self.stream.state()}
+        return {
+            "buffer": self.buffer,
+            "generator": self.generator.get_state(),
+            "stream": self.stream.state(),
+            "missing": self.missing,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Resume from a `state`."""
-        self.buffer = state["buffer"]
+        self.buffer, self.missing = state["buffer"], state["missing"]
         self.generator.set_state(state["generator"])
         self.stream.restore(state["stream"])

@@ -33,7 +33,7 @@ from atom_lens.evidence.results import Another, Distilled, Report
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.reading import dump_recipe, load_recipe
 from atom_lens.recipe.recipe import Recipe
-from atom_lens.recipe.running import stream_of
+from atom_lens.recipe.running import model_of, stream_of
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.recipe.split import SplitActivations, harvest_for, prompts_of, split_activations
 from atom_lens.storage.files import new_folder
@@ -75,7 +75,9 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
     recipe.to_train("train")
     with parallel.processes(), run_folder(folder, dump_recipe(recipe)) as work:
         prompts = prompts_of(recipe)
-        found = harvest_for(recipe, prompts)
+        # Only a stream needs the model after the harvest; otherwise the memory is for the training.
+        opened = None if recipe.stream is None else model_of(recipe)
+        found = harvest_for(recipe, prompts, opened)
         same_activations(work, found.views)
         with _logging_to(work / LOG) if parallel.rank() == 0 else nullcontext():
             logger.info(
@@ -89,8 +91,9 @@ def train(recipe: Recipe | str | Path, overrides: Sequence[str] = (), out: str |
                     todo.append(hook)
             # A model that runs during training serves all hooks at once, including finished ones: the checkpoint covers
             # all of them.
-            for hooks in [[hook] for hook in todo] if recipe.stream is None else [list(found)] if todo else []:
-                _train(recipe, prompts, found, hooks, todo, work)
+            stream = stream_of(recipe, prompts, found, opened) if opened and todo else None
+            for hooks in [list(found)] if stream else [[hook] for hook in todo]:
+                _train(recipe, prompts, found, stream, hooks, todo, work)
                 _forget_checkpoints(work)
             _forget_checkpoints(work)  # those of a process that was killed right after keeping its last hook
         if parallel.rank() == 0:
@@ -113,24 +116,26 @@ class _Hook(NamedTuple):
 
 
 def _train(
-    recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hooks: Sequence[str], todo: Sequence[str], work: Path
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    found: Harvest,
+    stream: Stream | None,
+    hooks: Sequence[str],
+    todo: Sequence[str],
+    work: Path,
 ) -> None:
     """Train the dictionaries of some hooks in one pass; measure and keep those of the hooks `todo`, one by one."""
     atoms, training = recipe.to_train("train")
     planned = {hook: _planned(recipe, prompts, found, hook) for hook in hooks}
-    checkpoint = checkpoint_file(work, hooks[0] if recipe.stream is None else "stream")
+    checkpoint = checkpoint_file(work, "stream" if stream else hooks[0])
     resumed = checkpoint.exists()
     start = time.monotonic()
     learners = {
-        f"{hook} {name}" if recipe.stream else name: learner
+        f"{hook} {name}" if stream else name: learner
         for hook, one in planned.items()
         for name, learner in one.plan.learners.items()
     }
-    batches = (
-        planned[hooks[0]].plan.streams
-        if recipe.stream is None
-        else _mixing(stream_of(recipe, prompts, found), recipe.stream.buffer_size, training, hooks)
-    )
+    batches = _mixing(recipe, stream, hooks) if stream else planned[hooks[0]].plan.streams
     with wandb_run(recipe.wandb if parallel.rank() == 0 else None, recipe.name) as logs:
         # Several processes measure together, so each would have to reach the same steps.
         evaluator = _evaluator(planned, recipe).several if logs.log_to_wandb and parallel.size() == 1 else None
@@ -145,7 +150,7 @@ def _train(
             took += f", {speed['train_rows_per_second']:,.0f} activations/s, {share}"
         logger.info(took)
         for hook, one in ((hook, planned[hook]) for hook in hooks if hook in todo):
-            named = {name: sparsity[f"{hook} {name}" if recipe.stream else name] for name in one.plan.learners}
+            named = {name: sparsity[f"{hook} {name}" if stream else name] for name in one.plan.learners}
             timing = {"harvest": found.seconds, "metric": one.seconds, "train": seconds, **speed}
             report = _keep(recipe, found, hook, one, one.plan.finished(named), timing, work)
             if logs.log_to_wandb and wandb.run is not None:
@@ -162,9 +167,12 @@ def _evaluator(planned: Mapping[str, _Hook], recipe: Recipe) -> AtomEvaluator:
     return AtomEvaluator(rows, {name: one.plan.aip for name, one in named.items()})
 
 
-def _mixing(stream: Stream, buffer_size: int, training: Training, hooks: Sequence[str]) -> Mixing:
+def _mixing(recipe: Recipe, stream: Stream, hooks: Sequence[str]) -> Mixing:
+    _, training = recipe.to_train("train")
+    assert recipe.stream is not None
     shuffled = {shuffled_name(hook): hook for hook in hooks if training.nulls}
-    return Mixing(stream, training.batch_size, buffer_size, training.seed, shuffled)
+    rows = training.steps * training.batch_size
+    return Mixing(stream, training.batch_size, recipe.stream.buffer_size, training.seed, shuffled, rows)
 
 
 def _planned(recipe: Recipe, prompts: Sequence[Prompt], found: Harvest, hook: str) -> _Hook:
