@@ -63,7 +63,7 @@ class Stream:
         self._contexts: Iterator[tuple[Prompt, int]] | None = None
 
     def read(self, n: int) -> dict[str, Float[Tensor, "m _"]]:
-        """hook -> the next activations, of about `n` tokens and at least one, the same rows for every hook.
+        """hook -> the next activations, of about `n` tokens, the same rows for every hook.
 
         Raises:
             AtomLensError: there is nothing to read.

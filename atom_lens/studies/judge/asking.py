@@ -46,7 +46,7 @@ def estimate(cases: list[Case], corpus: Corpus, spending: Budget, models: int) -
 def ask_all(
     cases: list[Case], corpus: Corpus, judges: list[Judge], human: Path | None, out: Path, seed: int
 ) -> dict[str, Any]:
-    """Ask the first judge everything, the others for the rubric only; returns what judge.json says (docs/judge.md).
+    """Ask the first judge everything, the others for the rubric only; returns what judge.json says (`judge`).
 
     Args:
         cases: in the order in which they are asked.

@@ -66,7 +66,13 @@ def judge(
         out: folder; None takes judge/ in the run folder (judge/<hook> for several hooks, or another seed).
 
     Returns:
-        The content of judge.json.
+        The content of judge.json. `purity` has `heldout` and `all`, and is null without answers: `n` rows with a label,
+        `labels`, `commonest_label` (its share), and per kind `latents`, `left_out`, `active_p50` (rows of the median
+        latent), `entropy` (bits), and for `information` and `purity` each `mean`, `null`, `null_interval`, `excess`,
+        `above_null` and `above_null_fdr`. `judge` is null without one: `complete`, `questions`, `answered`, `read` and
+        `written` (tokens), `dollars`; per kind `rubric` and `detection` with `asked`, `unparsed`, `n`, `mean`,
+        `interval`, `above_control` and `above_control_interval`; `agreement` with `spearman` and `kappa`; `latents`,
+        each with its `explanation`, `score` and `detection`.
 
     Raises:
         AtomLensError: arguments out of range, a run that cannot be read, or a server that does not answer.
