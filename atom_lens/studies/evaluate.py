@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from itertools import compress
@@ -21,7 +20,7 @@ from atom_lens.recipe.reading import load_recipe
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.running import document_side
 from atom_lens.recipe.split import harvest_for, prompts_of, sides, split_activations
-from atom_lens.storage.files import check_writable, shown
+from atom_lens.storage.files import check_writable, read_json, shown
 from atom_lens.storage.terminal import say
 from atom_lens.studies.train.show import report_table
 
@@ -104,9 +103,10 @@ def _kind(folder: Path, architecture: str) -> str | None:
     if folder.name.startswith(ALSO):
         return folder.name.removeprefix(ALSO)
     report = (folder.parent if folder.name.startswith(SEED) else folder) / "report.json"
-    if report.is_file() and (kind := json.loads(report.read_text(encoding="utf-8")).get("kind")):
+    kind = read_json(report).get("kind") if report.is_file() else None
+    if kind in [one.name for one in kinds()]:
         return kind
-    return architecture if architecture in {one.name for one in kinds() if one.role == "ours"} else None
+    return architecture if architecture in [one.name for one in kinds() if one.role == "ours"] else None
 
 
 def check_split(folder: Path, recipe: Recipe) -> None:
