@@ -83,10 +83,11 @@ def test_a_model_stays_where_it_was_asked_for(tiny: str, backend: BackendName, d
     assert wrap_backend(open_model(tiny, backend=backend, device=device)).device.type == device
 
 
-def test_planted_dictionaries_are_marked() -> None:
-    learning = Learning.model_validate({"n": 500, "kinds": ["tsae_free"], "atoms": {"capacity": 48, "target_l0": 2}})
-    (marks,) = learn(learning, Training(steps=20, batch_size=64, device="cuda"), seed=0)
-    assert 0 < marks["mcc"] <= 1
+@pytest.mark.parametrize("kind", ["tsae_free", "aip_pursuit"])
+def test_planted_dictionaries_are_marked(kind: str, tmp_path: Path) -> None:
+    learning = Learning.model_validate({"n": 500, "kinds": [kind], "atoms": {"capacity": 48, "target_l0": 2}})
+    found = learn(learning, Training(steps=20, batch_size=64, device="cuda"), 0, tmp_path)
+    assert all(0 < mark.mcc <= 1 and mark.kind == kind for mark in found.marks)
 
 
 def test_splice_and_attribution(tiny: str) -> None:

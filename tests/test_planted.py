@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_lens.cli import main
+from atom_lens.storage.files import read_json
 from atom_lens.studies.planted.garden import (
     Planted,
     draw_codes,
@@ -22,6 +23,7 @@ from atom_lens.studies.planted.garden import (
     window,
     wrong_codes,
 )
+from atom_lens.training.fit import fit_together
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -122,6 +124,52 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert 0 <= marks["topk"]["f1"] < marks["tsae_tied"]["f1"] <= 1
 
 
+SMALL = [
+    "theorem.dictionaries=1",
+    "theorem.codes=100",
+    "theorem.planted={width: 16, capacity: 32, k: 1}",
+    "theorem.noise=[0]",
+    "theorem.gap=[1]",
+    "learning={one: {planted: {width: 16, capacity: 16, k: 1, noise: 0.1}, atoms: {capacity: 16, target_l0: 1}, "
+    "n: 200, kinds: [topk, topk_whitened]}}",
+    "training.steps=20",
+    "training.seeds=1",
+]
+
+
+def test_a_stopped_study_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was scored before is not trained again, and the result is that of a study that was never stopped."""
+    monkeypatch.chdir(tmp_path)
+    command = ["planted", str(RECIPES / "planted.yaml"), *SMALL]
+    assert main([*command, "--out", "whole"]) == 0
+    trained, stop = [], [1]
+
+    def fit(x: Any, learners: Any, training: Any) -> None:
+        trained.append(len(learners))
+        if len(trained) in stop:
+            raise KeyboardInterrupt
+        fit_together(x, learners, training)
+
+    monkeypatch.setattr("atom_lens.studies.planted.learning.fit_together", fit)
+    for stop[0], code in ((2, 130), (0, 0)):
+        assert main([*command, "--out", "runs"]) == code
+        assert Path("runs/planted/planted.json").exists() == (code == 0)
+    assert len(trained) == 3
+    assert read_json(Path("runs/planted/planted.json")) == read_json(Path("whole/planted/planted.json"))
+
+
+def test_another_study_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["planted", str(RECIPES / "planted.yaml"), *SMALL]
+    assert main(command) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+    assert main([*command, "seed=1"]) == 2
+    assert "holds a study of another recipe" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
+
+
 @pytest.mark.parametrize("changes", [{}, {"zipf": 1.0}, {"correlated": 0.5}, {"hierarchy": True}])
 def test_codes_that_vary(changes: dict[str, Any]) -> None:
     settings = planted(l0=4.0, gap=0.5, **changes)
@@ -159,11 +207,20 @@ def test_an_offset_is_the_mean() -> None:
         (["theorem.planted.gap=0.2", "training=null"], "key training is missing"),
         (["theorem.planted.gap=0.2", "learning.two_bases.planted.width=48"], "atoms is 'two_bases' with width=48"),
         (["theorem.planted.gap=0.2", "learning.two_bases.planted.k=128"], "k is 128, allowed is below capacity=128"),
+        (["learning.two_bases.atoms.target_l0=0.5"], "atoms.target_l0 is 0.5, allowed is at least 1 for topk_whitened"),
         (["theorem.planted.gap=0.2", "theorem.gap=[0.5, 1.5]"], "theorem.gap has 1.5, allowed is above 0 and up to 1"),
         (["theorem.planted.gap=0.2", "theorem.noise=[0, -1]"], "theorem.noise has -1, allowed is 0 or more"),
     ],
 )
-def test_bad_input_is_one_sentence(changes: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_sentence(
+    changes: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["planted", str(RECIPES / "planted.yaml"), *changes]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -76,7 +76,7 @@ def checked(kind: type[AnySection], data: Any, where: str) -> AnySection:
         raise AtomLensError(f"{where}: {_sentence(error, kind)}") from None
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Section) -> str:
     """The recipe as YAML, with every default written out."""
     return write_yaml(recipe.model_dump())
 

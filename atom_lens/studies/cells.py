@@ -14,7 +14,7 @@ from atom_lens.recipe.reading import dump_recipe
 from atom_lens.recipe.recipe import Recipe
 from atom_lens.recipe.split import SplitActivations, harvest_for, prompts_of, split_activations
 from atom_lens.storage.files import check_new, locked, new_folder, replacing, sweep
-from atom_lens.storage.schema import Result
+from atom_lens.storage.schema import Result, Section
 from atom_lens.storage.text import read_text
 from atom_lens.studies.train.folder import same_activations
 from atom_lens.tensors import parallel
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
+def claimed(folder: Path, recipe: Section) -> Iterator[None]:
     """Only the recipe that started a folder continues it, with one process (or torchrun's together) at a time."""
     if parallel.rank() > 0:  # process 0 manages the folder
         parallel.together()
@@ -35,7 +35,7 @@ def claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
         yield
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
+def _claim(folder: Path, recipe: Section) -> None:
     kept, text = folder / "recipe.yaml", dump_recipe(recipe)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_file())):
         raise FileExistsError(f"output folder {str(folder)!r} is not empty: choose another name= or remove it")

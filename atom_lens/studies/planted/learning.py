@@ -1,13 +1,18 @@
-"""Which dictionaries find planted atoms, under which encoder: the first test of a new kind, which R² cannot game."""
+"""Which dictionaries find planted atoms, under which encoder: the first test of a new kind, which R² cannot game.
+
+What a kind finds is kept as soon as it is scored, so that a stopped study resumes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 from sklearn.metrics import f1_score
 from torch import Tensor
 
@@ -21,9 +26,10 @@ from atom_lens.evidence.measure import measure
 from atom_lens.geometry import AtomicInnerProduct
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.storage.schema import Section
+from atom_lens.studies.cells import kept
 from atom_lens.studies.named import KINDS, KindName
 from atom_lens.studies.planted.garden import Garden, Planted, draw_codes, plant, varying_codes, window
-from atom_lens.studies.planted.result import Learned, Mark
+from atom_lens.studies.planted.result import Learned, Mark, Marks
 from atom_lens.training.fit import fit_together
 
 _ASIDE = 8192  # rows on which thresholds of pursuits are set
@@ -44,20 +50,32 @@ class Learning(Section):
     )
     encoders: bool = True
 
-    @field_validator("kinds")
-    @classmethod
-    def _are_trained(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if not isinstance(find_kind(name), Trained):
+    @model_validator(mode="after")
+    def _can_train(self) -> Learning:
+        for name in self.kinds:
+            if not isinstance(kind := find_kind(name), Trained):
                 raise AtomLensError(f"learning.kinds has {name!r}, allowed are kinds that are trained")
-        return names
+            if (level := self.level(kind)) < kind.least:
+                key = {"l0": "atoms.target_l0", "l1": "l1"}[kind.sparsity]
+                raise AtomLensError(f"{key} is {level:g}, allowed is at least {kind.least:g} for {name}")
+        return self
+
+    def level(self, kind: Trained) -> float:
+        """The sparsity that a kind is asked for."""
+        return {"l0": self.atoms.target_l0, "l1": self.l1}[kind.sparsity]
 
 
-def learn(learning: Learning, training: Training, seed: int) -> Learned:
+def learn(learning: Learning, training: Training, seed: int, folder: Path) -> Learned:
     """Train every kind on planted activations and score it: MCC under the planted metric, F1 of supports, R².
 
     Dictionaries train in a metric estimated from the activations; the planted one is only used for scores. As many
     rows as are trained on are held out; numbers are means over seeds.
+
+    Args:
+        learning: kinds, and what is planted.
+        training: of every kind.
+        seed: of what is planted.
+        folder: keeps each kind's marks, and those that it holds are not measured again.
     """
     planted, n = learning.planted, learning.n
     garden = plant(planted, seed)
@@ -72,14 +90,17 @@ def learn(learning: Learning, training: Training, seed: int) -> Learned:
     aip = AtomicInnerProduct.estimate(x[:n])
     marker = _Marker(garden, aip, x[n : 2 * n], truth[n : 2 * n], x[2 * n :])
     setup = Setup(x[:n], aip, learning.atoms, training.device, training.steps, x[2 * n :])
-    levels = {"l0": learning.atoms.target_l0, "l1": learning.l1}
-    marks = []
-    for name in learning.kinds:
-        kind = find_kind(name, Trained)
-        learners = {str(i): kind.start(setup, levels[kind.sparsity], training.seed + i) for i in range(training.seeds)}
+
+    def marks(kind: Trained) -> Marks:
+        seeds = range(training.seed, training.seed + training.seeds)
+        learners = {str(at): kind.start(setup, learning.level(kind), at) for at in seeds}
         fit_together({"x": setup.x}, learners, training)
-        runs = [marker.marks(name, kind.finish(one, aip), learning.encoders) for one in learners.values()]
-        marks += [_mean(several) for several in zip(*runs, strict=True)]
+        runs = [marker.marks(kind.name, kind.finish(one, aip), learning.encoders) for one in learners.values()]
+        return Marks(marks=[_mean(several) for several in zip(*runs, strict=True)])
+
+    found = [
+        kept(folder / f"{name}.json", Marks, partial(marks, find_kind(name, Trained)), _says) for name in learning.kinds
+    ]
     bias = (x[:n].double() - codes[:n] @ garden.atoms).mean(dim=0).float()
     k = int(truth.sum(dim=1).max())
     at = window(garden, planted.model_copy(update={"k": k}))
@@ -88,8 +109,13 @@ def learn(learning: Learning, training: Training, seed: int) -> Learned:
         coherence=float((garden.units @ garden.units.T).fill_diagonal_(0).abs().max()),
         window=float(at.upper - at.lower),
         truth=list(marker.pursued("truth", garden.atoms.float(), bias)),
-        marks=marks,
+        marks=[mark for one in found for mark in one.marks],
     )
+
+
+def _says(found: Marks) -> str:
+    own = found.marks[0]
+    return f"MCC {own.mcc:.3f}, F1 {own.f1:.3f}"
 
 
 def _mean(marks: tuple[Mark, ...]) -> Mark:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from atom_lens.storage.schema import Result
+from atom_lens.studies.cells import Kept
 
 
 class TheoremFound(Result):
@@ -43,6 +44,12 @@ class Mark(Result):
     def above(self, truth: Mark) -> bool:
         """Whether it explains more than the true atoms do, which is a symptom and not a success."""
         return self.r2 > truth.r2 + 0.005 or self.r2_aip > truth.r2_aip + 0.005
+
+
+class Marks(Kept):
+    """A kind under its encoders."""
+
+    marks: list[Mark]
 
 
 class Learned(Result):

@@ -12,11 +12,11 @@ from atom_lens.errors import AtomLensError
 from atom_lens.recipe.reading import load_section
 from atom_lens.recipe.recipe import Name
 from atom_lens.recipe.sections import Training
-from atom_lens.storage.files import check_new
 from atom_lens.storage.schema import Section, Seed
 from atom_lens.storage.versions import versions
-from atom_lens.studies.cells import result_folder
+from atom_lens.studies.cells import claimed
 from atom_lens.studies.planted.garden import (
+    Garden,
     Planted,
     check_planted,
     draw_codes,
@@ -59,6 +59,20 @@ def load_planted(path: str | Path, overrides: Sequence[str] = ()) -> PlantedReci
     return load_section(PlantedRecipe, path, overrides)
 
 
+def _garden(theorem: Theorem, number: int, seed: int) -> Garden:
+    return plant(theorem.planted, seed + 10 * number)
+
+
+def check_windows(theorem: Theorem, seed: int) -> None:
+    """Check that the theorem has codes to speak of: an AtomLensError says which gap opens the window."""
+    for number in range(theorem.dictionaries):
+        at = window(_garden(theorem, number, seed), theorem.planted)
+        if at.lower >= at.upper:
+            gap = theorem.planted.gap
+            least = float(at.lower + gap - at.upper)
+            raise AtomLensError(f"the window is empty: gap is {gap}, allowed is above eps (2K - 1) = {least:.3f}")
+
+
 def check_theorem(theorem: Theorem, seed: int) -> TheoremFound:
     """Wrong codes inside the window and beyond each of its ends, over several dictionaries.
 
@@ -68,15 +82,10 @@ def check_theorem(theorem: Theorem, seed: int) -> TheoremFound:
     low = high = 0.0
     counts = {"inside, float64": 0, "inside, float32": 0, "1% below": 0, "1% above": 0, "gap closed": 0}
     for number in range(theorem.dictionaries):
-        garden = plant(planted, seed + 10 * number)
+        garden = _garden(theorem, number, seed)
         generator = torch.Generator().manual_seed(seed + number)
         at = window(garden, planted)
         low, high = float(at.lower), float(at.upper)
-        if low >= high:
-            least = low + planted.gap - high
-            raise AtomLensError(
-                f"the window is empty: gap is {planted.gap}, allowed is above eps (2K - 1) = {least:.3f}"
-            )
         hardest = hardest_codes(garden.units, planted.k, planted.gap, 1.0)[: theorem.codes // 2]
         n = theorem.codes - len(hardest)
         codes = torch.cat([hardest, draw_codes(n, len(garden.units), planted.k, planted.gap, 1.0, generator)])
@@ -118,7 +127,8 @@ def planted(recipe: PlantedRecipe, out: str | Path = "runs") -> Path:
     """Test the theorem, its decay, and what trained SAEs find; returns ``out/<name>`` with planted.json and plots.
 
     Raises:
-        AtomLensError: before any work, for anything that cannot be planted, drawn or trained.
+        AtomLensError: before any work, for anything that cannot be planted, drawn or trained, or if the folder holds a
+            study of another recipe.
     """
     if recipe.learning and recipe.training is None:
         raise AtomLensError("key training is missing, learning needs it")
@@ -129,16 +139,15 @@ def planted(recipe: PlantedRecipe, out: str | Path = "runs") -> Path:
             raise AtomLensError(f"theorem.gap has {level:g}, allowed is above 0 and up to 1")
     for part in (recipe.theorem, *recipe.learning.values()):
         check_planted(part.planted)
+    check_windows(recipe.theorem, recipe.seed)
     folder = Path(out) / recipe.name
-    check_new(folder, "another name=")
-    theorem, falling = check_theorem(recipe.theorem, recipe.seed), decay(recipe.theorem, recipe.seed)
-    learning = {}
-    for name, setting in recipe.learning.items():
-        assert recipe.training is not None
-        learning[name] = learn(setting, recipe.training, recipe.seed)
-    found = PlantedFound(theorem=theorem, decay=falling, learning=learning, versions=versions())
-    with result_folder(folder) as work:
-        study.keep(found, work)
+    with claimed(folder, recipe):
+        theorem, falling = check_theorem(recipe.theorem, recipe.seed), decay(recipe.theorem, recipe.seed)
+        learning = {}
+        for name, setting in recipe.learning.items():
+            assert recipe.training is not None
+            learning[name] = learn(setting, recipe.training, recipe.seed, folder / "cells" / name)
+        study.keep(PlantedFound(theorem=theorem, decay=falling, learning=learning, versions=versions()), folder)
     return folder
 
 
