@@ -21,6 +21,7 @@ from atom_lens.evidence.results import L0, Coherence, Figures, MetricAbout
 from atom_lens.recipe.sections import Atoms, Training
 from atom_lens.studies.compare.matched import matched
 from atom_lens.studies.compare.result import Cell, Comparison, Hook, Run
+from atom_lens.studies.compare.run import merit
 from atom_lens.studies.compare.show import margins, show, verdict
 from atom_lens.training.fit import fit_together
 
@@ -209,6 +210,32 @@ def test_matched_sparsity_interpolates_and_never_extrapolates() -> None:
     text = shown(a=at_hook(cells, matched=list(rows.values())))
     assert "at L0 8" in text and "No sweep crosses this L0: ReLU, gated." in text
     assert {row.kind: row for row in matched(cells, 16.0)}["topk"].r2 == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "points", "best"),
+    [
+        ("jumprelu", [(150, 0.9), (9, 0.5), (8.7, 0.6), (5, 0.7)], 2),  # the most explained of those near 8
+        ("jumprelu", [(150, 0.9), (20, 0.8), (0, 0.0)], 1),  # none is near: the nearest
+        ("relu", [(150, 0.9), (8, 0.5)], 0),  # its level is no L0
+    ],
+)
+def test_a_rate_is_no_better_for_more_atoms(kind: str, points: list[tuple[float, float]], best: int) -> None:
+    merits = [merit(find_kind(kind, Trained), 8.0, one.runs[0].heldout) for one in swept(kind, points)]
+    assert merits.index(max(merits)) == best
+
+
+@pytest.mark.slow
+def test_a_rate_is_chosen_on_validation_rows(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    compare = {"kinds": ["topk_whitened"], "l0": [2], "lr": [1e-5, 1e-2]}
+    training = {"steps": 40, "batch_size": 16, "device": "cpu"}
+    changes = {"split": {"heldout": 0.25, "validation": 0.2}}
+    assert run("--quiet", command="compare", compare=compare, training=training, **changes)[0] == 0
+    cells = tmp_path / "runs" / "tiny" / "cells" / HOOK
+    rate = json.loads((cells / "rates" / "topk_whitened.json").read_text())
+    assert rate["lr"] == 1e-2 and rate["validation"]["0.01"] > rate["validation"]["1e-05"]
+    assert rate["l0"] == {"1e-05": pytest.approx(2, abs=0.1), "0.01": pytest.approx(2, abs=0.1)}
+    assert json.loads((cells / "topk_whitened-2.json").read_text())["lr"] == 1e-2
 
 
 @pytest.mark.slow

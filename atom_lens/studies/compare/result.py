@@ -36,10 +36,11 @@ class Cell(Kept):
 
 
 class Rate(Kept):
-    """The learning rate of a kind at one hook: the one with the highest explained variance on validation rows."""
+    """The learning rate of a kind at one hook, chosen on validation rows by `merit`."""
 
     lr: float
     validation: dict[str, float] = Field(description="R² + R² (AIP) on validation rows by learning rate, one seed")
+    l0: dict[str, float] = Field(default={}, description="on validation rows by learning rate")
 
 
 class Matched(Result):

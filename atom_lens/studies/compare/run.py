@@ -6,6 +6,7 @@ Every cell (a kind at one sparsity, all seeds) is kept as soon as it is measured
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -55,7 +56,8 @@ class Compare(Section):
 
     `matched` are values of L0 on held-out activations at which kinds are compared, between two points of a sweep.
     `features` are measured at the hook that they were made for. With several `lr`, each trained kind takes the one that
-    explains most of the validation rows at the middle of its sweep, from one seed; without any, `training.lr`.
+    explains most of the validation rows at the middle of its sweep, from one seed, among those that have the L0 asked
+    for within a tenth (or else the one nearest to it); without any, `training.lr`.
     The model's loss with each dictionary spliced in is measured on `loss_tokens` held-out tokens, if positions are all.
     """
 
@@ -209,18 +211,29 @@ def _with_rate(
         return training.model_copy(update={"lr": rates[0]}) if rates else training
 
     def choose() -> Rate:
-        scores = {}
+        found = {}
         for lr in rates:
             learner = kind.start(setup, level, training.seed)
             fit_together({"x": setup.x}, {"one": learner}, training.model_copy(update={"lr": lr}))
             assert setup.calibration is not None
-            seen = observe(kind.finish(learner, setup.aip), setup.calibration, setup.aip).figures
-            scores[lr] = seen.r2 + seen.r2_aip
-        best = max(scores, key=lambda lr: scores[lr])
-        return Rate(lr=best, validation={f"{lr:g}": score for lr, score in scores.items()})
+            found[lr] = observe(kind.finish(learner, setup.aip), setup.calibration, setup.aip).figures
+        return Rate(
+            lr=max(found, key=lambda lr: merit(kind, level, found[lr])),
+            validation={f"{lr:g}": one.r2 + one.r2_aip for lr, one in found.items()},
+            l0={f"{lr:g}": one.l0.mean for lr, one in found.items()},
+        )
 
     chosen = kept(folder / "rates" / f"{kind.name}.json", Rate, choose, lambda rate: f"learning rate {rate.lr:g}")
     return training.model_copy(update={"lr": chosen.lr})
+
+
+def merit(kind: Trained, level: float, found: Figures) -> tuple[float, float]:
+    """What a learning rate is chosen by: first the L0 asked for, since more atoms explain more, then what is explained.
+
+    All L0 within a tenth of `level` are alike. The weight of an L1 asks for no L0.
+    """
+    off = abs(math.log(max(found.l0.mean, 1e-9) / level)) if kind.sparsity == "l0" else 0.0
+    return -max(off, math.log(1.1)), found.r2 + found.r2_aip
 
 
 def _trained(kind: Trained, level: float, setup: Setup, on: _Setting, training: Training) -> Cell:
