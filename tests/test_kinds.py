@@ -45,7 +45,7 @@ def test_l1_is_asked_of_what_has_an_l1(levels: dict[str, float], generator: torc
     learning = planted.Learning.model_validate(
         {"planted": {"width": 8, "capacity": 16}, "atoms": {"capacity": 16, "target_l0": 2}, "n": 100, "l1": 7.0}
     )
-    planted.learn(learning, training, seed=0)
+    planted.learn(learning, training, 0, tmp_path / "cells")
     asked = {"relu": 7.0, "relu_whitened": 7.0, "gated": 7.0, "gated_whitened": 7.0}
     assert levels == {one.name: asked.get(one.name, 2.0) for one in kinds(Trained)}
 
